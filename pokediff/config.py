@@ -1,0 +1,204 @@
+"""Configurations: frozen dataclasses, read from YAML and written to YAML; an unknown key is an error with its path.
+
+The comment beside a field is its help text on the command line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pokediff.errors import PokediffError
+
+T = TypeVar("T")
+DEFAULT_CLIP = "open_clip:ViT-B-32:laion2b_s34b_b79k"  # what the scraper embeds captions with
+STRICT = {"extra": "forbid"}  # for pydantic, which reads the dataclasses at the border
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    __pydantic_config__ = STRICT
+
+    image_size: int = 32  # px, a multiple of 16
+    channels: Literal["rgba", "rgb", "grey"] = "rgba"  # rgba: transparent; rgb: on white; grey: digits
+    styles: dict[str, float] | None = (
+        None  # share of the draws each style gets, the others are left out; none: all alike
+    )
+    flip: float = 0.3  # chance to mirror a picture; the network is told, so samples are never mirrored by it
+    shift: float = 0.3  # chance to move a picture; the network is told
+    max_shift: float = 0.06  # at most so much of the picture's side
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    __pydantic_config__ = STRICT
+
+    widths: tuple[int, ...] = (96, 160, 192)  # channels at 16x16, 8x8, 4x4 ...
+    blocks: tuple[int, ...] = (2, 2, 1)  # residual blocks at each level, on the way down and again on the way up
+    attention: tuple[bool, ...] = (False, True, True)  # self-attention at which levels
+    head_dim: int = 32  # channels of an attention head
+    embedding_dim: int = 256  # of timestep, text and augmentation together
+    dropout: float = 0.1
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    __pydantic_config__ = STRICT
+
+    prediction_type: Literal["v_prediction", "epsilon", "sample"] = "v_prediction"  # what the network predicts
+    num_train_timesteps: int = 1000
+    sigma_min: float = 0.006  # noise at the last step, relative to the picture's unit scale
+    sigma_max: float = 100.0  # at the first: nothing is left of the picture
+    noise_shift: float = 1.0  # where half of the steps lie above; larger pictures want more, about their side / 32 px
+    caption_dropout: float = 0.15  # share of captions replaced by the empty one, for guidance
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    __pydantic_config__ = STRICT
+
+    data: str = "data/bulbapedia"  # a folder of pictures with a metadata.jsonl
+    out: str | None = None  # where the run is written (default: checkpoints/<name of the config>)
+    text_encoder: str = "builtin"  # builtin, clip:REPOSITORY or open_clip:ARCHITECTURE:TAG
+    seed: int = 0
+
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+
+    max_steps: int = 20_000  # optimizer steps
+    max_minutes: float | None = None  # stop after so many minutes, with a checkpoint
+    batch_size: int = 64  # pictures a step, over all processes together
+    learning_rate: float = 6e-4
+    warmup_steps: int = 500  # the rate rises from 0
+    decay_steps: int = 0  # over the last so many steps the rate falls to 0
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.9995
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the processor has it
+    threads: int | None = None  # of a CPU, for each process (default: all cores, shared by the processes)
+    workers: int = 0  # processes that prepare batches
+
+    log_every: int = 20  # steps
+    validate_every: int = 1000
+    preview_every: int = 1000
+    checkpoint_every: int = 1000
+    preview_prompts: tuple[str, ...] = (
+        "official artwork of a blue water turtle creature",
+        "official artwork of a red fire dragon creature",
+        "official artwork of a green grass four-legged creature",
+        "official artwork of a yellow electric mouse creature",
+        "pixel sprite of a purple ghost creature",
+        "pixel sprite of a brown bird creature",
+        "vector drawing of a pink fairy creature",
+        "vector drawing of a black snake-like dragon creature",
+    )
+    wandb: bool = False  # log to Weights & Biases too (pip install wandb)
+
+    def __post_init__(self) -> None:
+        size, levels = self.dataset.image_size, len(self.model.widths)
+        _require(size % 16 == 0 and size > 0, "dataset.image_size", "must be a multiple of 16")
+        _require(1 <= levels <= 5, "model.widths", "must have one to five levels")
+        for name in ("blocks", "attention"):
+            _require(
+                len(getattr(self.model, name)) == levels, f"model.{name}", "must have as many entries as model.widths"
+            )
+        noise = self.diffusion
+        _require(
+            0 < noise.sigma_min < noise.noise_shift < noise.sigma_max,
+            "diffusion.noise_shift",
+            "must lie between the sigmas",
+        )
+        _require(self.batch_size > 0, "batch_size", "must be positive")
+        _require(self.max_steps > 0, "max_steps", "must be positive")
+        _require(0 <= self.ema_decay < 1, "ema_decay", "must be in [0, 1)")
+        _require(0 <= self.diffusion.caption_dropout < 1, "diffusion.caption_dropout", "must be in [0, 1)")
+        for width in self.model.widths:
+            _require(width % self.model.head_dim == 0, "model.widths", "must be multiples of model.head_dim")
+        for style, share in (self.dataset.styles or {}).items():
+            _require(share > 0, f"dataset.styles.{style}", "must be positive: leave a style out to leave it out")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    __pydantic_config__ = STRICT
+
+    prompt: tuple[str, ...] = ()  # one or several, each in quotes
+    prompts_file: str | None = None  # a text file, one prompt a line; empty lines and lines with # are left out
+    checkpoint: str | None = None  # a folder made by training, or a hub repository (default: the shipped one)
+    out: str | None = None  # folder for what is written (default: outputs/<the first prompt>)
+    num_images: int = 1  # pictures for each prompt
+    seed: int = 0  # of the first picture; the k-th picture has seed + k
+    num_steps: int = 25  # steps of the sampler
+    guidance_scale: float = 2.0  # how much the prompt counts; 1 is off
+    guidance_interval: tuple[float, float] | None = None  # guide only while sigma lies between these
+    negative_prompt: str = ""  # what guidance moves away from
+    sampler: Literal["ddpm", "ddim", "dpmpp_2m", "unipc", "heun", "euler", "euler_a"] = "dpmpp_2m"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the processor has it
+    batch_size: int = 16  # pictures drawn at once; changes speed and memory, not the pictures
+    enlarge: int = 1  # make every pixel so many pixels wide and high
+    background: str | None = None  # a colour name or #rrggbb behind the pictures (default: transparent)
+    animations: tuple[Literal["gif", "mp4", "apng"], ...] = ("gif",)  # how the denoising of the first batch is shown
+    save_frames: int = 0  # keep so many intermediate frames of every picture in frames/
+    device: str | None = None  # cpu, cuda, mps (default: the fastest there is)
+
+    def __post_init__(self) -> None:
+        _require(self.num_images > 0, "num_images", "must be positive")
+        _require(self.num_steps > 0, "num_steps", "must be positive")
+        _require(self.batch_size > 0, "batch_size", "must be positive")
+        _require(1 <= self.enlarge <= 64, "enlarge", "must be 1 to 64")
+        _require(self.save_frames >= 0, "save_frames", "must not be negative")
+        _require(0 <= self.seed < 2**63, "seed", "must be a whole number from 0")
+
+
+def _require(holds: bool, path: str, what: str) -> None:
+    if not holds:
+        raise PokediffError(f"configuration: {path} {what}")
+
+
+def load_yaml(path: str | Path, kind: type[T]) -> T:
+    """A configuration of `kind` from a YAML file. Raises PokediffError with the path of the key that is wrong."""
+    import yaml
+
+    path = Path(path)
+    if not path.is_file():
+        raise PokediffError(f"{path} not found")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise PokediffError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
+    return from_values(values, kind, str(path))
+
+
+def from_values(values: Any, kind: type[T], where: str) -> T:
+    """A configuration of `kind` from plain values. `where` stands at the head of the PokediffError for a bad one."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        problems = [(".".join(map(str, problem["loc"])), problem["type"], problem["msg"]) for problem in error.errors()]
+        path, problem, message = problems[0]
+        if problem in ("unexpected_keyword_argument", "extra_forbidden"):
+            message = "unknown key"
+        raise PokediffError(f"{where}: {path}: {message}") from None
+
+
+def dump_yaml(config: Any) -> str:
+    """The YAML text of a configuration, complete, in the order of its fields."""
+    import yaml
+
+    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+def plain(config: Any) -> Any:
+    """Dataclasses and tuples to dicts and lists."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {item.name: plain(getattr(config, item.name)) for item in dataclasses.fields(config)}
+    if isinstance(config, dict):
+        return {key: plain(value) for key, value in config.items()}
+    if isinstance(config, (tuple, list)):
+        return [plain(value) for value in config]
+    return config
