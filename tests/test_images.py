@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import io
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import COLORS, draw_creature
+from PIL import Image
+
+from pokediff import images
+from pokediff.errors import PokediffError
+from pokediff.images import (
+    BadImage,
+    color_shares,
+    composite,
+    encode_png,
+    enlarge,
+    fit_square,
+    from_model,
+    grid,
+    is_pixel_art,
+    main_colors,
+    premultiply,
+    read_image,
+    save_animation,
+    to_model,
+    unpremultiply,
+)
+
+RED_ON_CLEAR = draw_creature(COLORS["red"], "round")
+
+
+def saved(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF"])
+def test_transparent_formats_keep_their_transparency(kind):
+    data = saved(Image.fromarray(RED_ON_CLEAR), kind, **({"lossless": True} if kind == "WEBP" else {}))
+    rgba = read_image(data)
+    np.testing.assert_array_equal(rgba[..., 3], RED_ON_CLEAR[..., 3])
+    np.testing.assert_array_equal(premultiply(rgba)[..., :3], premultiply(RED_ON_CLEAR)[..., :3])
+
+
+def test_modes_and_depths():
+    grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    for mode in ("L", "LA", "P", "RGB", "1", "CMYK"):
+        kind = "JPEG" if mode == "CMYK" else "PNG"
+        rgba = read_image(saved(grey.convert(mode), kind))
+        assert rgba.shape == (16, 16, 4)
+        assert (rgba[..., 3] == 255).all()
+        if mode not in ("1", "CMYK"):
+            assert abs(rgba[..., 0].astype(int) - np.asarray(grey).astype(int)).max() <= 3
+    deep = Image.fromarray(np.linspace(0, 65535, 256).reshape(16, 16).astype(np.uint16))
+    rgba = read_image(saved(deep, "PNG"))
+    assert rgba[0, 0, 0] == 0
+    assert rgba[-1, -1, 0] == 255
+    assert abs(int(rgba[8, 0, 0]) - 128) <= 1  # scaled, not clipped
+
+
+def test_palette_with_a_transparent_entry():
+    image = Image.fromarray(np.array([[0, 1], [1, 0]], np.uint8), "P")
+    image.putpalette([255, 0, 0, 0, 0, 255] + [0] * 762)
+    rgba = read_image(saved(image, "PNG", transparency=0))
+    assert rgba[..., 3].tolist() == [[0, 255], [255, 0]]
+
+
+def test_a_cut_a_false_and_a_huge_picture_are_refused(monkeypatch, tmp_path):
+    data = encode_png(RED_ON_CLEAR)
+    with pytest.raises(BadImage, match="not a whole picture"):
+        read_image(data[: len(data) // 2])
+    with pytest.raises(BadImage):
+        read_image(b"<html>Just a moment</html>")
+    with pytest.raises(BadImage, match="does not exist"):
+        read_image(tmp_path / "none.png")
+    monkeypatch.setattr(images, "MAX_PIXELS", 100)
+    with pytest.raises(BadImage, match="beyond"):
+        read_image(data)
+
+
+def test_encoding_the_same_pixels_gives_the_same_bytes():
+    assert encode_png(RED_ON_CLEAR) == encode_png(read_image(encode_png(RED_ON_CLEAR)))
+
+
+def test_premultiplied_and_back():
+    rng = np.random.default_rng(0)
+    rgba = rng.integers(0, 256, (32, 32, 4)).astype(np.uint8)
+    rgba[..., 3] = np.maximum(rgba[..., 3], 200)
+    assert abs(unpremultiply(premultiply(rgba)).astype(int) - rgba.astype(int)).max() <= 1
+    assert (unpremultiply(np.zeros((2, 2, 4), np.uint8)) == 0).all()
+
+
+def test_shrinking_averages_and_never_bleeds_from_transparent_pixels():
+    rgba = np.zeros((64, 64, 4), np.uint8)
+    rgba[..., 1] = 255  # a green that nobody sees
+    rgba[:, :31] = (255, 0, 0, 255)
+    small = unpremultiply(fit_square(rgba, 32))
+    visible = small[..., 3] > 0
+    assert (small[visible][:, 1] == 0).all()
+    assert (small[visible][:, 0] >= 254).all()
+    assert small[0, 15, 3] == 128  # half covered
+
+
+def test_pixel_art_is_enlarged_by_whole_factors_without_new_colours():
+    sprite = draw_creature(COLORS["blue"], "square", size=20)
+    assert is_pixel_art(sprite)
+    big = unpremultiply(fit_square(sprite, 64))
+    np.testing.assert_array_equal(big[2:62, 2:62], enlarge(sprite, 3))
+    assert (big[:2] == 0).all()
+    assert {tuple(c) for c in big.reshape(-1, 4)} == {tuple(c) for c in sprite.reshape(-1, 4)}
+
+
+def test_other_pictures_are_padded_to_a_square_and_stay_whole():
+    wide = np.full((10, 30, 4), 255, np.uint8)
+    wide[..., 2] = np.arange(30) * 8  # too soft for pixel art? its colours are few, its edge is hard
+    square = fit_square(wide, 16)
+    assert square.shape == (16, 16, 4)
+    assert (square[:5, :, 3] == 0).all()
+    assert (square[7:9, :, 3] == 255).all()
+    soft = np.zeros((10, 10, 4), np.uint8)
+    soft[2:8, 2:8] = (200, 100, 0, 120)
+    enlarged = fit_square(soft, 32)
+    assert (enlarged[..., :3] <= enlarged[..., 3:]).all()  # a premultiplied colour never exceeds its alpha
+
+
+@pytest.mark.parametrize("channels", ["rgba", "rgb", "grey"])
+def test_model_space_and_back(channels):
+    rgba = np.stack([RED_ON_CLEAR, draw_creature(COLORS["green"], "square")])
+    x = to_model(torch.from_numpy(premultiply(rgba)), channels)
+    assert x.shape == (2, images.CHANNELS[channels], 40, 40)
+    assert x.min() >= -1
+    assert x.max() <= 1
+    back = from_model(x)
+    if channels == "rgba":
+        np.testing.assert_array_equal(back, rgba)
+    elif channels == "rgb":
+        np.testing.assert_array_equal(back[..., :3], composite(rgba))
+    else:
+        luma = composite(rgba) @ np.array([0.299, 0.587, 0.114])
+        assert abs(back[..., 0] - luma).max() <= 1
+    assert from_model(torch.full((1, 4, 2, 2), 7.0)).max() == 255  # clipped, not wrapped
+
+
+def test_a_colour_brighter_than_its_alpha_is_cut():
+    x = torch.full((1, 4, 1, 1), 1.0)
+    x[:, 3] = 0.0  # alpha one half, colour full
+    assert from_model(x)[0, 0, 0].tolist() == [255, 255, 255, 128]
+
+
+def test_composite_and_colour_names():
+    rgba = np.array([[[255, 0, 0, 255], [0, 0, 0, 0]]], np.uint8)
+    assert composite(rgba, "white").tolist() == [[[255, 0, 0], [255, 255, 255]]]
+    assert composite(rgba, "#102030")[0, 1].tolist() == [16, 32, 48]
+    with pytest.raises(PokediffError, match="not a colour"):
+        composite(rgba, "octarine")
+
+
+def test_grid_places_pictures_row_by_row():
+    pictures = np.zeros((5, 2, 2, 4), np.uint8)
+    for index in range(5):
+        pictures[index] = index + 1
+    sheet = grid(pictures, columns=3, gap=1)
+    assert sheet.shape == (5, 8, 4)
+    assert sheet[0, 0, 0] == 1
+    assert sheet[0, 6, 0] == 3
+    assert sheet[3, 3, 0] == 5
+    assert sheet[2].max() == 0
+
+
+@pytest.mark.parametrize("name", ["gif", "png", "apng", "mp4"])
+def test_animations_open_and_hold_their_last_frame(tmp_path, name):
+    frames = [np.full((32, 33, 3), (40 * index, 90, 200 - 40 * index), np.uint8) for index in range(5)]
+    path = tmp_path / f"show.{name}"
+    save_animation(path, frames, seconds=1.0, hold=2.0)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]  # no temporary file left
+    if name == "mp4":
+        video = cv2.VideoCapture(str(path))
+        count, fps = int(video.get(cv2.CAP_PROP_FRAME_COUNT)), video.get(cv2.CAP_PROP_FPS)
+        assert 2.8 < count / fps < 3.3
+        good, first = video.read()
+        assert good
+        assert abs(cv2.cvtColor(first, cv2.COLOR_BGR2RGB)[16, 16].astype(int) - frames[0][0, 0]).max() < 12
+        return
+    with Image.open(path) as image:
+        assert image.n_frames == 5
+        durations = []
+        for index in range(5):
+            image.seek(index)
+            durations.append(image.info["duration"])
+        assert durations[:4] == [200] * 4
+        assert durations[4] == 2200
+        assert abs(np.asarray(image.convert("RGB"))[0, 0].astype(int) - frames[4][0, 0]).max() <= 4
+
+
+def test_an_unknown_animation_is_refused(tmp_path):
+    with pytest.raises(PokediffError, match=r"\.gif"):
+        save_animation(tmp_path / "a.avi", [np.zeros((4, 4, 3), np.uint8)])
+
+
+@pytest.mark.parametrize("color", list(COLORS))
+def test_a_creature_has_the_colour_it_was_drawn_with(color):
+    shares = color_shares(draw_creature(COLORS[color], "round"))
+    assert next(iter(shares)) == color
+    assert abs(sum(shares.values()) - 1) < 1e-6
+    assert main_colors(draw_creature(COLORS[color], "round")) == (color,)
+
+
+def test_colours_of_two_halves_and_of_nothing():
+    rgba = draw_creature(COLORS["red"], "square")
+    rgba[20:][rgba[20:, :, 3] > 0] = (*COLORS["blue"], 255)
+    assert set(main_colors(rgba)) == {"red", "blue"}
+    assert main_colors(np.zeros((8, 8, 4), np.uint8)) == ()
+
+
+def test_measured_colours_agree_with_people_on_real_pictures(shared):
+    from pokediff.records import read_records
+
+    folder = shared / "data" / "pokemon"
+    records = [r for r in read_records(folder) if r.style == "dream-world" and not r.shiny and not r.form][::6]
+    agree = [r.color in main_colors(unpremultiply(fit_square(read_image(folder / r.file_name), 64))) for r in records]
+    assert np.mean(agree) > 0.7  # the Pokédex has no orange and names one colour only
