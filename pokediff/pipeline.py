@@ -1,0 +1,294 @@
+"""PokeDiffPipeline: prompt to steps to pictures.
+
+    pipe = PokeDiffPipeline.from_pretrained("checkpoints/pokediff-32")
+    pipe("a blue water turtle", seed=7).images[0].save("turtle.png")
+
+`denoise()` is a generator of steps; progress bars, GIFs, previews and live views are all consumers of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
+from diffusers.utils import BaseOutput
+from PIL import Image
+
+from pokediff.errors import PokediffError
+from pokediff.images import CHANNELS, from_model
+from pokediff.text import ClipTextEncoder, TextEncoder, cached_or_downloaded, load_text_encoder
+from pokediff.unet import Unet
+
+# name: a diffusers scheduler and what is changed of its configuration. A new sampler is a new line.
+SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
+    "ddpm": (DDPMScheduler, {}),
+    "ddim": (DDIMScheduler, {}),
+    "dpmpp_2m": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "unipc": (UniPCMultistepScheduler, {}),
+    "heun": (HeunDiscreteScheduler, {}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "euler_a": (EulerAncestralDiscreteScheduler, {}),
+}
+
+DEFAULT_STEPS = 25
+DEFAULT_GUIDANCE = 2.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One evaluation of the network, or the end (sigma 0, x = x0 = the pictures). Tensors are (B, C, H, W)."""
+
+    index: int  # 0, 1, 2 ...
+    timestep: float  # 999 (noise) ... 0
+    sigma: float  # standard deviation of the noise relative to the picture's unit scale
+    x: torch.Tensor  # the noisy picture, unit variance
+    x0: torch.Tensor  # the clean picture as predicted from it, in [-1, 1]
+
+
+class ImageGenerator(Protocol):
+    """What evaluation and demo know of a system that draws."""
+
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> np.ndarray:
+        """One picture for each prompt, straight RGBA uint8 (N, H, W, 4)."""
+        ...
+
+
+@dataclass
+class PokeDiffPipelineOutput(BaseOutput):
+    images: list[Image.Image]  # RGBA
+
+
+class PokeDiffPipeline(DiffusionPipeline):
+    """A text-conditional pixel-space diffusion model.
+
+    `unet` and `scheduler` belong to each other by the scheduler's noise schedule and prediction type; any diffusers
+    scheduler made `from_config` of this one may take its place. `text_encoder` and `tokenizer` are there when the
+    encoder lives in the checkpoint ("builtin"); otherwise `text_encoder_name` is loaded when it is first needed.
+    """
+
+    model_cpu_offload_seq = "text_encoder->unet"
+    _optional_components = ["text_encoder", "tokenizer"]  # noqa: RUF012 (diffusers' own form)
+
+    def __init__(
+        self,
+        unet: Unet,
+        scheduler: SchedulerMixin,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+        text_encoder_name: str = "builtin",
+    ) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer)
+        self.register_to_config(text_encoder_name=text_encoder_name)
+        self._encode: TextEncoder | None = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> PokeDiffPipeline:
+        """A folder written by training, or a hub repository. Weights are made float32 unless dtype says otherwise.
+
+        Raises PokediffError when there is no such folder, or it is no pipeline of ours.
+        """
+        name, path = str(pretrained_model_name_or_path), Path(pretrained_model_name_or_path)
+        load = super().from_pretrained
+        if (path / "model_index.json").is_file():
+            pipeline = load(name, **kwargs)
+        else:
+            found = ", ".join(
+                sorted(index.parent.as_posix() for index in Path("checkpoints").glob("*/model_index.json"))
+            )
+            here = f"here are: {found or 'none'}"
+            if path.is_dir() or path.parent.is_dir() or name.count("/") != 1:
+                raise PokediffError(f"{path} is no checkpoint (no model_index.json); {here}")
+            pipeline = cached_or_downloaded(
+                lambda local: load(name, **{**kwargs, "local_files_only": local}), f"checkpoint {name}", here
+            )
+        return pipeline if {"dtype", "torch_dtype"} & kwargs.keys() else pipeline.to(dtype=torch.float32)
+
+    @property
+    def channels(self) -> str:
+        """One of rgba, rgb, grey."""
+        return {number: name for name, number in CHANNELS.items()}[self.unet.config.in_channels]
+
+    @property
+    def image_size(self) -> int:
+        """Side of the pictures in px."""
+        return self.unet.config.image_size
+
+    def encode_prompt(self, prompts: Sequence[str]) -> torch.Tensor:
+        """(N, D) text vectors on the network's device; "" gives the null condition that it was trained with."""
+        known = {"": self.unet.null_text}
+        for prompt in dict.fromkeys(prompts):
+            if prompt:  # each alone: in company its vector would differ in the last digit
+                known[prompt] = self._load_encoder()([prompt]).pooled[0].to(self.unet.null_text)
+        return torch.stack([known[prompt] for prompt in prompts])
+
+    def _load_encoder(self) -> TextEncoder:
+        if self._encode is None:
+            name, wanted = self.config.text_encoder_name, len(self.unet.null_text)
+            own = self.text_encoder is not None
+            encode = ClipTextEncoder(self.text_encoder, self.tokenizer, name) if own else load_text_encoder(name)
+            if encode.dim != wanted:
+                raise PokediffError(f"the network wants {wanted} numbers a prompt, {name} gives {encode.dim}")
+            self._encode = encode
+        return self._encode
+
+    def make_scheduler(self, sampler: str | None, num_steps: int) -> SchedulerMixin:
+        """A fresh scheduler set to `num_steps`: the one called `sampler`, or a copy of the pipeline's own."""
+        if sampler is not None and sampler not in SAMPLERS:
+            raise PokediffError(f"unknown sampler {sampler!r}, there are {', '.join(SAMPLERS)}")
+        if not 1 <= num_steps <= self.scheduler.config.num_train_timesteps:
+            raise PokediffError(f"num_steps must be 1 to {self.scheduler.config.num_train_timesteps}, not {num_steps}")
+        kind, changes = SAMPLERS[sampler] if sampler else (type(self.scheduler), {})
+        scheduler = kind.from_config(self.scheduler.config, **changes)
+        scheduler.set_timesteps(num_steps, device=self.device)
+        return scheduler
+
+    @torch.inference_mode()
+    def denoise(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        num_steps: int = DEFAULT_STEPS,
+        guidance_scale: float = DEFAULT_GUIDANCE,
+        guidance_interval: tuple[float, float] | None = None,
+        negative_prompt: str = "",
+        sampler: str | None = None,
+        precision: Literal["auto", "bf16", "fp32"] = "auto",
+    ) -> Iterator[Step]:
+        """Yield every step from noise to pictures, the pictures last.
+
+        Args:
+            prompts: N texts; "" draws without a condition.
+            seeds: N numbers. Each picture has noise of its own: the same seed gives the same picture in any batch.
+            num_steps: steps of the sampler (heun evaluates the network twice a step).
+            guidance_scale: 1 is off; x0 is moved away from the negative prompt's by this factor (Ho & Salimans 2022).
+            guidance_interval: guide only while sigma lies in it (Kynkäänniemi et al. 2024); None is always.
+            negative_prompt: what guidance moves away from; "" is the null condition.
+            sampler: a name in SAMPLERS; None is the pipeline's own scheduler.
+            precision: of the network; auto is bf16 where the device multiplies it in hardware.
+
+        Raises PokediffError for an unknown sampler, a bad number of steps, or prompts and seeds that do not pair up.
+        """
+        if len(prompts) != len(seeds):
+            raise PokediffError(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}")
+        scheduler = self.make_scheduler(sampler, num_steps)
+        half = precision == "bf16" or (precision == "auto" and has_bf16(self.device))
+        text = self.encode_prompt(prompts)  # (N, D)
+        against = self.encode_prompt([negative_prompt]).expand_as(text)
+        low, high = guidance_interval or (0.0, float("inf"))
+
+        # Noise is made on the CPU, whose generator is the same everywhere.
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        shape = (self.unet.config.in_channels, self.image_size, self.image_size)
+        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        x = noise.to(self.device) * scheduler.init_noise_sigma
+        for index, timestep in enumerate(scheduler.timesteps):
+            noisy = scheduler.scale_model_input(x, timestep)  # unit variance, whatever scale the sampler keeps x in
+            sigma = self._sigma(float(timestep))
+            if guidance_scale == 1 or not low <= sigma <= high:
+                output = self._predict(noisy, timestep, text, half)
+            else:
+                both = self._predict(noisy.repeat(2, 1, 1, 1), timestep, torch.cat([text, against]), half)
+                guided, away = both.chunk(2)
+                output = away + guidance_scale * (guided - away)
+            x0 = self._to_x0(output, noisy, sigma).clamp(-1, 1)  # guidance overshoots; a picture cannot
+            yield Step(index, float(timestep), sigma, noisy, x0)
+            output = self._from_x0(x0, noisy, sigma)
+            options = {"generator": generators} if isinstance(scheduler, STOCHASTIC) else {}
+            x = scheduler.step(output, timestep, x, **options).prev_sample
+        yield Step(len(scheduler.timesteps), 0.0, 0.0, x, x.clamp(-1, 1))
+
+    def generate(
+        self, prompts: Sequence[str], seeds: Sequence[int], *, batch_size: int = 16, **options: Any
+    ) -> np.ndarray:
+        """Pictures for N prompts and seeds, straight RGBA uint8 (N, H, W, 4). `options` are those of `denoise`."""
+        pictures = []
+        for start in range(0, len(prompts), batch_size):
+            part = slice(start, start + batch_size)
+            *_, last = self.denoise(prompts[part], seeds[part], **options)
+            pictures.append(from_model(last.x0))
+        return np.concatenate(pictures)
+
+    def __call__(
+        self, prompt: str | Sequence[str], num_images: int = 1, seed: int = 0, **options: Any
+    ) -> PokeDiffPipelineOutput:
+        """`num_images` pictures a prompt, as RGBA PIL images; picture k has seed + k. `options` as in `generate`."""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = [text for text in prompts for _ in range(num_images)]
+        pictures = self.generate(prompts, range(seed, seed + len(prompts)), **options)
+        return PokeDiffPipelineOutput(images=[Image.fromarray(picture) for picture in pictures])
+
+    # ------------------------------------------------------------------------------------ between v, noise and x0
+
+    def _predict(self, x: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, half: bool) -> torch.Tensor:
+        """The network on (B, C, H, W), float32."""
+        if half or x.device.type != "cpu":
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
+                return self.unet(x.to(self.unet.dtype), timestep, text.to(self.unet.dtype)).float()
+        # float32 kernels of a CPU are chosen by the number of rows and round differently (bfloat16 ones agree): a
+        # picture must not depend on its company, so they always get four rows.
+        number = len(x)
+        rows = torch.arange(-(-number // 4) * 4) % number
+        parts = zip(x[rows].split(4), text[rows].split(4), strict=True)
+        return torch.cat([self.unet(x4.to(self.unet.dtype), timestep, t4.to(self.unet.dtype)) for x4, t4 in parts])[
+            :number
+        ].float()
+
+    def _sigma(self, timestep: float) -> float:
+        """Noise to signal, sqrt((1 - a) / a) with a = alphas_cumprod; some samplers ask between two timesteps."""
+        alphas = self.scheduler.alphas_cumprod.double()
+        log_sigmas = ((1 - alphas) / alphas).log() / 2
+        return float(np.exp(np.interp(timestep, np.arange(len(alphas)), log_sigmas.cpu().numpy())))
+
+    def _to_x0(self, output: torch.Tensor, x: torch.Tensor, sigma: float) -> torch.Tensor:
+        """The output as x0, where x = alpha x0 + std noise, alpha^2 + std^2 = 1 (Salimans & Ho 2022, appendix D)."""
+        alpha, std = 1 / (1 + sigma**2) ** 0.5, sigma / (1 + sigma**2) ** 0.5
+        kind = self.scheduler.config.prediction_type
+        if kind == "v_prediction":
+            return alpha * x - std * output
+        return (x - std * output) / alpha if kind == "epsilon" else output
+
+    def _from_x0(self, x0: torch.Tensor, x: torch.Tensor, sigma: float) -> torch.Tensor:
+        """The inverse of `_to_x0`: what the network would have put out for this x0."""
+        alpha, std = 1 / (1 + sigma**2) ** 0.5, sigma / (1 + sigma**2) ** 0.5
+        kind = self.scheduler.config.prediction_type
+        if kind == "v_prediction":
+            return (alpha * x - x0) / std
+        return (x - alpha * x0) / std if kind == "epsilon" else x0
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Does the device multiply bfloat16 in hardware?"""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return (
+        device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def quiet() -> None:
+    """No progress bars of diffusers and transformers for files that load in a blink."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+STOCHASTIC = (DDPMScheduler, EulerAncestralDiscreteScheduler)  # samplers that draw new noise at every step

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pokediff.unet import Unet, attend, sinusoidal
+
+
+def small(**changes) -> Unet:
+    torch.manual_seed(0)
+    values = dict(image_size=32, widths=(32, 64), attention=(False, True), blocks=(1, 1), embedding_dim=64, text_dim=16)
+    unet = Unet(**{**values, **changes})
+    for parameter in unet.parameters():  # the last layers start at zero, which would hide everything
+        if parameter.abs().max() == 0:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return unet.eval()
+
+
+@pytest.mark.parametrize(("size", "channels"), [(16, 1), (32, 4), (64, 3), (128, 4)])
+def test_shapes(size, channels):
+    unet = small(image_size=size, in_channels=channels)
+    x = torch.randn(2, channels, size, size)
+    assert unet(x, torch.tensor([0, 999]), torch.randn(2, 16), torch.zeros(2, 3)).shape == x.shape
+
+
+def test_an_untrained_network_predicts_zero():
+    unet = Unet(image_size=32, widths=(32, 64), attention=(False, True), text_dim=16)
+    assert unet(torch.randn(2, 4, 32, 32), 500.0, torch.randn(2, 16)).abs().max() == 0
+
+
+def test_every_input_counts():
+    unet = small()
+    x, text = torch.randn(1, 4, 32, 32), F.normalize(torch.randn(1, 16), dim=1)
+    base = unet(x, 500.0, text)
+    for other in (
+        unet(x + 0.1, 500.0, text),
+        unet(x, 400.0, text),
+        unet(x, 500.0, -text),
+        unet(x, 500.0, text, torch.tensor([[1.0, 0, 0]])),
+    ):
+        assert (other - base).abs().max() > 1e-4
+
+
+def test_no_text_is_the_null_text_and_no_augmentation_is_zero():
+    unet = small()
+    unet.null_text.copy_(F.normalize(torch.randn(16), dim=0))
+    x = torch.randn(2, 4, 32, 32)
+    expected = unet(x, 10.0, unet.null_text.expand(2, -1), torch.zeros(2, 3))
+    torch.testing.assert_close(unet(x, 10.0), expected)
+
+
+def test_pictures_of_a_batch_do_not_touch_each_other():
+    unet = small()
+    x, text = torch.randn(3, 4, 32, 32), torch.randn(3, 16)
+    together = unet(x, torch.tensor([1, 500, 999]), text)
+    for index, timestep in enumerate((1.0, 500.0, 999.0)):
+        alone = unet(x[index : index + 1], timestep, text[index : index + 1])
+        torch.testing.assert_close(alone, together[index : index + 1], rtol=1e-4, atol=1e-5)
+
+
+def test_saved_and_loaded(tmp_path):
+    unet = small()
+    unet.null_text.fill_(0.25)
+    unet.save_pretrained(tmp_path)
+    assert (tmp_path / "diffusion_pytorch_model.safetensors").is_file()
+    loaded = Unet.from_pretrained(tmp_path)
+    x = torch.randn(1, 4, 32, 32)
+    torch.testing.assert_close(loaded(x, 3.0), unet(x, 3.0), rtol=0, atol=0)
+
+
+def test_attention_is_the_library_s():
+    query, key, value = torch.randn(3, 2, 4, 16, 8).unbind(0)
+    torch.testing.assert_close(attend(query, key, value), F.scaled_dot_product_attention(query, key, value))
+
+
+def test_timestep_embedding_against_its_definition():
+    embedding = sinusoidal(torch.tensor([7.0]), 4)
+    expected = torch.tensor([7.0, 0.07])
+    torch.testing.assert_close(embedding, torch.cat([expected.cos(), expected.sin()])[None])
