@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_data
+
+from pokediff.config import DatasetConfig
+from pokediff.dataset import TrainingBatches, caption_vectors, draw_chances, embed, load_pictures, translate
+from pokediff.errors import PokediffError
+from pokediff.images import premultiply, read_image
+from pokediff.records import split_of
+from pokediff.text import load_embeddings
+
+
+@pytest.fixture(scope="module")
+def pictures(data):
+    return load_pictures(data, 40)
+
+
+def batches(pictures, data, **changes) -> TrainingBatches:
+    vectors = caption_vectors(data, pictures, "builtin")
+    values = dict(batch_size=16, caption_dropout=0.25, seed=3)
+    return TrainingBatches(
+        pictures, vectors, changes.pop("config", DatasetConfig(image_size=40)), **{**values, **changes}
+    )
+
+
+def test_pictures_captions_and_splits(data, pictures):
+    assert len(pictures) == 80
+    assert pictures.pixels.shape == (80, 40, 40, 4)
+    first = pictures.records[0]
+    np.testing.assert_array_equal(pictures.pixels[0], premultiply(read_image(data / first.file_name)))
+    assert (
+        pictures.captions[0][0] == "official artwork of a red round water creature"
+        or "sprite" in pictures.captions[0][0]
+    )
+    parts = [pictures.split(split) for split in ("train", "validation", "test")]
+    assert sum(map(len, parts)) == 80
+    families = [{record.family for record in part.records} for part in parts]
+    assert not families[0] & families[1] | families[1] & families[2] | families[0] & families[2]
+    assert all(split_of(record) == "train" for record in parts[0].records)
+
+
+def test_the_digest_tells_other_pictures_and_other_words(tmp_path, pictures):
+    folder = write_data(tmp_path / "copy")
+    assert load_pictures(folder, 16).digest == pictures.digest
+    rows = (folder / "metadata.jsonl").read_text().splitlines()
+    (folder / "metadata.jsonl").write_text(
+        "\n".join([json.dumps({**json.loads(rows[0]), "types": ["fire"]}), *rows[1:]])
+    )
+    assert load_pictures(folder, 16).digest != pictures.digest
+
+
+def test_broken_pictures_are_named_skipped_and_bounded(tmp_path):
+    folder = write_data(tmp_path / "d", number=120)
+    (folder / "images" / "0007.png").write_bytes(b"<html>")
+    said: list[str] = []
+    assert len(load_pictures(folder, 16, report=said.append)) == 119
+    assert len(said) == 1
+    assert "images/0007.png" in said[0]
+    (folder / "images" / "0008.png").unlink()
+    with pytest.raises(PokediffError, match=r"2 of 120 pictures .* broken"):
+        load_pictures(folder, 16, report=said.append)
+
+
+def test_styles_can_be_chosen(data):
+    chosen = load_pictures(data, 16, styles=["sprite"])
+    assert {record.style for record in chosen.records} == {"sprite"}
+    with pytest.raises(PokediffError, match=r"no pictures of style fresco; it has: artwork, sprite"):
+        load_pictures(data, 16, styles=["sprite", "fresco"])
+
+
+def test_a_batch_is_a_function_of_seed_and_step(pictures, data):
+    a, b = batches(pictures, data), batches(pictures, data)
+    for field in ("pixels", "text", "augment"):
+        torch.testing.assert_close(getattr(a[5], field), getattr(b[5], field), rtol=0, atol=0)
+    assert (a[5].pixels != a[6].pixels).any()
+    assert (a[5].pixels != batches(pictures, data, seed=4)[5].pixels).any()
+
+
+def test_processes_take_slices_of_the_same_batch(pictures, data):
+    whole = batches(pictures, data)[9]
+    halves = [batches(pictures, data, rank=rank, world=2)[9] for rank in (0, 1)]
+    for field in ("pixels", "text", "augment"):
+        torch.testing.assert_close(
+            torch.cat([getattr(half, field) for half in halves]), getattr(whole, field), rtol=0, atol=0
+        )
+    with pytest.raises(PokediffError, match="shared by 3"):
+        batches(pictures, data, rank=0, world=3)
+
+
+def test_the_label_says_what_was_done_to_the_picture(pictures, data):
+    made = batches(
+        pictures, data, config=DatasetConfig(image_size=40, flip=0.5, shift=0.5, max_shift=0.1), caption_dropout=0.0
+    )
+    seen = {tuple(np.sign(row)) for step in range(20) for row in made[step].augment.tolist()}
+    assert len(seen) > 6
+    for step in range(3):
+        batch = made[step]
+        for pixels, (mirrored, right, down) in zip(batch.pixels.numpy(), batch.augment.tolist(), strict=True):
+            back = translate(pixels, -round(right * 4), -round(down * 4))
+            back = back[:, ::-1] if mirrored else back
+            distance = np.abs(pictures.pixels.astype(int) - back.astype(int)).mean(axis=(1, 2, 3))
+            assert distance.min() < 0.5  # it is one of the pictures again
+    plain = batches(pictures, data, config=DatasetConfig(image_size=40, flip=0, shift=0))[0]
+    assert plain.augment.abs().max() == 0
+
+
+def test_captions_are_dropped_as_often_as_asked_and_drawn_anew(pictures, data):
+    made = batches(pictures, data, caption_dropout=0.25)
+    null = made.vectors.table[0]
+    rows = torch.cat([made[step].text for step in range(100)])
+    assert (rows == null).all(1).float().mean().item() == pytest.approx(0.25, abs=0.04)
+    assert len({tuple(row[:4].tolist()) for row in rows}) > 50
+
+
+def test_styles_get_their_shares(pictures):
+    chances = draw_chances(pictures.records, {"artwork": 1.0, "sprite": 3.0})
+    share = sum(chance for chance, record in zip(chances, pictures.records, strict=True) if record.style == "sprite")
+    assert share == pytest.approx(0.75)
+    assert draw_chances(pictures.records, None) == pytest.approx(np.full(80, 1 / 80))
+
+
+def test_translate_brings_in_nothing():
+    picture = np.arange(1, 10, dtype=np.uint8).reshape(3, 3, 1).repeat(4, axis=2)
+    assert translate(picture, 1, 0)[..., 0].tolist() == [[0, 1, 2], [0, 4, 5], [0, 7, 8]]
+    assert translate(picture, 0, -2)[..., 0].tolist() == [[7, 8, 9], [0, 0, 0], [0, 0, 0]]
+
+
+def test_embed_writes_every_caption_and_training_uses_the_file(data, tmp_path, monkeypatch):
+    folder = tmp_path / "d"
+    shutil.copytree(data, folder)
+    path = embed(folder, "builtin")
+    saved = load_embeddings(path, "builtin")
+    pictures = load_pictures(folder, 16)
+    assert set(saved) == {""} | {caption for several in pictures.captions for caption in several}
+
+    def no_encoder(_):
+        raise AssertionError("everything is in the file")
+
+    monkeypatch.setattr("pokediff.dataset.load_text_encoder", no_encoder)
+    vectors = caption_vectors(folder, pictures, "builtin")
+    torch.testing.assert_close(vectors.table[0], saved[""])
+    row = int(vectors.rows[4][1])
+    torch.testing.assert_close(vectors.table[row], saved[pictures.captions[4][1]])

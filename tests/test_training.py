@@ -1,0 +1,274 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, tiny_config
+from PIL import Image
+from safetensors.torch import load_file
+
+from pokediff import training
+from pokediff.config import TrainConfig, dump_yaml, load_yaml
+from pokediff.errors import PokediffError
+from pokediff.pipeline import PokeDiffPipeline
+from pokediff.training import ema_with_warmup, learning_rate, mix, train
+
+
+def launch(config: TrainConfig, *options: str, processes: int = 1) -> subprocess.Popen:
+    """train.py as a user starts it."""
+    path = Path(config.out).parent / f"{Path(config.out).name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(dump_yaml(config))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+    command += [
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--num_cpu_threads_per_process",
+        "1",
+    ]
+    if processes > 1:
+        command += ["--main_process_port", str(random.randint(20000, 40000))]
+    return subprocess.Popen(
+        [*command, str(ROOT / "train.py"), "--config", str(path), *options],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def newest_state(run: Path) -> Path:
+    return sorted((run / "state").glob("step-*"))[-1]
+
+
+def assert_same_state(a: Path, b: Path, **tolerance) -> None:
+    for name in ("unet", "average", "optimizer"):
+        left, right = load_file(a / f"{name}.safetensors"), load_file(b / f"{name}.safetensors")
+        assert left.keys() == right.keys()
+        for key in left:
+            torch.testing.assert_close(left[key], right[key], msg=lambda m, key=key: f"{key}: {m}", **tolerance)
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory) -> Path:
+    return train(tiny_config(data, tmp_path_factory.mktemp("runs") / "tiny"))
+
+
+def test_a_run_leaves_what_it_promises(finished, data):
+    for name in ("config.yaml", "run.json", "log.jsonl", "README.md", "model_index.json", "best/model_index.json"):
+        assert (finished / name).is_file(), name
+    assert load_yaml(finished / "config.yaml", TrainConfig) == tiny_config(data, finished)
+    facts = json.loads((finished / "run.json").read_text())
+    assert facts["parameters"] > 0
+    assert facts["flops_per_image_forward"] > 0
+    assert facts["data"]["sha256"]
+    assert facts["packages"]["torch"] == torch.__version__ or facts["packages"]["torch"]
+    rows = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows if "validation_loss" in row] == [3, 6]
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert list((finished / "tensorboard").rglob("events.out*"))
+    assert [path.name for path in sorted((finished / "state").iterdir())] == ["step-00000003", "step-00000006"]
+    with Image.open(finished / "previews" / "step-00000006.png") as sheet:
+        assert sheet.mode == "RGBA"
+    with Image.open(finished / "previews" / "step-00000006.gif") as clip:
+        assert 10 < clip.n_frames <= 26  # equal frames are merged
+    card = (finished / "README.md").read_text()
+    assert "6 steps, 48 pictures drawn" in card
+    assert not list(finished.rglob("*.tmp*"))
+    assert not list(finished.rglob("*.bin")) + list(finished.rglob("*.pt")) + list(finished.rglob("*.pkl"))
+
+
+def test_the_checkpoint_draws_with_the_averaged_weights(finished):
+    pipe = PokeDiffPipeline.from_pretrained(finished)
+    average = load_file(newest_state(finished) / "average.safetensors")
+    for name, parameter in pipe.unet.state_dict().items():
+        torch.testing.assert_close(parameter, average[name].half().float(), rtol=0, atol=0)
+    assert pipe("a red round creature", num_steps=2).images[0].size == (16, 16)
+    assert pipe.unet.null_text.norm().item() == pytest.approx(1, abs=1e-3)
+
+
+def test_a_run_is_not_overwritten(finished, data):
+    with pytest.raises(PokediffError, match="--resume auto"):
+        train(tiny_config(data, finished))
+
+
+def test_resuming_equals_never_having_stopped(finished, data, tmp_path):
+    config = tiny_config(data, tmp_path / "run")
+    train(replace(config, max_steps=3))
+    train(config, resume="auto")
+    assert_same_state(newest_state(tmp_path / "run"), newest_state(finished), rtol=0, atol=0)
+    losses = [
+        [row for row in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if "loss" in row]
+        for run in (tmp_path / "run", finished)
+    ]
+    assert [row["loss"] for row in losses[0]] == [row["loss"] for row in losses[1]]
+
+
+def test_resuming_finished_work_does_nothing_but_say_so(finished, data):
+    before = (newest_state(finished) / "unet.safetensors").read_bytes()
+    train(tiny_config(data, finished), resume="auto")
+    assert (newest_state(finished) / "unet.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"seed": 1}, "seed"), ({"batch_size": 4}, "batch_size"), ({"text_encoder": "clip:x"}, "text_encoder|clip:x")],
+)
+def test_a_state_does_not_fit_another_configuration(finished, data, changes, words):
+    with pytest.raises(PokediffError, match=words):
+        train(tiny_config(data, finished, **changes), resume="auto")
+
+
+def test_killed_at_random_moments_it_ends_the_same(data, tmp_path):
+    changes = dict(max_steps=16, checkpoint_every=2, validate_every=8, preview_every=16)
+    whole = tiny_config(data, tmp_path / "whole", **changes)
+    finish(launch(whole))
+    config = tiny_config(data, tmp_path / "killed", **changes)
+    rng, kills = random.Random(0), 0
+    while True:
+        process = launch(config, "--resume", "auto")
+        state = tmp_path / "killed" / "state"
+        begin, seen = time.monotonic(), len(list(state.glob("step-*"))) and newest_state(tmp_path / "killed").name
+        while process.poll() is None and kills < 3:  # wait for some progress, then kill anywhere in the next steps
+            done = state.is_dir() and list(state.glob("step-*")) and newest_state(tmp_path / "killed").name
+            if (done and done != seen) or time.monotonic() - begin > 60:
+                time.sleep(rng.uniform(0, 0.4))
+                os.killpg(process.pid, signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.01)
+        output, _ = process.communicate(timeout=300)
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, output
+    assert kills >= 1
+    assert_same_state(newest_state(tmp_path / "killed"), newest_state(tmp_path / "whole"), rtol=0, atol=0)
+
+
+def test_ctrl_c_ends_with_a_checkpoint(data, tmp_path):
+    config = tiny_config(data, tmp_path / "run", max_steps=100_000, checkpoint_every=100_000, validate_every=100_000)
+    process = launch(config)
+    log = tmp_path / "run" / "log.jsonl"
+    begin = time.monotonic()
+    while not (log.exists() and len(log.read_text().splitlines()) > 3):
+        assert process.poll() is None
+        assert time.monotonic() - begin < 120
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    assert json.loads((newest_state(tmp_path / "run") / "progress.json").read_text())["progress"]["step"] >= 3
+    assert PokeDiffPipeline.from_pretrained(tmp_path / "run").image_size == 16
+
+
+def test_two_processes_train_the_same_model_as_one(data, tmp_path):
+    model = replace(tiny_config(data, "x").model, dropout=0.0)  # dropout masks are each process' own
+    runs = [tiny_config(data, tmp_path / name, model=model) for name in ("one", "two")]
+    finish(launch(runs[0], processes=1))
+    finish(launch(runs[1], processes=2))
+    assert_same_state(newest_state(tmp_path / "two"), newest_state(tmp_path / "one"), rtol=1e-3, atol=1e-5)
+    losses = []
+    for name in ("one", "two"):
+        rows = map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines())
+        losses.append([row["loss"] for row in rows if "loss" in row])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_three_in_a_row_stop(data, tmp_path, monkeypatch, capsys):
+    loss_of = training.training_loss
+    bad = {2}
+    monkeypatch.setattr(training, "training_loss", lambda *a: loss_of(*a) * (math.nan if a[-1] in bad else 1))
+    config = tiny_config(data, tmp_path / "run", checkpoint_every=1, validate_every=100)
+    train(config)
+    assert "step 2: loss nan" in capsys.readouterr().out
+    assert all(torch.isfinite(v).all() for v in load_file(newest_state(tmp_path / "run") / "unet.safetensors").values())
+
+    bad |= {7, 8, 9}
+    with pytest.raises(PokediffError, match=r"3 steps in a row, at step 9.*Try --learning-rate"):
+        train(replace(config, max_steps=20), resume="auto")
+    state = newest_state(tmp_path / "run")
+    assert all(torch.isfinite(v).all() for v in load_file(state / "unet.safetensors").values())
+    bad.clear()
+    train(replace(config, max_steps=12), resume="auto")
+
+
+def test_training_learns(data, tmp_path):
+    config = tiny_config(
+        data,
+        tmp_path / "run",
+        max_steps=120,
+        batch_size=16,
+        learning_rate=2e-3,
+        validate_every=60,
+        log_every=10,
+        preview_every=1000,
+    )
+    train(config)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < 0.5 * losses[0]
+    validation = [row["validation_loss"] for row in rows if "validation_loss" in row]
+    assert validation[-1] < validation[0]
+
+
+def test_max_minutes_stops_with_a_checkpoint(data, tmp_path):
+    train(tiny_config(data, tmp_path / "run", max_steps=100_000, max_minutes=0.0, checkpoint_every=100_000))
+    assert newest_state(tmp_path / "run").name == "step-00000001"
+
+
+def test_learning_rate_schedule():
+    config = TrainConfig(max_steps=100, warmup_steps=10, decay_steps=20, learning_rate=1.0)
+    rates = [learning_rate(config, step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9:80] == [1.0] * 71
+    assert rates[90] == pytest.approx(0.5)
+    assert rates[99] == pytest.approx(0.05)
+
+
+def test_average_follows_its_closed_form():
+    average, values = torch.zeros(1), [torch.tensor([float(v)]) for v in (1, 5, 2, 8)]
+    update, expected = ema_with_warmup(0.3), 0.0
+    for n, value in enumerate(values):
+        update([average], [value], n)
+        decay = min(0.3, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * value.item()
+    assert average.item() == pytest.approx(expected)
+
+
+def test_seeds_are_well_mixed():
+    seeds = {mix(a, b, c) for a in range(10) for b in range(100) for c in range(3)}
+    assert len(seeds) == 3000
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize("channels", ["rgb", "grey"])
+def test_other_channels_train_and_draw(data, tmp_path, channels):
+    config = tiny_config(data, tmp_path / channels, max_steps=2)
+    train(replace(config, dataset=replace(config.dataset, channels=channels)))
+    pipe = PokeDiffPipeline.from_pretrained(tmp_path / channels)
+    assert pipe.channels == channels
+    assert pipe("a red creature", num_steps=2).images[0].getextrema()[3] == (255, 255)
+
+
+def test_no_validation_families_is_said(tmp_path):
+    from conftest import write_data
+
+    with pytest.raises(PokediffError, match="0 validation pictures"):
+        train(tiny_config(write_data(tmp_path / "d", number=4), tmp_path / "run"))
