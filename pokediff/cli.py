@@ -1,0 +1,134 @@
+"""The command line: `pokediff scrape|embed|train|sample`. Each verb parses its settings and calls one function."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import tyro
+
+from pokediff.config import DEFAULT_CLIP, SampleConfig, TrainConfig, load_yaml
+from pokediff.errors import one_line_errors
+
+T = TypeVar("T")
+
+HELP = """usage: pokediff VERB [options]        pokediff VERB --help tells a verb's options
+
+  scrape   build a data set from Bulbapedia: pictures, metadata.jsonl, text embeddings
+  embed    write the text embeddings of a data set's captions
+  train    train a model on a data set
+  sample   draw pictures from prompts"""
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """Train a text-to-sprite model. Every key of the configuration is an option too, and the option wins."""
+
+    settings: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+    config: Path | None = None  # a YAML file, see configs/
+    resume: str = "never"  # auto: go on from the newest state, or start; never; or a folder .../state/step-N
+
+
+@dataclass(frozen=True)
+class SampleCommand:
+    """Draw pictures from prompts, and show how they emerge from noise."""
+
+    settings: Annotated[SampleConfig, tyro.conf.arg(name="")] = field(default_factory=SampleConfig)
+    from_json: Path | None = None  # an earlier run's sample.json: the same settings, other options win
+
+
+@dataclass(frozen=True)
+class EmbedCommand:
+    """Write the text embeddings of a data set's captions to DATA/embeddings-<encoder>.safetensors."""
+
+    data: tyro.conf.Positional[Path]  # a folder of pictures with a metadata.jsonl
+    text_encoder: str = DEFAULT_CLIP  # builtin, clip:REPOSITORY or open_clip:ARCHITECTURE:TAG
+
+
+def train(args: Sequence[str] | None = None, prog: str = "train.py") -> None:
+    early = _early(args, "--config", "--resume")
+    base = load_yaml(early["--config"], TrainConfig) if early["--config"] else TrainConfig()
+    if base.out is None and early["--config"]:
+        base = replace(base, out=f"checkpoints/{Path(early['--config']).stem}")
+    command = _parse(TrainCommand, args, prog, TrainCommand(base))
+
+    from pokediff.training import train
+
+    train(command.settings, command.resume)
+
+
+def sample(args: Sequence[str] | None = None, prog: str = "sample.py") -> None:
+    early = _early(args, "--from-json")
+    base = SampleConfig()
+    if early["--from-json"]:
+        from pokediff.sampling import read_settings
+
+        base = read_settings(early["--from-json"])
+    command = _parse(SampleCommand, args, prog, SampleCommand(base))
+
+    from pokediff.sampling import sample
+
+    sample(command.settings)
+
+
+def embed(args: Sequence[str] | None = None, prog: str = "pokediff embed") -> None:
+    command = _parse(EmbedCommand, args, prog)
+
+    from tqdm import tqdm
+
+    from pokediff.dataset import embed
+
+    print(embed(command.data, command.text_encoder, progress=tqdm))
+
+
+def scrape(args: Sequence[str] | None = None, prog: str = "pokediff scrape") -> None:
+    from scraper.run import main
+
+    raise SystemExit(main(args, prog))
+
+
+VERBS: dict[str, Callable[[Sequence[str] | None, str], None]] = {
+    "scrape": scrape,
+    "embed": embed,
+    "train": train,
+    "sample": sample,
+}
+
+
+def main() -> None:
+    """The console script `pokediff`."""
+    verb, args = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
+    if verb in ("-h", "--help"):
+        print(HELP)
+    elif verb in VERBS:
+        run(VERBS[verb], args, f"pokediff {verb}")
+    else:
+        print(f"error: unknown verb {verb!r}\n\n{HELP}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def run(command: Callable[[Sequence[str] | None, str], None], args: Sequence[str] | None, prog: str) -> None:
+    """Run one command at the edge: errors in one line, other libraries' advice kept to themselves."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    with one_line_errors():
+        command(args, prog)
+
+
+def _early(args: Sequence[str] | None, *options: str) -> dict[str, str | None]:
+    """The values of options that decide what the defaults of all others are."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in options:
+        parser.add_argument(option, dest=option)
+    return vars(parser.parse_known_args(args)[0])
+
+
+def _parse(kind: type[T], args: Sequence[str] | None, prog: str, default: T | None = None) -> T:
+    if default is None:
+        return tyro.cli(kind, args=args, prog=prog)
+    return tyro.cli(kind, args=args, prog=prog, default=default)

@@ -1,0 +1,207 @@
+"""sample(config): prompts to a folder of pictures, and how they emerged from noise."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from pokediff.config import SampleConfig, from_values, plain
+from pokediff.errors import PokediffError
+from pokediff.images import composite, encode_png, enlarge, from_model, grid, parse_color, save_animation
+from pokediff.pipeline import PokeDiffPipeline, Step, quiet
+from pokediff.records import write_whole
+
+DEFAULT_CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "pokediff-32"
+SHOWN_SIDE = 128  # px that a picture has at least on a sheet or in an animation
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What is kept of one step: straight RGBA uint8 (B, H, W, 4)."""
+
+    x: np.ndarray
+    x0: np.ndarray
+
+
+def sample(config: SampleConfig) -> Path:
+    """Draw, and write 0000.png ..., grid.png, denoising.gif, sample.json and, if asked, frames/. Returns the folder.
+
+    Ctrl-C keeps the pictures that are done, with a sheet and a sample.json of them, and is raised again.
+    Raises PokediffError for a checkpoint, prompts file or background that cannot be used.
+    """
+    quiet()
+    prompts = read_prompts(config)
+    if config.background:
+        parse_color(config.background)
+    pipeline = PokeDiffPipeline.from_pretrained(config.checkpoint or DEFAULT_CHECKPOINT).to(pick_device(config.device))
+    out = Path(config.out or Path("outputs") / slug(prompts[0]))
+    out.mkdir(parents=True, exist_ok=True)
+    jobs = [(prompt, config.seed + k) for k, prompt in enumerate(p for p in prompts for _ in range(config.num_images))]
+
+    clear_earlier(out)
+
+    done: list[np.ndarray] = []
+    started, interrupted = time.monotonic(), False
+    try:
+        for start in range(0, len(jobs), config.batch_size):
+            frames = draw(pipeline, jobs[start : start + config.batch_size], config)
+            for offset, picture in enumerate(frames[-1].x0):
+                write_picture(out / f"{start + offset:04}.png", picture, config)
+                if config.save_frames:
+                    write_frames(out / "frames" / f"{start + offset:04}", frames, offset, config)
+            done.extend(frames[-1].x0)
+            if start == 0:
+                animate(out, frames, config)
+    except KeyboardInterrupt:
+        interrupted = True
+    if done:
+        columns = config.num_images if len(prompts) > 1 and config.num_images > 1 else None
+        sheet = enlarge(grid(np.stack(done), columns, gap=1), max(config.enlarge, SHOWN_SIDE // pipeline.image_size))
+        write_whole(out / "grid.png", encode_png(composite(sheet, config.background) if config.background else sheet))
+        seconds = time.monotonic() - started
+        facts = describe(pipeline, config, prompts, jobs[: len(done)], seconds)
+        write_whole(out / "sample.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+        print(f"{len(done)} picture{'s' * (len(done) > 1)} in {seconds:.1f} s: {out}")
+    if interrupted:
+        raise KeyboardInterrupt
+    return out
+
+
+def clear_earlier(out: Path) -> None:
+    """Remove the pictures that an earlier run left in this folder, by its sample.json: old and new must not mix."""
+    try:
+        earlier = json.loads((out / "sample.json").read_text(encoding="utf-8"))["pictures"]
+        names = [Path(row["file"]).name for row in earlier]
+    except (OSError, json.JSONDecodeError, KeyError, TypeError):
+        return
+    for name in names:
+        (out / name).unlink(missing_ok=True)
+        shutil.rmtree(out / "frames" / Path(name).stem, ignore_errors=True)
+
+
+def draw(pipeline: PokeDiffPipeline, jobs: Sequence[tuple[str, int]], config: SampleConfig) -> list[Frame]:
+    """Every step of one batch."""
+    prompts, seeds = zip(*jobs, strict=True)
+    steps = pipeline.denoise(
+        prompts,
+        seeds,
+        num_steps=config.num_steps,
+        guidance_scale=config.guidance_scale,
+        guidance_interval=config.guidance_interval,
+        negative_prompt=config.negative_prompt,
+        sampler=config.sampler,
+        precision=config.precision,
+    )
+    evaluations = len(pipeline.make_scheduler(config.sampler, config.num_steps).timesteps)
+
+    def frame(step: Step) -> Frame:
+        return Frame(from_model(step.x), from_model(step.x0))
+
+    return [
+        frame(step)
+        for step in tqdm(steps, total=evaluations + 1, desc=f"{len(jobs)} pictures", unit="step", leave=False)
+    ]
+
+
+def animate(out: Path, frames: Sequence[Frame], config: SampleConfig) -> None:
+    """The noisy picture x beside the predicted clean one x0, step by step, for all pictures of a batch."""
+    factor = max(config.enlarge, SHOWN_SIDE // frames[0].x.shape[1])
+    shown = []
+    for frame in frames:
+        pair = np.concatenate([frame.x, frame.x0], axis=2)  # (B, H, 2W, 4)
+        columns = max(1, round((len(pair) / 2) ** 0.5))
+        shown.append(composite(enlarge(grid(pair, columns), factor), config.background or "white"))
+    for kind in config.animations:
+        save_animation(out / f"denoising.{kind}", shown)
+
+
+def write_picture(path: Path, picture: np.ndarray, config: SampleConfig) -> None:
+    """One straight RGBA picture (H, W, 4) as PNG, enlarged and on the background that the settings ask for."""
+    picture = enlarge(picture, config.enlarge)
+    write_whole(path, encode_png(composite(picture, config.background) if config.background else picture))
+
+
+def write_frames(folder: Path, frames: Sequence[Frame], index: int, config: SampleConfig) -> None:
+    """`save_frames` steps of picture `index`, evenly spread from noise to picture: NN-x.png and NN-x0.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    number = min(config.save_frames, len(frames))
+    for k, step in enumerate(np.linspace(0, len(frames) - 1, number).round().astype(int)):
+        write_picture(folder / f"{k:02}-x.png", frames[step].x[index], config)
+        write_picture(folder / f"{k:02}-x0.png", frames[step].x0[index], config)
+
+
+def read_prompts(config: SampleConfig) -> list[str]:
+    """The prompts of the settings and of the prompts file. Raises PokediffError when there are none."""
+    prompts = list(config.prompt)
+    if config.prompts_file:
+        path = Path(config.prompts_file)
+        if not path.is_file():
+            raise PokediffError(f"prompts file {path} not found")
+        lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+        prompts += [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise PokediffError('nothing to draw: give --prompt "a blue water turtle" or --prompts-file')
+    return prompts
+
+
+def read_settings(path: str | Path) -> SampleConfig:
+    """The settings of an earlier run, from its sample.json."""
+    path = Path(path)
+    if not path.is_file():
+        raise PokediffError(f"{path} not found")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise PokediffError(f"{path} is no sample.json") from None
+    return from_values(settings, SampleConfig, str(path))
+
+
+def describe(
+    pipeline: PokeDiffPipeline,
+    config: SampleConfig,
+    prompts: Sequence[str],
+    jobs: Sequence[tuple[str, int]],
+    seconds: float,
+) -> dict[str, Any]:
+    """Everything needed to make the same pictures again: `sample.py --from-json sample.json`."""
+    checkpoint = Path(config.checkpoint or DEFAULT_CHECKPOINT)
+    weights = checkpoint / "unet" / "diffusion_pytorch_model.safetensors"
+    settings = dataclasses.replace(config, prompt=tuple(prompts), prompts_file=None)
+    return {
+        "settings": plain(settings),
+        "pictures": [{"file": f"{k:04}.png", "prompt": prompt, "seed": seed} for k, (prompt, seed) in enumerate(jobs)],
+        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None,
+        "device": str(pipeline.device),
+        "packages": {name: version(name) for name in ("pokediff", "torch", "diffusers")},
+        "seconds": round(seconds, 2),
+    }
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device called `name`, or the fastest there is. Raises PokediffError when it is not there."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise PokediffError(f"device {name!r} is not there: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def slug(prompt: str) -> str:
+    """A folder name out of a prompt."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "sample"

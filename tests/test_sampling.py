@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from conftest import tiny_config
+from PIL import Image
+
+from pokediff import sampling
+from pokediff.config import SampleConfig
+from pokediff.errors import PokediffError
+from pokediff.sampling import read_settings, sample
+from pokediff.training import train
+
+
+@pytest.fixture(scope="module")
+def checkpoint(data, tmp_path_factory) -> str:
+    return str(train(tiny_config(data, tmp_path_factory.mktemp("run") / "tiny")))
+
+
+def settings(checkpoint, out, **changes) -> SampleConfig:
+    values = dict(
+        prompt=("a red dragon", "a blue turtle"), checkpoint=checkpoint, out=str(out), num_steps=3, num_images=2
+    )
+    return SampleConfig(**{**values, **changes})
+
+
+def picture(path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def test_everything_promised_is_written(checkpoint, tmp_path):
+    out = sample(settings(checkpoint, tmp_path, seed=5, save_frames=2, animations=("gif", "mp4", "apng"), batch_size=3))
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        "0000.png", "0001.png", "0002.png", "0003.png", "grid.png", "denoising.gif", "denoising.mp4", "denoising.apng",
+        "frames", "sample.json",
+    }  # fmt: skip
+    assert picture(out / "0000.png").shape == (16, 16, 4)
+    assert picture(out / "grid.png").shape == (8 * 33, 8 * 33, 4)
+    assert sorted(path.name for path in (out / "frames" / "0003").iterdir()) == [
+        "00-x.png",
+        "00-x0.png",
+        "01-x.png",
+        "01-x0.png",
+    ]
+    np.testing.assert_array_equal(picture(out / "frames" / "0003" / "01-x0.png"), picture(out / "0003.png"))
+    with Image.open(out / "denoising.gif") as clip:
+        assert clip.n_frames == 4
+        clip.seek(3)
+        assert clip.info["duration"] > 1000  # it rests on the picture
+    facts = json.loads((out / "sample.json").read_text())
+    assert [row["seed"] for row in facts["pictures"]] == [5, 6, 7, 8]
+    assert [row["prompt"] for row in facts["pictures"]] == ["a red dragon"] * 2 + ["a blue turtle"] * 2
+
+
+def test_sample_json_makes_the_same_pictures_again(checkpoint, tmp_path):
+    first = sample(settings(checkpoint, tmp_path / "a", seed=9, guidance_interval=(0.1, 5.0), sampler="euler_a"))
+    again = read_settings(first / "sample.json")
+    second = sample(SampleConfig(**{**again.__dict__, "out": str(tmp_path / "b"), "batch_size": 1}))
+    for name in ("0000.png", "0003.png"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_enlarged_on_a_background(checkpoint, tmp_path):
+    plain = sample(settings(checkpoint, tmp_path / "a"))
+    big = sample(settings(checkpoint, tmp_path / "b", enlarge=3, background="#ff00ff"))
+    shown = picture(big / "0001.png")
+    assert shown.shape == (48, 48, 3)
+    small = picture(plain / "0001.png")
+    clear = small[..., 3] == 0
+    assert (shown[1::3, 1::3][clear] == (255, 0, 255)).all()
+
+
+def test_old_and_new_pictures_do_not_mix(checkpoint, tmp_path):
+    (tmp_path / "mine.png").write_bytes(b"kept")
+    sample(settings(checkpoint, tmp_path, save_frames=2))
+    sample(settings(checkpoint, tmp_path, num_images=1))
+    assert {path.name for path in tmp_path.glob("*.png")} == {"0000.png", "0001.png", "grid.png", "mine.png"}
+    assert not list((tmp_path / "frames").iterdir())
+
+
+def test_prompts_from_a_file(checkpoint, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("# two\na red dragon\n\n  a blue turtle \n", encoding="utf-8")
+    out = sample(settings(checkpoint, tmp_path / "o", prompt=(), prompts_file=str(file), num_images=1))
+    assert [row["prompt"] for row in json.loads((out / "sample.json").read_text())["pictures"]] == [
+        "a red dragon",
+        "a blue turtle",
+    ]
+
+
+def test_ctrl_c_keeps_what_is_done(checkpoint, tmp_path, monkeypatch):
+    drawn = sampling.draw
+    calls = []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return drawn(*args)
+
+    monkeypatch.setattr(sampling, "draw", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sample(settings(checkpoint, tmp_path, batch_size=3))
+    assert {path.name for path in tmp_path.glob("*.png")} == {"0000.png", "0001.png", "0002.png", "grid.png"}
+    assert len(json.loads((tmp_path / "sample.json").read_text())["pictures"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prompt": ()}, "nothing to draw"),
+        ({"prompts_file": "none.txt"}, "not found"),
+        ({"checkpoint": "checkpoints/none"}, "no checkpoint"),
+        ({"background": "octarine"}, "not a colour"),
+        ({"device": "abacus"}, "not there"),
+    ],
+)
+def test_what_cannot_be_used_is_named(checkpoint, tmp_path, changes, words):
+    with pytest.raises(PokediffError, match=words):
+        sample(settings(**{"checkpoint": checkpoint, "out": tmp_path / "o", **changes}))
+
+
+def test_settings_from_something_else(tmp_path):
+    (tmp_path / "x.json").write_text("[]")
+    with pytest.raises(PokediffError, match=r"no sample\.json"):
+        read_settings(tmp_path / "x.json")
