@@ -1,0 +1,213 @@
+"""Polite HTTP: robots.txt, one request at a time, pauses, retries, limits. Knows nothing of Pokémon."""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from urllib.parse import urljoin, urlsplit
+from urllib.robotparser import RobotFileParser
+
+import requests
+from urllib3.exceptions import InvalidHeader
+from urllib3.util import Retry
+
+ATTEMPTS = 6  # for one address
+BACKOFF_S, BACKOFF_CAP_S = 1.0, 60.0
+LONGEST_PAUSE_S = 300.0  # a server that asks for more is left alone until the next run
+DEFAULT_INTERVAL_S = 1.0  # between two requests to a host whose robots.txt names no delay
+TIMEOUT_S = (10, 60)  # to connect, between two pieces of the body
+REDIRECTS = 5
+CHALLENGE_DOUBTS = 2  # a picture's address that answers 200 with a challenge page is asked so many times more
+
+
+class FetchError(Exception):
+    """One address could not be had; its text is the reason. The run goes on."""
+
+
+class NotThere(FetchError):
+    """The server does not have it (404, 410)."""
+
+
+class StopRun(Exception):
+    """The server does not want us now: stop, keep everything, come back later. Its text says why."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    url: str  # after redirects
+    body: bytes
+    content_type: str
+
+
+class PoliteClient:
+    """GET requests to a few named hosts, strictly one after the other.
+
+    Args:
+        hosts: "host" or "host:port" names that may be asked; anything else is refused, redirects included.
+        user_agent: names the project and a contact.
+        sleep, clock: for tests.
+    """
+
+    def __init__(
+        self,
+        hosts: set[str],
+        user_agent: str,
+        *,
+        sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.hosts, self.user_agent = hosts, user_agent
+        self.sleep, self.clock = sleep, clock
+        self.session = requests.Session()
+        self.session.headers["User-Agent"] = user_agent
+        self.robots: dict[str, RobotFileParser] = {}
+        self.last_request: dict[str, float] = {}
+        self.requests = 0
+
+    def get(self, url: str, max_bytes: int, expect: str = "") -> Answer:
+        """The body of an address.
+
+        Args:
+            max_bytes: a longer body is refused.
+            expect: beginning of the content type, such as "image/"; anything else is a failed attempt.
+
+        Raises:
+            NotThere: 404 or 410. FetchError: anything else wrong with this address, after ATTEMPTS attempts where
+            trying again can help. StopRun: a challenge page, or a longer pause demanded than LONGEST_PAUSE_S.
+        """
+        if not self._robots_of(url).can_fetch(self.user_agent, url):
+            raise FetchError("robots.txt disallows it")
+        return self._try(url, max_bytes, expect)
+
+    def _try(self, url: str, max_bytes: int, expect: str) -> Answer:
+        """Attempts with exponential backoff and jitter; the reason of the last one is raised."""
+        doubts = 0
+        for attempt in range(ATTEMPTS):
+            pause = min(BACKOFF_CAP_S, BACKOFF_S * 2**attempt) * random.uniform(0.5, 1.5)
+            try:
+                return self._follow(url, max_bytes, expect)
+            except _Doubtful as error:
+                # A real challenge repeats itself; a host that only slipped gives the picture the next time.
+                doubts += 1
+                if doubts > CHALLENGE_DOUBTS:
+                    raise StopRun(str(error)) from None
+                reason = str(error)
+            except _Again as error:
+                reason = str(error)
+                if error.retry_after is not None:
+                    pause = error.retry_after
+                    if pause > LONGEST_PAUSE_S:
+                        raise StopRun(f"{urlsplit(url).netloc} asks for a pause of {pause:.0f} s") from None
+            except requests.RequestException as error:
+                reason = f"connection: {type(error).__name__}"
+            if attempt + 1 < ATTEMPTS:
+                self.sleep(pause)
+        raise FetchError(f"{reason} ({ATTEMPTS} attempts)")
+
+    def _follow(self, url: str, max_bytes: int, expect: str) -> Answer:
+        """One attempt, along redirects to hosts we expect."""
+        for _ in range(REDIRECTS + 1):
+            self._check_host(url)
+            if not self._robots_of(url).can_fetch(self.user_agent, url):
+                raise FetchError(f"robots.txt disallows {url}")
+            self._wait_turn(url)
+            with self.session.get(url, stream=True, timeout=TIMEOUT_S, allow_redirects=False) as response:
+                if response.is_redirect:
+                    url = urljoin(url, response.headers["Location"])
+                    continue
+                return self._read(response, url, max_bytes, expect)
+        raise FetchError(f"more than {REDIRECTS} redirects")
+
+    def _read(self, response: requests.Response, url: str, max_bytes: int, expect: str) -> Answer:
+        """The whole body, or why there is none."""
+        kind = response.headers.get("Content-Type", "")
+        if int(response.headers.get("Content-Length") or 0) > max_bytes:
+            raise FetchError(f"longer than {max_bytes:,} bytes")
+        body = bytearray()
+        for piece in response.iter_content(1 << 16):  # urllib3 raises when the body is shorter than Content-Length
+            body += piece
+            if len(body) > max_bytes:
+                raise FetchError(f"longer than {max_bytes:,} bytes")
+
+        status = response.status_code
+        if response.headers.get("cf-mitigated") == "challenge" or (status != 200 and is_challenge(body)):
+            raise StopRun(f"{urlsplit(url).netloc} demands a challenge (status {status})")
+        if status in (404, 410):
+            raise NotThere(f"status {status}")
+        if status == 429 or status >= 500:
+            raise _Again(f"status {status}", _retry_after(response))
+        if status != 200:
+            raise FetchError(f"status {status}")
+        if is_challenge(body):
+            raise _Doubtful(f"{urlsplit(url).netloc} demands a challenge (status 200)")
+        if not kind.startswith(expect):
+            raise _Again(f"{kind or 'no content type'} where {expect} should be")
+        return Answer(url, bytes(body), kind)
+
+    # ------------------------------------------------------------------------------------------------- manners
+
+    def _robots_of(self, url: str) -> RobotFileParser:
+        """The host's robots.txt, read once. None there (404): all is allowed; unreachable: nothing is (RFC 9309)."""
+        host = self._check_host(url)
+        if host not in self.robots:
+            parts = urlsplit(url)
+            self.robots[host] = RobotFileParser()
+            self.robots[host].parse([])  # no rules: for the request that asks for them, and where there are none
+            try:
+                answer = self._try(f"{parts.scheme}://{host}/robots.txt", 1 << 19, "")
+                rules = RobotFileParser()
+                rules.parse(answer.body.decode("utf-8", errors="replace").splitlines())
+                self.robots[host] = rules
+            except NotThere:
+                pass
+            except FetchError as error:
+                del self.robots[host]
+                raise StopRun(f"{host}/robots.txt cannot be read ({error}), so nothing may be asked") from None
+        return self.robots[host]
+
+    def interval(self, host: str) -> float:
+        """Seconds between two requests to this host: what its robots.txt says, else DEFAULT_INTERVAL_S."""
+        robots = self.robots.get(host)
+        delay = robots.crawl_delay(self.user_agent) if robots and robots.mtime() else None
+        return DEFAULT_INTERVAL_S if delay is None else float(delay)
+
+    def _wait_turn(self, url: str) -> None:
+        host = urlsplit(url).netloc
+        if host in self.last_request:
+            self.sleep(max(0.0, self.last_request[host] + self.interval(host) - self.clock()))
+        self.last_request[host] = self.clock()
+        self.requests += 1
+
+    def _check_host(self, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or parts.netloc not in self.hosts:
+            raise FetchError(f"unexpected host {parts.netloc or url}")
+        return parts.netloc
+
+
+class _Again(Exception):
+    def __init__(self, reason: str, retry_after: float | None = None) -> None:
+        super().__init__(reason)
+        self.retry_after = retry_after
+
+
+class _Doubtful(Exception):
+    pass
+
+
+def is_challenge(body: bytes | bytearray) -> bool:
+    """Is this the page that asks to prove one is human?"""
+    head = bytes(body[:8192])
+    return bool(re.search(rb"<title>\s*Just a moment|cf[-_]chl|challenge-platform", head, re.IGNORECASE))
+
+
+def _retry_after(response: requests.Response) -> float | None:
+    """Seconds, from a number or a date."""
+    value = response.headers.get("Retry-After")
+    try:
+        return None if value is None else Retry().parse_retry_after(value)
+    except InvalidHeader:
+        return None

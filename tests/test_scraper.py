@@ -1,0 +1,410 @@
+"""The scraper against a wiki of our own on loopback, and against the mirror where it is."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import COLORS, ROOT, draw_creature
+
+from pokediff.images import encode_png
+from pokediff.records import read_records
+from scraper import bulbapedia, client, run
+from scraper.client import FetchError, NotThere, PoliteClient, StopRun
+
+NAMES = [f"Creature{chr(97 + i)}" for i in range(12)]
+ARTWORK = encode_png(draw_creature(COLORS["green"], "round"))
+
+
+class Wiki(http.server.ThreadingHTTPServer):
+    """Answers are set by tests: {path: function(handler, how often it was asked)}."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.base = f"http://127.0.0.1:{self.server_address[1]}"
+        self.asked: list[str] = []
+        self.agents: set[str] = set()
+        self.special: dict[str, Any] = {}
+        self.robots = "User-agent: *\nCrawl-delay: 0\nDisallow: /wiki/Special:\n"
+
+    def list_page(self) -> str:
+        rows = "".join(
+            f'<tr><td>#{i:04}</td><td><img src="/media/upload/thumb/a/aa/{n}.png/70px-{n}.png" '
+            f'srcset="/media/upload/thumb/a/aa/{n}.png/140px-{n}.png 2x"></td>'
+            f'<td><a href="/wiki/{n}_(Pok%C3%A9mon)">{n}</a></td><td><a>Water</a></td></tr>'
+            for i, n in enumerate(NAMES, 1)
+        )
+        return f"<table><tr><th>Ndex</th><th>MS</th><th>Pokémon</th><th>Type</th></tr>{rows}</table>"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Wiki
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        path = self.path
+        self.server.asked.append(path)
+        self.server.agents.add(self.headers["User-Agent"])
+        if path in self.server.special:
+            return self.server.special[path](self, self.server.asked.count(path))
+        if path == "/robots.txt":
+            return self.answer(200, self.server.robots.encode(), "text/plain")
+        if path.startswith("/wiki/List_of"):
+            return self.answer(200, self.server.list_page().encode(), "text/html; charset=UTF-8")
+        if path.startswith("/media/upload/"):
+            return self.answer(200, ARTWORK, "image/png")
+        self.answer(404, b"<html>no such page</html>", "text/html")
+
+    def answer(self, status: int, body: bytes, kind: str, cut: bool = False, **headers: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body[: len(body) // 2] if cut else body)
+        self.close_connection = cut
+
+
+@pytest.fixture
+def wiki(monkeypatch):
+    monkeypatch.setattr(bulbapedia, "EXPECTED_SPECIES", len(NAMES))
+    monkeypatch.setattr(client, "BACKOFF_S", 0.01)
+    server = Wiki()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def polite(wiki: Wiki, **options: Any) -> PoliteClient:
+    return PoliteClient({wiki.base.removeprefix("http://")}, "pokediff/test (contact: me@example.org)", **options)
+
+
+def scrape(wiki: Wiki, out: Path, *options: str) -> int:
+    return run.main(["--out", str(out), "--base-url", wiki.base, "--text-encoder", "none", *options])
+
+
+def failures(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "failures.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def original(name: str) -> str:
+    return f"/media/upload/a/aa/{name}.png"
+
+
+# -------------------------------------------------------------------------------------------------------- client
+
+
+def test_robots_are_read_once_and_obeyed(wiki):
+    agent = polite(wiki)
+    with pytest.raises(FetchError, match=r"robots\.txt disallows"):
+        agent.get(f"{wiki.base}/wiki/Special:Search", 1000)
+    agent.get(f"{wiki.base}{original('a')}", 10**6)
+    assert wiki.asked == ["/robots.txt", original("a")]
+    assert wiki.agents == {"pokediff/test (contact: me@example.org)"}
+
+
+def test_crawl_delay_is_kept_between_requests(wiki):
+    wiki.robots = "User-agent: *\nCrawl-delay: 7\n"
+    now, slept = [0.0], []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        now[0] += seconds
+
+    agent = polite(wiki, sleep=sleep, clock=lambda: now[0])
+    for name in "ab":
+        agent.get(wiki.base + original(name), 10**6)
+    assert [s for s in slept if s] == [7, 7]  # robots.txt, picture, picture
+
+
+def test_without_robots_a_pause_is_kept_and_unreadable_robots_stop_the_run(wiki):
+    wiki.special["/robots.txt"] = lambda h, n: h.answer(404, b"", "text/plain")
+    slept: list[float] = []
+    agent = polite(wiki, sleep=slept.append)
+    agent.get(wiki.base + original("a"), 10**6)
+    assert max(slept) > 0.9 * client.DEFAULT_INTERVAL_S
+    wiki.special["/robots.txt"] = lambda h, n: h.answer(500, b"", "text/plain")
+    with pytest.raises(StopRun, match=r"robots\.txt cannot be read"):
+        polite(wiki, sleep=lambda s: None).get(wiki.base + original("a"), 10**6)
+
+
+@pytest.mark.parametrize("trouble", ["429", "503", "drop", "cut", "html", "doubt"])
+def test_passing_trouble_is_sat_out(wiki, trouble):
+    def answer(handler: Handler, times: int) -> None:
+        if times > 2:
+            return handler.answer(200, ARTWORK, "image/png")
+        if trouble == "429":
+            return handler.answer(429, b"", "text/plain", Retry_After="2")
+        if trouble == "503":
+            return handler.answer(503, b"", "text/plain")
+        if trouble == "drop":
+            handler.close_connection = True
+            return handler.connection.close()
+        if trouble == "html":
+            return handler.answer(200, b"<html>sorry</html>", "text/html")
+        if trouble == "doubt":
+            return handler.answer(200, b"<html><title>Just a moment...</title></html>", "text/html")
+        return handler.answer(200, ARTWORK, "image/png", cut=True)
+
+    wiki.special["/a.png"] = answer
+    slept: list[float] = []
+    assert polite(wiki, sleep=slept.append).get(f"{wiki.base}/a.png", 10**6, "image/").body == ARTWORK
+    assert wiki.asked.count("/a.png") == 3
+    if trouble == "429":
+        assert slept.count(2) == 2
+
+
+def test_pauses_grow_and_end(wiki):
+    wiki.special["/a.png"] = lambda h, n: h.answer(503, b"", "text/plain")
+    slept: list[float] = []
+    with pytest.raises(FetchError, match=r"status 503 \(6 attempts\)"):
+        polite(wiki, sleep=slept.append).get(f"{wiki.base}/a.png", 10**6)
+    pauses = [s for s in slept if s > 0]
+    assert len(pauses) == 5
+    assert all(0.5 * 0.01 * 2**k <= pause <= 1.5 * 0.01 * 2**k for k, pause in enumerate(pauses))
+    assert len(set(pauses)) == 5
+
+
+def test_a_long_pause_demanded_stops_the_run(wiki):
+    wiki.special["/a.png"] = lambda h, n: h.answer(429, b"", "text/plain", Retry_After="3600")
+    with pytest.raises(StopRun, match="pause of 3600 s"):
+        polite(wiki).get(f"{wiki.base}/a.png", 10**6)
+    assert wiki.asked.count("/a.png") == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "asked"), [(403, {}, 1), (503, {}, 1), (403, {"cf_mitigated": "challenge"}, 1), (200, {}, 3)]
+)
+def test_a_challenge_stops_the_run(wiki, status, headers, asked):
+    page = b"<html><title>Just a moment...</title></html>"
+    wiki.special["/a.png"] = lambda h, n: h.answer(status, page, "text/html", **headers)
+    with pytest.raises(StopRun, match="challenge"):
+        polite(wiki, sleep=lambda s: None).get(f"{wiki.base}/a.png", 10**6, "image/")
+    assert wiki.asked.count("/a.png") == asked
+
+
+def test_not_there_too_long_and_elsewhere(wiki):
+    wiki.special["/far.png"] = lambda h, n: h.answer(302, b"", "text/plain", Location="http://elsewhere.example/x.png")
+    wiki.special["/near.png"] = lambda h, n: h.answer(301, b"", "text/plain", Location=original("b"))
+    wiki.special["/round.png"] = lambda h, n: h.answer(302, b"", "text/plain", Location="/round.png")
+    agent = polite(wiki)
+    with pytest.raises(NotThere):
+        agent.get(f"{wiki.base}/none", 1000)
+    with pytest.raises(FetchError, match="longer than 100 bytes"):
+        agent.get(wiki.base + original("a"), 100)
+    with pytest.raises(FetchError, match=r"unexpected host elsewhere\.example"):
+        agent.get(f"{wiki.base}/far.png", 1000)
+    with pytest.raises(FetchError, match="unexpected host"):
+        agent.get("file:///etc/passwd", 1000)
+    with pytest.raises(FetchError, match="redirects"):
+        agent.get(f"{wiki.base}/round.png", 1000)
+    assert agent.get(f"{wiki.base}/near.png", 10**6).url == wiki.base + original("b")
+
+
+# ------------------------------------------------------------------------------------------------------- the run
+
+
+def test_a_whole_run(wiki, tmp_path, capsys):
+    assert scrape(wiki, tmp_path) == 0
+    records = read_records(tmp_path)
+    assert [r.file_name for r in records] == [f"images/{i:04}-{n.lower()}.png" for i, n in enumerate(NAMES, 1)]
+    first = records[0]
+    assert (first.dex, first.name, first.types) == (1, NAMES[0], ("water",))
+    assert first.source_url == wiki.base + original(NAMES[0])
+    assert first.page_url.endswith("/wiki/Creaturea_(Pok%C3%A9mon)")
+    assert first.license
+    assert first.retrieved_at
+    assert (tmp_path / first.file_name).read_bytes() == ARTWORK
+    output = capsys.readouterr().out
+    assert "12 species and 0 further forms, no number missing" in output
+    assert "12 of 12 pictures" in output
+    asked = len(wiki.asked)
+    assert scrape(wiki, tmp_path) == 0
+    assert len(wiki.asked) == asked  # the second run has nothing to ask for
+
+
+def test_the_thumbnail_serves_where_the_original_is_missing_and_what_is_gone_is_told(wiki, tmp_path):
+    gone = lambda h, n: h.answer(404, b"", "text/html")  # noqa: E731
+    wiki.special[original(NAMES[1])] = gone
+    wiki.special[original(NAMES[2])] = gone
+    wiki.special[f"/media/upload/thumb/a/aa/{NAMES[2]}.png/140px-{NAMES[2]}.png"] = gone
+    assert scrape(wiki, tmp_path) == 0  # nothing is missing but what the server does not have
+    sources = {r.name: r.source_url for r in read_records(tmp_path)}
+    assert sources[NAMES[1]].endswith(f"140px-{NAMES[1]}.png")
+    assert NAMES[2] not in sources
+    (row,) = failures(tmp_path)
+    assert row["name"] == NAMES[2]
+    assert row["gone"]
+
+
+def test_nothing_bad_is_stored_and_failures_are_tried_again(wiki, tmp_path):
+    wiki.special[original(NAMES[3])] = lambda h, n: h.answer(200, ARTWORK[:60] + bytes(500), "image/png")
+    wiki.special[original(NAMES[4])] = lambda h, n: h.answer(200, b"<html>x</html>", "text/html")
+    assert scrape(wiki, tmp_path) == 1
+    assert len(read_records(tmp_path)) == 10
+    assert len(list((tmp_path / "images").iterdir())) == 10
+    reasons = {row["name"]: row["reason"] for row in failures(tmp_path)}
+    assert "not a whole picture" in reasons[NAMES[3]]
+    assert "text/html where image/" in reasons[NAMES[4]]
+    wiki.special.clear()
+    wiki.asked.clear()
+    assert scrape(wiki, tmp_path) == 0
+    assert wiki.asked == ["/robots.txt", original(NAMES[3]), original(NAMES[4])]
+    assert failures(tmp_path) == []
+
+
+def test_a_challenge_keeps_everything_and_the_next_run_completes(wiki, tmp_path, capsys):
+    page = b"<html><title>Just a moment...</title></html>"
+    wiki.special[original(NAMES[7])] = lambda h, n: h.answer(403, page, "text/html", cf_mitigated="challenge")
+    assert scrape(wiki, tmp_path) == 1
+    assert len(read_records(tmp_path)) == 7
+    error = capsys.readouterr().err
+    assert "stopped" in error
+    assert "run the same command again" in error
+    assert wiki.asked[-1] == original(NAMES[7])  # not one request more
+    wiki.special.clear()
+    assert scrape(wiki, tmp_path) == 0
+    assert len(read_records(tmp_path)) == 12
+
+
+def test_options(wiki, tmp_path):
+    assert scrape(wiki, tmp_path / "a", "--limit", "3", "--contact", "me@example.org") == 0
+    assert len(read_records(tmp_path / "a")) == 3
+    assert any("me@example.org" in agent for agent in wiki.agents)
+    wiki.list_page = lambda: (
+        Wiki.list_page(wiki).replace("#0002", "#0001").replace("#0003", "#0001")
+    )  # two forms of number 1
+    for option, number in (("--forms", 12), ("--no-forms", 10)):
+        assert scrape(wiki, tmp_path / option, option) == 0
+        assert len(read_records(tmp_path / option)) == number
+    with pytest.raises(SystemExit):
+        scrape(wiki, tmp_path, "--limit", "0")
+
+
+def test_pages_add_looks_and_families(wiki, tmp_path):
+    page = """<a href="/wiki/Pok%C3%A9mon_category">Tiny Turtle Pokémon</a><h2 id="Biology">B</h2>
+    <p>It is a small, blue, turtle-like creature with a brown shell.</p><h3 id="Evolution">E</h3>
+    <p><a href="/wiki/Creatureb_(Pok%C3%A9mon)">next</a></p>"""
+    wiki.special["/wiki/Creatureb_(Pok%C3%A9mon)"] = lambda h, n: h.answer(
+        200, page.encode(), "text/html; charset=UTF-8"
+    )
+    wiki.special["/wiki/Creaturec_(Pok%C3%A9mon)"] = lambda h, n: h.answer(
+        200, page.encode(), "text/html; charset=UTF-8"
+    )
+    assert scrape(wiki, tmp_path, "--pages") == 0
+    records = {record.name: record for record in read_records(tmp_path)}
+    assert records["Creaturec"].genus == "Tiny Turtle Pokémon"
+    assert records["Creaturec"].descriptions == ("It is a small, blue, turtle-like creature with a brown shell.",)
+    assert records["Creatureb"].family == records["Creaturec"].family == 2
+    assert records["Creaturea"].family is None
+    wiki.asked.clear()
+    scrape(wiki, tmp_path, "--pages")
+    assert "/wiki/Creatureb_(Pok%C3%A9mon)" not in wiki.asked
+
+
+def test_a_page_that_is_not_the_list_is_not_kept(wiki, tmp_path, capsys):
+    wiki.list_page = lambda: "<p>moved</p>"
+    with pytest.raises(SystemExit) as stop:
+        scrape(wiki, tmp_path)
+    assert stop.value.code == 2
+    assert "no longer looks like the list" in capsys.readouterr().err
+    assert not list((tmp_path / ".scrape").glob("list*"))
+
+
+def test_embeddings_are_written_too(wiki, tmp_path):
+    assert run.main(["--out", str(tmp_path), "--base-url", wiki.base, "--text-encoder", "builtin"]) == 0
+    assert (tmp_path / "embeddings-builtin.safetensors").is_file()
+
+
+def test_an_encoder_out_of_reach_leaves_the_pictures(wiki, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(SystemExit) as stop:
+        run.main(["--out", str(tmp_path), "--base-url", wiki.base])
+    assert stop.value.code == 2
+    assert 'use "builtin"' in capsys.readouterr().err
+    assert len(read_records(tmp_path)) == 12
+
+
+# ------------------------------------------------------------------------------------------------------ the mirror
+
+
+@pytest.fixture
+def mirror(shared):
+    """Start the mirror with options; returns its address."""
+    started: list[subprocess.Popen] = []
+
+    def start(*options: str) -> str:
+        port = random.randint(20000, 40000)
+        command = [sys.executable, str(shared / "bulbapedia" / "mirror.py"), "--port", str(port), *options]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        assert "serving" in started[-1].stdout.readline()
+        return f"http://127.0.0.1:{port}"
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def command(base: str, out: Path, *options: str) -> list[str]:
+    script = str(ROOT / "scraper" / "run.py")
+    return [sys.executable, script, "--out", str(out), "--base-url", base, "--text-encoder", "none", *options]
+
+
+def images(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (out / "images").glob("*.png")}
+
+
+def test_faults_a_challenge_and_a_kill_end_in_the_same_pictures(mirror, tmp_path):
+    limit = ("--limit", "60")
+    plain = mirror()
+    assert subprocess.run(command(plain, tmp_path / "plain", *limit), capture_output=True).returncode == 0
+    expected = images(tmp_path / "plain")
+    assert len(expected) > 50
+
+    faulty = mirror("--faults", "0.2", "--seed", "3")
+    for _ in range(4):
+        if subprocess.run(command(faulty, tmp_path / "faulty", *limit), capture_output=True).returncode == 0:
+            break
+    assert images(tmp_path / "faulty") == expected
+
+    challenge = mirror("--challenge-after", "30")
+    done = subprocess.run(command(challenge, tmp_path / "challenge", *limit), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "run the same command again" in done.stderr
+    kept = len(images(tmp_path / "challenge"))
+    assert 20 <= kept <= 30
+    assert len(read_records(tmp_path / "challenge")) == kept
+    assert subprocess.run(command(plain, tmp_path / "challenge", *limit), capture_output=True).returncode == 0
+    assert images(tmp_path / "challenge") == expected
+
+    process = subprocess.Popen(
+        command(plain, tmp_path / "killed", *limit), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while len(images(tmp_path / "killed")) < 15 if (tmp_path / "killed" / "images").is_dir() else True:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    asked = json.load(urllib.request.urlopen(f"{plain}/__stats__"))["requests"]
+    assert subprocess.run(command(plain, tmp_path / "killed", *limit), capture_output=True).returncode == 0
+    assert images(tmp_path / "killed") == expected
+    stats = json.load(urllib.request.urlopen(f"{plain}/__stats__"))
+    assert stats["requests"] - asked < 60
+    assert stats["max_parallel"] == 1
+    assert all(agent.startswith(("pokediff/", "Python-urllib")) for agent in stats["agents"])
