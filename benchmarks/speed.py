@@ -1,0 +1,89 @@
+"""How fast are training and sampling on this machine?
+
+    python benchmarks/speed.py --config configs/pokemon-32.yaml --data ../shared/data/pokemon
+
+Training: pictures a second of `train.py`, everything included (data, clipping, optimizer, average), median of the log
+lines after the first. Sampling: the shipped checkpoint, 25 steps with guidance, one picture and sixteen at once, median
+of five; and a whole cold `sample.py`, imports included. Run it alone: a second load on the cores falsifies everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from pokediff import PokeDiffPipeline
+from pokediff.pipeline import quiet
+from pokediff.sampling import DEFAULT_CHECKPOINT
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def training(config: Path, data: Path, steps: int) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / "train.py"), "--config", str(config), "--data", str(data)]
+        command += ["--out", f"{folder}/run", "--max-steps", str(steps), "--decay-steps", "0"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        rows = [json.loads(line) for line in (Path(folder) / "run" / "log.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "images_per_s" in row][1:]
+    median = {name: statistics.median(row[name] for row in rows) for name in ("images_per_s", "data_wait_share")}
+    return {
+        "training_images_per_s": round(median["images_per_s"]),
+        "data_wait_share": round(median["data_wait_share"], 4),
+    }
+
+
+def sampling(checkpoint: Path) -> dict:
+    quiet()
+    pipe = PokeDiffPipeline.from_pretrained(checkpoint)
+    result: dict[str, float] = {}
+    for precision in ("bf16", "fp32"):
+        for number in (1, 16):
+            seconds = []
+            for _ in range(6):
+                begin = time.monotonic()
+                pipe.generate(["a blue water turtle"] * number, range(number), precision=precision)
+                seconds.append(time.monotonic() - begin)
+            result[f"s_per_image_{precision}_batch_{number}"] = round(statistics.median(seconds[1:]) / number, 3)
+    return result
+
+
+def cold(checkpoint: Path) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / "sample.py"), "--prompt", "a blue water turtle"]
+        seconds = []
+        for _ in range(3):
+            begin = time.monotonic()
+            subprocess.run(
+                [*command, "--checkpoint", str(checkpoint), "--out", folder], check=True, stdout=subprocess.DEVNULL
+            )
+            seconds.append(time.monotonic() - begin)
+    return {"cold_sample_py_s": round(statistics.median(seconds), 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "pokemon-32.yaml")
+    parser.add_argument("--data", type=Path, help="a data set; without it training is left out")
+    parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT)
+    parser.add_argument("--steps", type=int, default=120, help="of training (default: %(default)s)")
+    args = parser.parse_args()
+    machine = {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    result = {**machine, "torch": torch.__version__}
+    if args.data:
+        result |= training(args.config, args.data, args.steps)
+    result |= sampling(args.checkpoint) | cold(args.checkpoint)
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
