@@ -343,8 +343,8 @@ def preview(pipeline: PokeDiffPipeline, config: TrainConfig, folder: Path, step:
     folder.mkdir(exist_ok=True)
     prompts = list(config.preview_prompts)
     sheets = [grid(from_model(state.x0), columns=4) for state in pipeline.denoise(prompts, range(len(prompts)))]
-    write_whole(folder / f"step-{step:08}.png", encode_png(sheets[-1]))
     factor = max(1, 128 // config.dataset.image_size)
+    write_whole(folder / f"step-{step:08}.png", encode_png(enlarge(sheets[-1], factor)))
     save_animation(folder / f"step-{step:08}.gif", [composite(enlarge(sheet, factor)) for sheet in sheets])
 
 
