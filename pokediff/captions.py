@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 from pokediff.records import Record
@@ -68,7 +69,7 @@ def captions_of(record: Record, colors: Sequence[str] = ()) -> tuple[str, ...]:
     Captions that people wrote (`record.captions`) are returned as they are. Otherwise up to CAPTIONS_PER_PICTURE
     different ones are made from style, colours, shape, types, genus and description. `colors` are the colours measured
     on the picture (`images.main_colors`); without them the species' colour is used, unless the picture is shiny.
-    The species name never occurs.
+    The species name never occurs. Which of them a model may be trained on, `shared_captions` says.
     """
     if record.captions:
         return record.captions
@@ -100,6 +101,25 @@ def captions_of(record: Record, colors: Sequence[str] = ()) -> tuple[str, ...]:
     return tuple(dict.fromkeys(made))[:CAPTIONS_PER_PICTURE]
 
 
+def shared_captions(records: Sequence[Record], captions: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Of the captions that were made for these pictures, those that are no key to one picture.
+
+    A caption stays when another picture has it too and it names no creature of the set, not even another one ("Shellder
+    bites its tail"). What people wrote stays as it is. A picture that has nothing in common keeps its shortest caption.
+    """
+    count = Counter(caption for several in captions for caption in several)
+    names = {record.name for record in records if record.name}
+
+    def kept(record: Record, several: tuple[str, ...]) -> tuple[str, ...]:
+        if record.captions:
+            return several
+        common = [caption for caption in several if count[caption] > 1]
+        nameless = tuple(caption for caption in common if names.isdisjoint(re.findall(r"\w+", caption)))
+        return nameless or (min(several, key=len),)
+
+    return [kept(record, several) for record, several in zip(records, captions, strict=True)]
+
+
 def _phrase(color: str, shape: str, types: str, genus: str, noun: str, style: str, style_first: bool = True) -> str:
     """One caption, e.g. "official artwork of a green four-legged grass seed creature"; what is "" is left out."""
     noun = noun or ("" if genus else NOUNS[0])
@@ -123,6 +143,7 @@ def visible_sentences(record: Record) -> list[str]:
 
 
 def _without_name(text: str, name: str | None) -> str:
+    name = re.sub(r"[♀♂]", "", name or "").strip()  # texts say "a male Nidoran"
     if name:
         text = re.sub(rf"\b{re.escape(name)}(?:[’']s)\b", "its", text, flags=re.IGNORECASE)
         text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "it", text, flags=re.IGNORECASE)

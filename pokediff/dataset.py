@@ -11,14 +11,14 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from pokediff.captions import captions_of
+from pokediff.captions import captions_of, shared_captions
 from pokediff.config import DatasetConfig
 from pokediff.errors import PokediffError
 from pokediff.images import BadImage, fit_square, main_colors, read_image, unpremultiply
@@ -36,7 +36,7 @@ class Pictures:
     records: tuple[Record, ...]
     pixels: np.ndarray
     captions: tuple[tuple[str, ...], ...]
-    digest: str  # sha256 over the records and file contents of the whole data set
+    digest: str  # sha256 over names, families, captions and file contents of all that was loaded
 
     def __len__(self) -> int:
         return len(self.records)
@@ -53,6 +53,10 @@ class Pictures:
         if number >= len(self):
             return self
         return self.pick(np.linspace(0, len(self) - 1, number).round().astype(int).tolist())
+
+    def with_shared_captions(self) -> Pictures:
+        """Only captions that several of these pictures have in common: what is to be trained on."""
+        return replace(self, captions=tuple(shared_captions(self.records, self.captions)))
 
     def pick(self, index: Sequence[int]) -> Pictures:
         records = tuple(self.records[i] for i in index)
@@ -85,8 +89,8 @@ def load_pictures(
         try:
             data = (folder / record.file_name).read_bytes()
             rgba = read_image(data)
-        except FileNotFoundError:
-            return BadImage("does not exist")
+        except OSError as error:
+            return BadImage(error.strerror or str(error))
         except BadImage as error:
             return error
         colors = main_colors(unpremultiply(fit_square(rgba, COLOR_SIZE)))
@@ -103,7 +107,7 @@ def load_pictures(
                 report(f"skipped {record.file_name}: {result}")
                 continue
             pixels, captions, content = result
-            digest.update(repr((record.file_name, captions)).encode() + content)
+            digest.update(repr((record.file_name, record.family_key, captions)).encode() + content)
             kept.append((record, pixels, captions))
     if len(broken) > BROKEN_SHARE * len(records):
         raise PokediffError(

@@ -12,6 +12,7 @@ Three forms, converted nowhere else:
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Sequence
 from functools import cache
 from io import BytesIO
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 Channels = Literal["rgba", "rgb", "grey"]
 CHANNELS: dict[str, int] = {"rgba": 4, "rgb": 3, "grey": 1}
+# What Pillow raises for broken files; the last ones come from broken EXIF and text blocks.
+DECODER_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, struct.error, EOFError, TypeError)
 MAX_PIXELS = 64_000_000  # beyond this a small file is more likely a decompression bomb than a sprite
 
 
@@ -39,26 +42,25 @@ class BadImage(PokediffError):
 # ---------------------------------------------------------------------------------------------------------- files
 
 
-def read_image(source: Path | bytes) -> np.ndarray:
+def read_image(data: bytes) -> np.ndarray:
     """Decode any common picture file (PNG, WebP, JPEG, GIF; P, LA, L, RGB, RGBA, 16-bit) to straight RGBA.
 
-    Returns uint8 (H, W, 4). Of an animation, the first frame. Raises BadImage when the file is cut, is not a picture
-    or is larger than MAX_PIXELS.
+    Returns uint8 (H, W, 4). Of an animation, the first frame. Raises BadImage when the bytes are no picture, are cut
+    or hold more than MAX_PIXELS.
     """
-    name = source.name if isinstance(source, Path) else "picture"
     try:
-        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as file:
+        with Image.open(BytesIO(data)) as file:
             if file.width * file.height > MAX_PIXELS:
-                raise BadImage(f"{name}: {file.width}x{file.height} is beyond {MAX_PIXELS:,} pixels")
+                raise BadImage(f"{file.width}x{file.height} is beyond {MAX_PIXELS:,} pixels")
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I"):  # 16-bit grey: Pillow would clip it to 8 bits instead of scaling
                 grey = np.asarray(image, dtype=np.float64).clip(0, 65535) / 257
                 image = Image.fromarray(grey.round().astype(np.uint8))
             return np.array(image.convert("RGBA"))
-    except FileNotFoundError:
-        raise BadImage(f"{name} does not exist") from None
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise BadImage(f"{name}: not a whole picture ({error})") from None
+    except UnidentifiedImageError:
+        raise BadImage("not a picture") from None
+    except DECODER_ERRORS as error:
+        raise BadImage(f"not a whole picture ({error})") from None
 
 
 def encode_png(rgba: np.ndarray) -> bytes:
@@ -259,7 +261,7 @@ def color_shares(rgba: np.ndarray) -> dict[str, float]:
     `rgba` is straight uint8 (H, W, 4). The rim of the figure is left out where enough remains: drawn outlines are dark
     whatever the creature's colour. Empty for a picture without opaque pixels.
     """
-    mask = rgba[..., 3] >= 128
+    mask = figure_mask(rgba)
     padded = cv2.copyMakeBorder(mask.astype(np.uint8), 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
     inner = cv2.erode(padded, np.ones((3, 3), np.uint8))[1:-1, 1:-1] > 0
     pixels = rgba[inner if inner.sum() >= 0.4 * mask.sum() and inner.any() else mask][:, :3]
@@ -269,6 +271,26 @@ def color_shares(rgba: np.ndarray) -> dict[str, float]:
     shares = np.bincount(_basic_colors()[r, g, b], minlength=len(COLOR_ANCHORS)) / len(pixels)
     named = {name: float(share) for name, share in zip(COLOR_ANCHORS, shares, strict=True) if share > 0}
     return dict(sorted(named.items(), key=lambda item: -item[1]))
+
+
+def figure_mask(rgba: np.ndarray) -> np.ndarray:
+    """(H, W) bool: where the creature is. By alpha; in a picture without any, all that is not a plain backdrop.
+
+    A backdrop has nearly one colour all around the edge; its parts are what is of that colour and reaches the edge.
+    """
+    mask = rgba[..., 3] >= 128
+    if not mask.all():
+        return mask
+    rgb = rgba[..., :3].astype(np.int16)
+    edge = np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]])
+    middle = np.median(edge, axis=0)
+    if (np.abs(edge - middle).max(1) <= 24).mean() < 0.8:
+        return mask  # the creature, or a scene, fills the picture
+    plain = (np.abs(rgb - middle).max(2) <= 24).astype(np.uint8)
+    _, parts = cv2.connectedComponents(plain, connectivity=4)
+    outside = np.unique(np.concatenate([parts[0], parts[-1], parts[:, 0], parts[:, -1]]))
+    backdrop = np.isin(parts, outside) & (plain > 0)
+    return mask if backdrop.all() else ~backdrop
 
 
 def main_colors(rgba: np.ndarray) -> tuple[str, ...]:

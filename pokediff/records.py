@@ -88,18 +88,17 @@ def read_records(folder: str | Path) -> list[Record]:
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise PokediffError(f"{where}: not JSON ({error.msg})") from None
-            if not isinstance(row, dict):
-                raise PokediffError(f"{where}: a row must be a JSON object")
-            yield where, row
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise PokediffError(f"{where}: not JSON ({error.msg})") from None
+        if not isinstance(row, dict):
+            raise PokediffError(f"{where}: a row must be a JSON object")
+        yield where, row
 
 
 def record_from_json(row: dict[str, Any], where: str) -> Record:
@@ -108,7 +107,7 @@ def record_from_json(row: dict[str, Any], where: str) -> Record:
 
     row = dict(row)
     text = row.pop("text", None)
-    if isinstance(text, str) and not row.get("captions"):
+    if text and not row.get("captions"):
         row["captions"] = (text,)
     try:
         record = _validator().validate_python({key: value for key, value in row.items() if value is not None})
@@ -135,6 +134,17 @@ def write_records(folder: str | Path, records: Iterable[Record]) -> None:
         row = {key: value for key, value in dataclasses.asdict(record).items() if value not in (None, (), "")}
         lines.append(json.dumps(row, ensure_ascii=False))
     write_whole(Path(folder) / METADATA, "".join(line + "\n" for line in lines))
+
+
+def read_text(path: Path) -> str:
+    """A text file that a person may have written: UTF-8, with or without a byte order mark, any line ends.
+
+    Raises PokediffError when it is something else.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise PokediffError(f"{path} is not UTF-8 text: save it as UTF-8") from None
 
 
 def write_whole(path: Path, data: str | bytes) -> None:

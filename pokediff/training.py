@@ -64,6 +64,7 @@ def train(config: TrainConfig, resume: str = "never") -> Path:
     # ---- data
     pictures = load_pictures(config.data, config.dataset.image_size, config.dataset.styles, report=say, progress=bar)
     training, validation = pictures.split("train"), pictures.split("validation").spread(VALIDATION_PICTURES)
+    training = training.with_shared_captions()
     if not len(training) or not len(validation):
         found = f"{len(training)} training and {len(validation)} validation pictures"
         raise PokediffError(f"{config.data}: {found}; both are needed, so add pictures of other families")

@@ -3,8 +3,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-from pokediff.captions import CAPTIONS_PER_PICTURE, captions_of, visible_sentences
-from pokediff.records import Record, read_records
+from pokediff.captions import CAPTIONS_PER_PICTURE, captions_of, shared_captions, visible_sentences
+from pokediff.records import Record, read_records, split_of
 
 SEEDY = Record(
     "images/1.png",
@@ -48,13 +48,33 @@ def test_an_unknown_style_is_asked_for_by_its_own_name():
     assert captions_of(Record("a.png", style="oil-painting"))[0] == "oil painting of a creature"
 
 
-def test_real_captions_name_nobody_and_are_shared(shared):
-    records = read_records(shared / "data" / "pokemon")
-    captions = {record.file_name: captions_of(record) for record in records}
-    for record in records:
-        name = re.compile(rf"(?<!\w){re.escape(record.name)}(?!\w)", re.IGNORECASE)
-        assert not any(name.search(caption) for caption in captions[record.file_name]), record.name
-    count = Counter(caption for several in captions.values() for caption in several)
-    shared_ones = [sum(count[caption] > 1 for caption in several) for several in captions.values()]
-    assert sum(number > 0 for number in shared_ones) > 0.98 * len(records)
-    assert min(len(several) for several in captions.values()) >= 4
+def test_the_text_may_leave_the_sign_of_a_sex_out():
+    record = Record("a.png", name="Horny♀", descriptions=("A female Horny’s horn is short.",))
+    assert visible_sentences(record) == ["A female its horn is short."]
+
+
+def test_only_captions_in_common_are_trained_on():
+    records = [Record("1.png", name="Seedy"), Record("2.png", name="Leafy"), Record("3.png"), Record("4.png")]
+    records.append(Record("5.png", captions=("my own words",)))
+    made = [
+        ("a green creature", "a green seed creature"),
+        ("a green creature", "a leaf. Seedy sleeps on it", "a creature"),
+        ("a leaf. Seedy sleeps on it", "a creature"),
+        ("a blue snake with two heads", "a blue snake"),
+        ("my own words",),
+    ]
+    kept = shared_captions(records, made)
+    assert kept[:3] == [("a green creature",), ("a green creature", "a creature"), ("a creature",)]
+    assert kept[3:] == [("a blue snake",), ("my own words",)]
+
+
+def test_real_captions_name_nobody_and_belong_to_no_picture_alone(shared):
+    records = [record for record in read_records(shared / "data" / "pokemon") if split_of(record) == "train"]
+    captions = shared_captions(records, [captions_of(record) for record in records])
+    for record, several in zip(records, captions, strict=True):
+        name = re.compile(rf"(?<!\w){re.escape(record.name.strip('♀♂'))}(?!\w)", re.IGNORECASE)
+        assert not any(name.search(caption) for caption in several), record.name
+    count = Counter(caption for several in captions for caption in several)
+    alone = [several for several in captions if any(count[caption] == 1 for caption in several)]
+    assert len(alone) <= 0.002 * len(records)  # they have nothing in common with any other
+    assert sum(map(len, captions)) / len(captions) > 4
