@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, NoReturn, TypeVar
 
 import tyro
 
 from pokediff.config import DEFAULT_CLIP, SampleConfig, TrainConfig, load_yaml
-from pokediff.errors import one_line_errors
+from pokediff.errors import PokediffError, one_line_errors
 
 T = TypeVar("T")
 
@@ -51,10 +53,12 @@ class EmbedCommand:
 
 
 def train(args: Sequence[str] | None = None, prog: str = "train.py") -> None:
-    early = _early(args, "--config", "--resume")
-    base = load_yaml(early["--config"], TrainConfig) if early["--config"] else TrainConfig()
-    if base.out is None and early["--config"]:
-        base = replace(base, out=f"checkpoints/{Path(early['--config']).stem}")
+    if (processes := forgotten_processes()) > 1:
+        start_processes(processes)
+    file = _early(args, "--config")
+    base = load_yaml(file, TrainConfig) if file else TrainConfig()
+    if base.out is None and file:
+        base = replace(base, out=f"checkpoints/{Path(file).stem}")
     command = _parse(TrainCommand, args, prog, TrainCommand(base))
 
     from pokediff.training import train
@@ -62,13 +66,47 @@ def train(args: Sequence[str] | None = None, prog: str = "train.py") -> None:
     train(command.settings, command.resume)
 
 
+def forgotten_processes() -> int:
+    """How many processes `accelerate launch --cpu --num_processes N` was asked for and did not start; 0 for none.
+
+    On a CPU without MPI accelerate 1.x names a meeting point (MASTER_ADDR), starts one process and forgets the others.
+    N stands on the command line of the launcher, our parent, alone.
+    """
+    by_mpi_or_torchrun = {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"} & os.environ.keys()
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    if not on_cpu or "MASTER_ADDR" not in os.environ or by_mpi_or_torchrun:
+        return 0
+    import psutil
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--num_processes", "--num-processes", type=int)
+    number = parser.parse_known_args(psutil.Process(os.getppid()).cmdline())[0].num_processes
+    if number is None:
+        raise PokediffError(
+            "accelerate launch starts one process only on a CPU: give it --num_processes N on the command line, or use "
+            "torchrun --nproc_per_node N train.py ..."
+        )
+    return number
+
+
+def start_processes(number: int) -> NoReturn:
+    """Become the launcher that starts `number` processes of this very command."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
+    command = [sys.executable, *torchrun, *sys.argv]
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    if os.name == "nt":  # where exec returns to the shell at once
+        raise SystemExit(subprocess.call(command))
+    os.execv(sys.executable, command)
+
+
 def sample(args: Sequence[str] | None = None, prog: str = "sample.py") -> None:
-    early = _early(args, "--from-json")
+    file = _early(args, "--from-json")
     base = SampleConfig()
-    if early["--from-json"]:
+    if file:
         from pokediff.sampling import read_settings
 
-        base = read_settings(early["--from-json"])
+        base = read_settings(file)
     command = _parse(SampleCommand, args, prog, SampleCommand(base))
 
     from pokediff.sampling import sample
@@ -120,15 +158,18 @@ def run(command: Callable[[Sequence[str] | None, str], None], args: Sequence[str
         command(args, prog)
 
 
-def _early(args: Sequence[str] | None, *options: str) -> dict[str, str | None]:
-    """The values of options that decide what the defaults of all others are."""
+def _early(args: Sequence[str] | None, option: str) -> str | None:
+    """The value of an option that decides what the defaults of all others are."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for option in options:
-        parser.add_argument(option, dest=option)
-    return vars(parser.parse_known_args(args)[0])
+    parser.add_argument(option, option.replace("-", "_").replace("__", "--"), dest="value")
+    return parser.parse_known_args(args)[0].value
 
 
 def _parse(kind: type[T], args: Sequence[str] | None, prog: str, default: T | None = None) -> T:
+    given = [word.partition("=")[0] for word in (sys.argv[1:] if args is None else args) if word.startswith("--")]
+    for option in given:
+        if given.count(option) > 1:  # the parser would keep the last one and say nothing
+            raise PokediffError(f'{option} is given twice; several values stand behind one: {option} "one" "two"')
     if default is None:
         return tyro.cli(kind, args=args, prog=prog)
     return tyro.cli(kind, args=args, prog=prog, default=default)

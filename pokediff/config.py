@@ -111,12 +111,26 @@ class TrainConfig:
             "diffusion.noise_shift",
             "must lie between the sigmas",
         )
-        _require(self.batch_size > 0, "batch_size", "must be positive")
-        _require(self.max_steps > 0, "max_steps", "must be positive")
+        every = ("log_every", "validate_every", "preview_every", "checkpoint_every")
+        for name in ("batch_size", "max_steps", "learning_rate", "max_grad_norm", *every):
+            _require(getattr(self, name) > 0, name, "must be positive")
+        for name in ("seed", "workers", "warmup_steps", "decay_steps", "weight_decay"):
+            _require(getattr(self, name) >= 0, name, "must not be negative")
+        _require(self.threads is None or self.threads > 0, "threads", "must be positive")
+        _require(len(self.preview_prompts) > 0, "preview_prompts", "must hold a prompt")
+        _require(self.dataset.styles != {}, "dataset.styles", "must name a style, or be left out")
+        embedding = self.model.embedding_dim
+        _require(embedding > 0 and embedding % 2 == 0, "model.embedding_dim", "must be a positive even number")
+        for name in ("flip", "shift"):
+            _require(0 <= getattr(self.dataset, name) <= 1, f"dataset.{name}", "must be a chance, 0 to 1")
+        _require(0 <= self.dataset.max_shift < 0.5, "dataset.max_shift", "must be in [0, 0.5)")
+        _require(0 <= self.model.dropout < 1, "model.dropout", "must be in [0, 1)")
         _require(0 <= self.ema_decay < 1, "ema_decay", "must be in [0, 1)")
         _require(0 <= self.diffusion.caption_dropout < 1, "diffusion.caption_dropout", "must be in [0, 1)")
+        _require(self.model.head_dim > 0, "model.head_dim", "must be positive")
         for width in self.model.widths:
-            _require(width % self.model.head_dim == 0, "model.widths", "must be multiples of model.head_dim")
+            fits = width > 0 and width % self.model.head_dim == 0
+            _require(fits, "model.widths", "must be multiples of model.head_dim")
         for style, share in (self.dataset.styles or {}).items():
             _require(share > 0, f"dataset.styles.{style}", "must be positive: leave a style out to leave it out")
 
@@ -151,6 +165,8 @@ class SampleConfig:
         _require(1 <= self.enlarge <= 64, "enlarge", "must be 1 to 64")
         _require(self.save_frames >= 0, "save_frames", "must not be negative")
         _require(0 <= self.seed < 2**63, "seed", "must be a whole number from 0")
+        low, high = self.guidance_interval or (0.0, 1.0)
+        _require(0 <= low < high, "guidance_interval", "must be two numbers, the smaller first")
 
 
 def _require(holds: bool, path: str, what: str) -> None:

@@ -54,17 +54,20 @@ class Progress:
 
     step: int = 0
     images_seen: int = 0
-    validation_loss: float = math.nan
-    best_validation_loss: float = math.inf
-    best_step: int = 0
+    validation_loss: float | None = None
+    best_validation_loss: float | None = None
 
     def is_best(self, validation_loss: float) -> bool:
         """Note a validation loss; is it the lowest so far?"""
-        self.validation_loss = validation_loss
-        if not validation_loss < self.best_validation_loss:
+        self.validation_loss = validation_loss if math.isfinite(validation_loss) else None
+        if self.validation_loss is None or self.validation_loss >= (self.best_validation_loss or math.inf):
             return False
-        self.best_validation_loss, self.best_step = validation_loss, self.step
+        self.best_validation_loss = self.validation_loss
         return True
+
+    def loss_text(self) -> str:
+        """The validation loss as people read it."""
+        return "not measured" if self.validation_loss is None else f"{self.validation_loss:.4f}"
 
 
 # ------------------------------------------------------------------------------------------------------------ states
@@ -78,6 +81,8 @@ def find_state(out: Path, resume: str) -> Path | None:
             raise PokediffError(f"{out} already holds a run: go on with --resume auto, or choose another --out")
         return None
     if resume == "auto":
+        if not states and (out / "model_index.json").exists():
+            raise PokediffError(f"{out} holds a model without the state to resume from: choose another --out")
         return states[-1].parent if states else None
     if not (Path(resume) / "progress.json").is_file():
         raise PokediffError(f"--resume {resume}: no state there (use auto, never, or a folder .../state/step-N)")
@@ -143,9 +148,10 @@ def load_state(
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in load_file(folder / "optimizer.safetensors").items():
         number, name = int(key.split(".")[0]), key.split(".")[1]
-        if value.ndim:  # the fused optimizer walks memory: moments must lie as their parameter does, channels last
-            value = torch.empty_like(parameters[number]).copy_(value)
-        state.setdefault(number, {})[name] = value
+        # The fused optimizer walks memory: moments must lie as their parameter does, channels last. And they must be
+        # copies: a tensor that lives in a mapped file keeps Windows from deleting it.
+        like = parameters[number] if value.ndim else value
+        state.setdefault(number, {})[name] = torch.empty_like(like).copy_(value)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return Progress(**facts["progress"])
 
@@ -198,7 +204,7 @@ pipe("a blue water turtle", seed=7).images[0].save("turtle.png")
 | data | {len(pictures)} pictures, styles: {styles}; sha256 {pictures.digest[:16]} |
 | split | by family; validation and test families were not trained on |
 | trained | {progress.step} steps, {progress.images_seen:,} pictures drawn |
-| validation loss | {progress.validation_loss:.4f} ({config.diffusion.prediction_type}, averaged weights) |
+| validation loss | {progress.loss_text()} ({config.diffusion.prediction_type}, averaged weights) |
 | text encoder | {config.text_encoder} |
 
 A model may resemble what it was trained on: whose pictures those were, and what that allows, is a question for the

@@ -136,6 +136,7 @@ def train(config: TrainConfig, resume: str = "never") -> Path:
             if torch.isfinite(norm):
                 optimizer.step()
                 average.update_parameters(network)
+                window.add(loss, norm)
                 bad = 0
             else:
                 bad += 1
@@ -148,7 +149,7 @@ def train(config: TrainConfig, resume: str = "never") -> Path:
                     "or a smaller --max-grad-norm, with --resume auto"
                 )
             progress.step, progress.images_seen = step + 1, progress.images_seen + config.batch_size
-            window.add(loss, norm, config.batch_size)
+            window.done(config.batch_size)
             steps_bar.update()
 
             now = progress.step
@@ -156,7 +157,7 @@ def train(config: TrainConfig, resume: str = "never") -> Path:
             stop = now == config.max_steps or agreed(accelerator, late or interrupted())
             if stop or now % config.log_every == 0:
                 values = {**window.close(accelerator), "lr": learning_rate(config, step)}
-                steps_bar.set_postfix(loss=f"{values['loss']:.4f}", img_s=f"{values['images_per_s']:.0f}")
+                steps_bar.set_postfix(loss=f"{values.get('loss', math.nan):.4f}", img_s=f"{values['images_per_s']:.0f}")
                 accelerator.log(values, step=now)
             if main and (stop or now % config.validate_every == 0):
                 losses = validate(average.module, schedule, validation, validation_vectors, config, accelerator)
@@ -166,15 +167,15 @@ def train(config: TrainConfig, resume: str = "never") -> Path:
             if main and (stop or now % config.preview_every == 0):
                 preview(pipeline, config, out / "previews", now)
             if main and (stop or now % config.checkpoint_every == 0):
-                runs.save_state(out / "state", config, pictures.digest, network, average, optimizer, progress)
+                # The state last: a run killed between the two is resumed before this step and writes both again.
                 runs.publish(pipeline, out, runs.model_card(config, pictures, progress))
+                runs.save_state(out / "state", config, pictures.digest, network, average, optimizer, progress)
             if stop:
                 break
             window.resume()
     steps_bar.close()
     accelerator.wait_for_everyone()
-    loss_now = f"validation loss {progress.validation_loss:.4f}"
-    say(f"{progress.step} steps, {progress.images_seen:,} pictures, {loss_now}: {out}")
+    say(f"{progress.step} steps, {progress.images_seen:,} pictures, validation loss {progress.loss_text()}: {out}")
     accelerator.end_training()
     return out
 
@@ -372,20 +373,22 @@ class Window:
         """The batch is here: the time since `resume` was spent waiting for data."""
         self.waiting += time.monotonic() - self.mark
 
-    def add(self, loss: torch.Tensor, norm: torch.Tensor, images: int) -> None:
+    def add(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
+        """What a step that was taken measured."""
         self.losses.append(loss.detach())
         self.norms.append(norm.detach())
+
+    def done(self, images: int) -> None:
+        """A step is over, taken or skipped."""
         self.images += images
         self.seconds += time.monotonic() - self.mark
 
     def close(self, accelerator: Accelerator) -> dict[str, float]:
         """The averages, the loss over all processes; a new window begins."""
-        values = {
-            "loss": accelerator.reduce(torch.stack(self.losses).mean(), "mean").item(),
-            "grad_norm": torch.stack(self.norms).mean().item(),
-            "images_per_s": self.images / self.seconds,
-            "data_wait_share": self.waiting / self.seconds,
-        }
+        values = {"images_per_s": self.images / self.seconds, "data_wait_share": self.waiting / self.seconds}
+        if self.losses:  # not when every step was skipped; the same on all processes, as they share the gradient
+            loss = accelerator.reduce(torch.stack(self.losses).mean(), "mean").item()
+            values = {"loss": loss, "grad_norm": torch.stack(self.norms).mean().item(), **values}
         self.clear()
         return values
 
@@ -397,13 +400,19 @@ def agreed(accelerator: Accelerator, stop: bool) -> bool:
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM set a flag, so that a step is finished and a checkpoint written; a second one acts at once."""
-    received: list[int] = []
+    """Ctrl-C and SIGTERM set a flag, so that a step is finished and a checkpoint written; a second one acts at once.
+
+    What comes within a second of the first is the same wish: a terminal tells all processes, and a launcher tells them
+    again.
+    """
+    received: list[float] = []
     before: dict[signal.Signals | int, Any] = {}
 
-    def handler(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        signal.signal(number, before[number])
+    def handler(number: int, frame: FrameType | None) -> None:
+        received.append(time.monotonic())
+        if received[-1] - received[0] > 1:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -140,7 +140,8 @@ def _entry(row: list[Tag | None], columns: dict[str, list[int]], page_url: str) 
     if number is None or name_cell is None:
         return None
     link = name_cell.find("a", href=True)
-    if link is None:
+    own_page = _absolute(page_url, str(link["href"])) if link is not None else ""
+    if link is None or not own_page:
         return None
     form = " ".join(_text(small) for small in name_cell.find_all("small")).strip()
     types = [_text(part).lower() for cell in cells("type") for part in (cell.find_all("a") or [cell])]
@@ -152,7 +153,7 @@ def _entry(row: list[Tag | None], columns: dict[str, list[int]], page_url: str) 
         name=_text(link),
         form=form,
         types=tuple(dict.fromkeys(kind for kind in types if re.fullmatch(r"[a-z]+", kind))),
-        page_url=urljoin(page_url, str(link["href"])),
+        page_url=own_page,
         image_urls=_image_urls(picture, page_url) if picture is not None else (),
     )
 
@@ -164,11 +165,20 @@ def _image_urls(image: Tag, page_url: str) -> tuple[str, ...]:
         address, _, density = candidate.strip().partition(" ")
         size = re.fullmatch(r"([\d.]+)[xw]", density.strip())
         sources.append((float(size[1]) if size else 1.0, address))
-    sources = [(size, urljoin(page_url, address)) for size, address in sources if address]
+    sources = [(size, _absolute(page_url, address)) for size, address in sources if address]
+    sources = [(size, address) for size, address in sources if address]
     if not sources:
         return ()
     largest = max(sources)[1]
     return tuple(dict.fromkeys((original_url(largest), largest)))
+
+
+def _absolute(page_url: str, link: str) -> str:
+    """The address that a link on a page means, "" when it is none."""
+    try:
+        return urlunsplit(urlsplit(urljoin(page_url, link)))
+    except ValueError:
+        return ""
 
 
 def original_url(url: str) -> str:

@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import urljoin, urlsplit
-from urllib.robotparser import RobotFileParser
 
 import requests
+from protego import Protego
 from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
@@ -39,7 +39,6 @@ class StopRun(Exception):
 class Answer:
     url: str  # after redirects
     body: bytes
-    content_type: str
 
 
 class PoliteClient:
@@ -63,7 +62,7 @@ class PoliteClient:
         self.sleep, self.clock = sleep, clock
         self.session = requests.Session()
         self.session.headers["User-Agent"] = user_agent
-        self.robots: dict[str, RobotFileParser] = {}
+        self.robots: dict[str, Protego] = {}
         self.last_request: dict[str, float] = {}
         self.requests = 0
 
@@ -78,7 +77,7 @@ class PoliteClient:
             NotThere: 404 or 410. FetchError: anything else wrong with this address, after ATTEMPTS attempts where
             trying again can help. StopRun: a challenge page, or a longer pause demanded than LONGEST_PAUSE_S.
         """
-        if not self._robots_of(url).can_fetch(self.user_agent, url):
+        if not self._robots_of(url).can_fetch(url, self.user_agent):
             raise FetchError("robots.txt disallows it")
         return self._try(url, max_bytes, expect)
 
@@ -103,6 +102,8 @@ class PoliteClient:
                         raise StopRun(f"{urlsplit(url).netloc} asks for a pause of {pause:.0f} s") from None
             except requests.RequestException as error:
                 reason = f"connection: {type(error).__name__}"
+            except ValueError as error:  # an address or a header that is none, where requests does not look itself
+                raise FetchError(f"malformed answer: {error}") from None
             if attempt + 1 < ATTEMPTS:
                 self.sleep(pause)
         raise FetchError(f"{reason} ({ATTEMPTS} attempts)")
@@ -111,7 +112,7 @@ class PoliteClient:
         """One attempt, along redirects to hosts we expect."""
         for _ in range(REDIRECTS + 1):
             self._check_host(url)
-            if not self._robots_of(url).can_fetch(self.user_agent, url):
+            if not self._robots_of(url).can_fetch(url, self.user_agent):
                 raise FetchError(f"robots.txt disallows {url}")
             self._wait_turn(url)
             with self.session.get(url, stream=True, timeout=TIMEOUT_S, allow_redirects=False) as response:
@@ -124,8 +125,6 @@ class PoliteClient:
     def _read(self, response: requests.Response, url: str, max_bytes: int, expect: str) -> Answer:
         """The whole body, or why there is none."""
         kind = response.headers.get("Content-Type", "")
-        if int(response.headers.get("Content-Length") or 0) > max_bytes:
-            raise FetchError(f"longer than {max_bytes:,} bytes")
         body = bytearray()
         for piece in response.iter_content(1 << 16):  # urllib3 raises when the body is shorter than Content-Length
             body += piece
@@ -133,10 +132,12 @@ class PoliteClient:
                 raise FetchError(f"longer than {max_bytes:,} bytes")
 
         status = response.status_code
-        if response.headers.get("cf-mitigated") == "challenge" or (status != 200 and is_challenge(body)):
+        if response.headers.get("cf-mitigated") == "challenge":
             raise StopRun(f"{urlsplit(url).netloc} demands a challenge (status {status})")
         if status in (404, 410):
             raise NotThere(f"status {status}")
+        if status != 200 and is_challenge(body):
+            raise StopRun(f"{urlsplit(url).netloc} demands a challenge (status {status})")
         if status == 429 or status >= 500:
             raise _Again(f"status {status}", _retry_after(response))
         if status != 200:
@@ -145,22 +146,19 @@ class PoliteClient:
             raise _Doubtful(f"{urlsplit(url).netloc} demands a challenge (status 200)")
         if not kind.startswith(expect):
             raise _Again(f"{kind or 'no content type'} where {expect} should be")
-        return Answer(url, bytes(body), kind)
+        return Answer(url, bytes(body))
 
     # ------------------------------------------------------------------------------------------------- manners
 
-    def _robots_of(self, url: str) -> RobotFileParser:
+    def _robots_of(self, url: str) -> Protego:
         """The host's robots.txt, read once. None there (404): all is allowed; unreachable: nothing is (RFC 9309)."""
         host = self._check_host(url)
         if host not in self.robots:
             parts = urlsplit(url)
-            self.robots[host] = RobotFileParser()
-            self.robots[host].parse([])  # no rules: for the request that asks for them, and where there are none
+            self.robots[host] = Protego.parse("")  # for the request that asks for the rules, and where there are none
             try:
                 answer = self._try(f"{parts.scheme}://{host}/robots.txt", 1 << 19, "")
-                rules = RobotFileParser()
-                rules.parse(answer.body.decode("utf-8", errors="replace").splitlines())
-                self.robots[host] = rules
+                self.robots[host] = Protego.parse(answer.body.decode("utf-8-sig", errors="replace"))
             except NotThere:
                 pass
             except FetchError as error:
@@ -170,9 +168,8 @@ class PoliteClient:
 
     def interval(self, host: str) -> float:
         """Seconds between two requests to this host: what its robots.txt says, else DEFAULT_INTERVAL_S."""
-        robots = self.robots.get(host)
-        delay = robots.crawl_delay(self.user_agent) if robots and robots.mtime() else None
-        return DEFAULT_INTERVAL_S if delay is None else float(delay)
+        delay = self.robots[host].crawl_delay(self.user_agent) if host in self.robots else None
+        return DEFAULT_INTERVAL_S if delay is None else delay
 
     def _wait_turn(self, url: str) -> None:
         host = urlsplit(url).netloc
@@ -201,7 +198,8 @@ class _Doubtful(Exception):
 def is_challenge(body: bytes | bytearray) -> bool:
     """Is this the page that asks to prove one is human?"""
     head = bytes(body[:8192])
-    return bool(re.search(rb"<title>\s*Just a moment|cf[-_]chl|challenge-platform", head, re.IGNORECASE))
+    # Not "challenge-platform": that script stands in ordinary pages behind the same network too.
+    return bool(re.search(rb"<title>\s*Just a moment|cf[-_]chl", head, re.IGNORECASE))
 
 
 def _retry_after(response: requests.Response) -> float | None:

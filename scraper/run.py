@@ -76,6 +76,11 @@ def parse(args: Sequence[str] | None, prog: str) -> argparse.Namespace:
     )
     parser.add_argument("--refresh", action="store_true", help="ask for the list page again, even if it is fresh")
     options = parser.parse_args(args)
+    if options.text_encoder != "none":
+        from pokediff.text import ENCODERS
+
+        if options.text_encoder.partition(":")[0] not in ENCODERS:
+            parser.error(f"--text-encoder {options.text_encoder}: there are none, {', '.join(ENCODERS)}")
     if options.limit is not None and options.limit < 1:
         parser.error("--limit must be at least 1")
     if not urlsplit(options.base_url).netloc:
@@ -107,7 +112,7 @@ def scrape(options: argparse.Namespace, client: PoliteClient | None = None) -> S
     (out / "images").mkdir(parents=True, exist_ok=True)
     (out / ".scrape").mkdir(exist_ok=True)
     client = client or make_client(options)
-    journal = Journal(out / ".scrape" / "journal.jsonl")
+    journal = Journal(out)
     summary, failures, started = Summary(out), list[dict[str, Any]](), time.monotonic()
     try:
         everything = bulbapedia.parse_list(list_page(options, client), bulbapedia.list_url(options.base_url))
@@ -124,7 +129,7 @@ def scrape(options: argparse.Namespace, client: PoliteClient | None = None) -> S
         finally:  # whatever happened, metadata.jsonl speaks of every picture that is stored
             stored = save(out, stems, journal)
             summary.stored = len(stored & wanted.keys())
-            write_failures(out, failures)
+            write_failures(out, failures, journal)
     except StopRun as stop:
         summary.stopped = str(stop)
     summary.pictures_gone = sum(failure["gone"] and "file_name" in failure for failure in failures)
@@ -187,7 +192,7 @@ def fetch_images(
     save: Callable[[], Any],
 ) -> None:
     """Every picture that is not there yet: the original, else the largest thumbnail."""
-    todo = [(stem, entry) for stem, entry in entries.items() if not journal.has_image(out, image_name(stem))]
+    todo = [(stem, entry) for stem, entry in entries.items() if image_name(stem) not in journal.images]
     for number, (stem, entry) in enumerate(tqdm(todo, desc="pictures", unit="picture"), 1):
         file_name = image_name(stem)
         failure = {"file_name": file_name, "name": entry.name, "reason": "the list shows no picture", "gone": True}
@@ -227,27 +232,25 @@ def fetch_image(client: PoliteClient, url: str) -> bytes:
 
 
 class Journal:
-    """What has been stored, a JSON row each, appended at once: the memory of a run that may be killed at any moment."""
+    """What has been stored, a JSON row each, appended at once: the memory of a run that may be killed at any moment.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Pictures that are no longer there as they were written are forgotten.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.path = out / ".scrape" / "journal.jsonl"
         self.images: dict[str, dict[str, str]] = {}
         self.pages: dict[str, dict[str, Any]] = {}
-        if not path.exists():
-            return
-        whole = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
+        for line in text.split("\n"):
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:
-                continue  # cut short when the run was killed
+                continue  # empty, or cut short when the run was killed
             (self.images if "file_name" in row else self.pages)[row.get("file_name") or row["page"]] = row
-            whole.append(line)
-        write_whole(path, "".join(line + "\n" for line in whole))
-
-    def has_image(self, out: Path, file_name: str) -> bool:
-        row, path = self.images.get(file_name), out / file_name
-        return row is not None and path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == row["sha256"]
+        self.images = {name: row for name, row in self.images.items() if _sha256(out / name) == row["sha256"]}
+        rows = [*self.images.values(), *self.pages.values()]
+        write_whole(self.path, "".join(_json_line(row) for row in rows))
 
     def add_image(self, file_name: str, source_url: str, sha256: str) -> None:
         row = {"file_name": file_name, "source_url": source_url, "sha256": sha256, "retrieved_at": _now()}
@@ -267,7 +270,15 @@ class Journal:
 
     def _append(self, row: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8", newline="\n") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(_json_line(row))
+
+
+def _json_line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _sha256(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def _now() -> str:
@@ -306,8 +317,15 @@ def save(out: Path, entries: Mapping[str, Entry], journal: Journal) -> set[str]:
     return stored
 
 
-def write_failures(out: Path, failures: Iterable[dict[str, Any]]) -> None:
-    write_whole(out / "failures.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in failures))
+def write_failures(out: Path, failures: Iterable[dict[str, Any]], journal: Journal) -> None:
+    """Write failures.jsonl: what failed now, and what failed earlier and was not tried or had this time."""
+    path = out / "failures.jsonl"
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    earlier = [json.loads(line) for line in lines if line]
+    rows = {row.get("file_name") or row["url"]: row for row in [*earlier, *failures]}
+    had = journal.images.keys() | journal.pages.keys()
+    left = [row for key, row in rows.items() if key not in had and page_title(key) not in had]
+    write_whole(path, "".join(_json_line(row) for row in left))
 
 
 def evolution_families(entries: Iterable[Entry], journal: Journal) -> dict[int, int]:

@@ -101,6 +101,14 @@ def test_2025():
     )
 
 
+def test_a_torn_address_costs_one_picture_not_the_list():
+    torn = PAGE_2021.replace('src="//cdn.bulbagarden.net/upload/e/ec/001MS.png"', 'src="http://[torn"')
+    assert torn != PAGE_2021
+    entries = parse_list(torn, URL)
+    assert entries[0].image_urls == ()
+    assert len(entries) == len(parse_list(PAGE_2021, URL))
+
+
 def test_a_page_that_is_no_longer_the_list(monkeypatch):
     monkeypatch.setattr(bulbapedia, "EXPECTED_SPECIES", 1025)
     for html in (PAGE_2024, "<html><title>Just a moment...</title></html>", ""):

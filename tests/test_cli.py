@@ -47,6 +47,11 @@ def test_help(command, words):
         (("sample.py", "--prompt", "x", "--num-images", "0"), "num_images must be positive"),
         (("sample.py", "--prompt", "x", "--checkpoint", "checkpoints/none"), "no checkpoint"),
         (("sample.py", "--prompt", "x", "--sampler", "magic"), "magic"),
+        (("sample.py", "--prompt", "a", "--prompt", "b"), "--prompt is given twice"),
+        (("sample.py", "--prompt", "x", "--guidance-interval", "5", "0.1"), "the smaller first"),
+        (("train.py", "--preview-every", "0"), "preview_every must be positive"),
+        (("scraper/run.py", "--out", "setup.cfg", "--text-encoder", "none"), "setup.cfg"),
+        (("scraper/run.py", "--out", "x", "--text-encoder", "magic"), "magic"),
         (("train.py", "--config", "none.yaml"), "none.yaml not found"),
         (("train.py", "--data", "/none"), "metadata.jsonl not found"),
         (("train.py", "--dataset.image-size", "40"), "multiple of 16"),
@@ -67,7 +72,7 @@ def test_options_win_over_the_file(tmp_path):
     path = tmp_path / "my.yaml"
     path.write_text("max_steps: 7\nlearning_rate: 1e-3\ndataset:\n  image_size: 64\n")
     args = ["--config", str(path), "--max-steps", "9", "--dataset.flip", "0"]
-    base = load_yaml(_early(args, "--config")["--config"], TrainConfig)
+    base = load_yaml(_early(args, "--config"), TrainConfig)
     command = _parse(TrainCommand, args, "train.py", TrainCommand(base))
     settings = command.settings
     assert (settings.max_steps, settings.learning_rate, settings.dataset.image_size, settings.dataset.flip) == (

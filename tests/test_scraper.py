@@ -119,6 +119,28 @@ def test_robots_are_read_once_and_obeyed(wiki):
     assert wiki.agents == {"pokediff/test (contact: me@example.org)"}
 
 
+@pytest.mark.parametrize(
+    "rules",
+    [
+        "User-agent: *\nAllow: /\nDisallow: /media/",  # the longest match counts (RFC 9309)
+        "User-agent: *\nDisallow: /*/upload/",
+        "User-agent: *\nDisallow: /*.png$",
+        "User-agent: *\nDisallow: /x/\n\nUser-agent: *\nDisallow: /media/",
+        "User-agent: *\n\nDisallow: /media/",
+        "\ufeffUser-agent: *\nDisallow: /media/",
+        "User-agent: Pokediff\nDisallow: /media/\n\nUser-agent: *\nAllow: /",
+    ],
+)
+def test_every_way_to_forbid_is_understood(wiki, rules):
+    wiki.robots = rules
+    with pytest.raises(FetchError, match=r"robots\.txt disallows"):
+        polite(wiki).get(wiki.base + original("a"), 10**6)
+    wiki.robots = "User-agent: *\nCrawl-delay: 2.5"
+    agent = polite(wiki, sleep=lambda s: None)
+    agent.get(wiki.base + original("a"), 10**6)
+    assert agent.interval(wiki.base.removeprefix("http://")) == 2.5
+
+
 def test_crawl_delay_is_kept_between_requests(wiki):
     wiki.robots = "User-agent: *\nCrawl-delay: 7\n"
     now, slept = [0.0], []
@@ -203,9 +225,16 @@ def test_not_there_too_long_and_elsewhere(wiki):
     wiki.special["/far.png"] = lambda h, n: h.answer(302, b"", "text/plain", Location="http://elsewhere.example/x.png")
     wiki.special["/near.png"] = lambda h, n: h.answer(301, b"", "text/plain", Location=original("b"))
     wiki.special["/round.png"] = lambda h, n: h.answer(302, b"", "text/plain", Location="/round.png")
+    wiki.special["/torn.png"] = lambda h, n: h.answer(302, b"", "text/plain", Location="http://[torn")
+    script = b"<html><script src='/cdn-cgi/challenge-platform/scripts/jsd/main.js'></script>no such page</html>"
+    wiki.special["/gone.png"] = lambda h, n: h.answer(404, script, "text/html")
     agent = polite(wiki)
     with pytest.raises(NotThere):
         agent.get(f"{wiki.base}/none", 1000)
+    with pytest.raises(NotThere):  # the script alone is no challenge
+        agent.get(f"{wiki.base}/gone.png", 1000)
+    with pytest.raises(FetchError, match="malformed answer"):
+        agent.get(f"{wiki.base}/torn.png", 1000)
     with pytest.raises(FetchError, match="longer than 100 bytes"):
         agent.get(wiki.base + original("a"), 100)
     with pytest.raises(FetchError, match=r"unexpected host elsewhere\.example"):
@@ -267,6 +296,26 @@ def test_nothing_bad_is_stored_and_failures_are_tried_again(wiki, tmp_path):
     assert scrape(wiki, tmp_path) == 0
     assert wiki.asked == ["/robots.txt", original(NAMES[3]), original(NAMES[4])]
     assert failures(tmp_path) == []
+
+
+def test_a_picture_that_vanished_is_not_told_to_be_there(wiki, tmp_path, capsys):
+    assert scrape(wiki, tmp_path) == 0
+    (tmp_path / "images" / "0003-creaturec.png").unlink()
+    (tmp_path / "images" / "0005-creaturee.png").write_bytes(b"torn")
+    wiki.special[original(NAMES[2])] = lambda h, n: h.answer(503, b"", "text/plain")
+    assert scrape(wiki, tmp_path) == 1
+    assert "11 of 12 pictures" in capsys.readouterr().out
+    assert [record.name for record in read_records(tmp_path)] == [*NAMES[:2], *NAMES[3:]]
+    assert (tmp_path / "images" / "0005-creaturee.png").read_bytes() == ARTWORK
+    assert scrape(wiki, tmp_path, "--limit", "2") == 0
+    assert [row["name"] for row in failures(tmp_path)] == [NAMES[2]]  # it was not tried: it is still to be had
+
+
+def test_a_journal_cut_within_a_letter_is_read(wiki, tmp_path):
+    assert scrape(wiki, tmp_path) == 0
+    with (tmp_path / ".scrape" / "journal.jsonl").open("ab") as file:
+        file.write(b'{"page": "Flab' + "é".encode()[:1])
+    assert scrape(wiki, tmp_path) == 0
 
 
 def test_a_challenge_keeps_everything_and_the_next_run_completes(wiki, tmp_path, capsys):
@@ -397,7 +446,8 @@ def test_faults_a_challenge_and_a_kill_end_in_the_same_pictures(mirror, tmp_path
     process = subprocess.Popen(
         command(plain, tmp_path / "killed", *limit), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    while len(images(tmp_path / "killed")) < 15 if (tmp_path / "killed" / "images").is_dir() else True:
+    while not (tmp_path / "killed" / "images").is_dir() or len(images(tmp_path / "killed")) < 15:
+        assert process.poll() is None
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()

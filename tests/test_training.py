@@ -138,6 +138,7 @@ def test_a_state_does_not_fit_another_configuration(finished, data, changes, wor
         train(tiny_config(data, finished, **changes), resume="auto")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 def test_killed_at_random_moments_it_ends_the_same(data, tmp_path):
     changes = dict(max_steps=16, checkpoint_every=2, validate_every=8, preview_every=16)
     whole = tiny_config(data, tmp_path / "whole", **changes)
@@ -164,6 +165,7 @@ def test_killed_at_random_moments_it_ends_the_same(data, tmp_path):
     assert_same_state(newest_state(tmp_path / "killed"), newest_state(tmp_path / "whole"), rtol=0, atol=0)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 def test_ctrl_c_ends_with_a_checkpoint(data, tmp_path):
     config = tiny_config(data, tmp_path / "run", max_steps=100_000, checkpoint_every=100_000, validate_every=100_000)
     process = launch(config)
@@ -184,6 +186,7 @@ def test_two_processes_train_the_same_model_as_one(data, tmp_path):
     runs = [tiny_config(data, tmp_path / name, model=model) for name in ("one", "two")]
     finish(launch(runs[0], processes=1))
     finish(launch(runs[1], processes=2))
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["processes"] == 2
     assert_same_state(newest_state(tmp_path / "two"), newest_state(tmp_path / "one"), rtol=1e-3, atol=1e-5)
     losses = []
     for name in ("one", "two"):
