@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
 
 Channels = Literal["rgba", "rgb", "grey"]
-CHANNELS: dict[str, int] = {"rgba": 4, "rgb": 3, "grey": 1}
+CHANNELS: dict[Channels, int] = {"rgba": 4, "rgb": 3, "grey": 1}
 # What Pillow raises for broken files; the last ones come from broken EXIF and text blocks.
 DECODER_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, struct.error, EOFError, TypeError)
 MAX_PIXELS = 64_000_000  # beyond this a small file is more likely a decompression bomb than a sprite

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +29,10 @@ from diffusers import (
 )
 from diffusers.utils import BaseOutput
 from PIL import Image
+from safetensors import SafetensorError
 
-from pokediff.errors import PokediffError
-from pokediff.images import CHANNELS, from_model
+from pokediff.errors import PokediffError, first_line
+from pokediff.images import CHANNELS, Channels, from_model
 from pokediff.text import ClipTextEncoder, TextEncoder, cached_or_downloaded, load_text_encoder
 from pokediff.unet import Unet
 
@@ -104,23 +106,24 @@ class PokeDiffPipeline(DiffusionPipeline):
         Raises PokediffError when there is no such folder, or it is no pipeline of ours.
         """
         name, path = str(pretrained_model_name_or_path), Path(pretrained_model_name_or_path)
+        if not {"dtype", "torch_dtype"} & kwargs.keys():
+            kwargs["dtype"] = torch.float32
         load = super().from_pretrained
         if (path / "model_index.json").is_file():
-            pipeline = load(name, **kwargs)
-        else:
-            found = ", ".join(
-                sorted(index.parent.as_posix() for index in Path("checkpoints").glob("*/model_index.json"))
-            )
-            here = f"here are: {found or 'none'}"
-            if path.is_dir() or path.parent.is_dir() or name.count("/") != 1:
-                raise PokediffError(f"{path} is no checkpoint (no model_index.json); {here}")
-            pipeline = cached_or_downloaded(
-                lambda local: load(name, **{**kwargs, "local_files_only": local}), f"checkpoint {name}", here
-            )
-        return pipeline if {"dtype", "torch_dtype"} & kwargs.keys() else pipeline.to(dtype=torch.float32)
+            try:
+                return load(name, **kwargs)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+                raise PokediffError(f"{path} cannot be loaded: {first_line(error)}") from error
+        found = sorted(index.parent.as_posix() for index in Path("checkpoints").glob("*/model_index.json"))
+        here = f"here are: {', '.join(found) or 'none'}"
+        if path.is_dir() or path.parent.is_dir() or name.count("/") != 1:
+            raise PokediffError(f"{path} is no checkpoint (no model_index.json); {here}")
+        return cached_or_downloaded(
+            lambda local: load(name, **{**kwargs, "local_files_only": local}), f"checkpoint {name}", here
+        )
 
     @property
-    def channels(self) -> str:
+    def channels(self) -> Channels:
         """One of rgba, rgb, grey."""
         return {number: name for name, number in CHANNELS.items()}[self.unet.config.in_channels]
 
@@ -198,6 +201,8 @@ class PokeDiffPipeline(DiffusionPipeline):
         shape = (self.unet.config.in_channels, self.image_size, self.image_size)
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         x = noise.to(self.device) * scheduler.init_noise_sigma
+        draws = "generator" in inspect.signature(scheduler.step).parameters  # new noise at every step, or may do so
+        options = {"generator": generators} if draws else {}
         for index, timestep in enumerate(scheduler.timesteps):
             noisy = scheduler.scale_model_input(x, timestep)  # unit variance, whatever scale the sampler keeps x in
             sigma = self._sigma(float(timestep))
@@ -210,7 +215,6 @@ class PokeDiffPipeline(DiffusionPipeline):
             x0 = self._to_x0(output, noisy, sigma).clamp(-1, 1)  # guidance overshoots; a picture cannot
             yield Step(index, float(timestep), sigma, noisy, x0)
             output = self._from_x0(x0, noisy, sigma)
-            options = {"generator": generators} if isinstance(scheduler, STOCHASTIC) else {}
             x = scheduler.step(output, timestep, x, **options).prev_sample
         yield Step(len(scheduler.timesteps), 0.0, 0.0, x, x.clamp(-1, 1))
 
@@ -230,6 +234,8 @@ class PokeDiffPipeline(DiffusionPipeline):
     ) -> PokeDiffPipelineOutput:
         """`num_images` pictures a prompt, as RGBA PIL images; picture k has seed + k. `options` as in `generate`."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise PokediffError("nothing to draw: no prompt")
         prompts = [text for text in prompts for _ in range(num_images)]
         pictures = self.generate(prompts, range(seed, seed + len(prompts)), **options)
         return PokeDiffPipelineOutput(images=[Image.fromarray(picture) for picture in pictures])
@@ -274,12 +280,10 @@ class PokeDiffPipeline(DiffusionPipeline):
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Does the device multiply bfloat16 in hardware?"""
+    """Does the device multiply bfloat16 in hardware? Elsewhere it is emulated, five times slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return (
-        device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def quiet() -> None:
@@ -289,6 +293,3 @@ def quiet() -> None:
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-
-
-STOCHASTIC = (DDPMScheduler, EulerAncestralDiscreteScheduler)  # samplers that draw new noise at every step

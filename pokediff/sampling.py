@@ -21,8 +21,8 @@ from tqdm import tqdm
 from pokediff.config import SampleConfig, from_values, plain
 from pokediff.errors import PokediffError
 from pokediff.images import composite, encode_png, enlarge, from_model, grid, parse_color, save_animation
-from pokediff.pipeline import PokeDiffPipeline, Step, quiet
-from pokediff.records import write_whole
+from pokediff.pipeline import PokeDiffPipeline, Step, has_bf16, quiet
+from pokediff.records import read_text, write_whole
 
 DEFAULT_CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "pokediff-32"
 SHOWN_SIDE = 128  # px that a picture has at least on a sheet or in an animation
@@ -52,7 +52,7 @@ def sample(config: SampleConfig) -> Path:
     jobs = [(prompt, config.seed + k) for k, prompt in enumerate(p for p in prompts for _ in range(config.num_images))]
 
     clear_earlier(out)
-
+    write_facts(out, pipeline, config, prompts, jobs)  # before the first picture: what stands there is ours to clear
     done: list[np.ndarray] = []
     started, interrupted = time.monotonic(), False
     try:
@@ -60,28 +60,29 @@ def sample(config: SampleConfig) -> Path:
             frames = draw(pipeline, jobs[start : start + config.batch_size], config)
             for offset, picture in enumerate(frames[-1].x0):
                 write_picture(out / f"{start + offset:04}.png", picture, config)
+                done.append(picture)
                 if config.save_frames:
                     write_frames(out / "frames" / f"{start + offset:04}", frames, offset, config)
-            done.extend(frames[-1].x0)
             if start == 0:
                 animate(out, frames, config)
     except KeyboardInterrupt:
         interrupted = True
     if done:
         columns = config.num_images if len(prompts) > 1 and config.num_images > 1 else None
-        sheet = enlarge(grid(np.stack(done), columns, gap=1), max(config.enlarge, SHOWN_SIDE // pipeline.image_size))
+        sheet = enlarge(grid(np.stack(done), columns, gap=1), show_factor(pipeline.image_size))
         write_whole(out / "grid.png", encode_png(composite(sheet, config.background) if config.background else sheet))
         seconds = time.monotonic() - started
-        facts = describe(pipeline, config, prompts, jobs[: len(done)], seconds)
-        write_whole(out / "sample.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+        write_facts(out, pipeline, config, prompts, jobs[: len(done)], seconds)
         print(f"{len(done)} picture{'s' * (len(done) > 1)} in {seconds:.1f} s: {out}")
+    else:
+        clear_earlier(out)
     if interrupted:
         raise KeyboardInterrupt
     return out
 
 
 def clear_earlier(out: Path) -> None:
-    """Remove the pictures that an earlier run left in this folder, by its sample.json: old and new must not mix."""
+    """Remove what an earlier run left in this folder, by its sample.json: old and new must not mix."""
     try:
         earlier = json.loads((out / "sample.json").read_text(encoding="utf-8"))["pictures"]
         names = [Path(row["file"]).name for row in earlier]
@@ -90,6 +91,8 @@ def clear_earlier(out: Path) -> None:
     for name in names:
         (out / name).unlink(missing_ok=True)
         shutil.rmtree(out / "frames" / Path(name).stem, ignore_errors=True)
+    for name in ("grid.png", "denoising.gif", "denoising.mp4", "denoising.apng", "sample.json"):
+        (out / name).unlink(missing_ok=True)
 
 
 def draw(pipeline: PokeDiffPipeline, jobs: Sequence[tuple[str, int]], config: SampleConfig) -> list[Frame]:
@@ -118,7 +121,7 @@ def draw(pipeline: PokeDiffPipeline, jobs: Sequence[tuple[str, int]], config: Sa
 
 def animate(out: Path, frames: Sequence[Frame], config: SampleConfig) -> None:
     """The noisy picture x beside the predicted clean one x0, step by step, for all pictures of a batch."""
-    factor = max(config.enlarge, SHOWN_SIDE // frames[0].x.shape[1])
+    factor = show_factor(frames[0].x.shape[1])
     shown = []
     for frame in frames:
         pair = np.concatenate([frame.x, frame.x0], axis=2)  # (B, H, 2W, 4)
@@ -126,6 +129,11 @@ def animate(out: Path, frames: Sequence[Frame], config: SampleConfig) -> None:
         shown.append(composite(enlarge(grid(pair, columns), factor), config.background or "white"))
     for kind in config.animations:
         save_animation(out / f"denoising.{kind}", shown)
+
+
+def show_factor(side: int) -> int:
+    """How much sheets and animations enlarge a picture of `side` px."""
+    return max(1, SHOWN_SIDE // side)
 
 
 def write_picture(path: Path, picture: np.ndarray, config: SampleConfig) -> None:
@@ -150,7 +158,7 @@ def read_prompts(config: SampleConfig) -> list[str]:
         path = Path(config.prompts_file)
         if not path.is_file():
             raise PokediffError(f"prompts file {path} not found")
-        lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+        lines = (line.strip() for line in read_text(path).splitlines())
         prompts += [line for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise PokediffError('nothing to draw: give --prompt "a blue water turtle" or --prompts-file')
@@ -169,25 +177,30 @@ def read_settings(path: str | Path) -> SampleConfig:
     return from_values(settings, SampleConfig, str(path))
 
 
-def describe(
+def write_facts(
+    out: Path,
     pipeline: PokeDiffPipeline,
     config: SampleConfig,
     prompts: Sequence[str],
     jobs: Sequence[tuple[str, int]],
-    seconds: float,
-) -> dict[str, Any]:
-    """Everything needed to make the same pictures again: `sample.py --from-json sample.json`."""
+    seconds: float | None = None,
+) -> None:
+    """sample.json, everything needed to make the same pictures again: `sample.py --from-json sample.json`."""
     checkpoint = Path(config.checkpoint or DEFAULT_CHECKPOINT)
     weights = checkpoint / "unet" / "diffusion_pytorch_model.safetensors"
-    settings = dataclasses.replace(config, prompt=tuple(prompts), prompts_file=None)
-    return {
+    # What "auto" meant here: another machine would choose otherwise and draw other pictures.
+    half = config.precision == "bf16" or (config.precision == "auto" and has_bf16(pipeline.device))
+    precision: Any = "bf16" if half else "fp32"
+    settings = dataclasses.replace(config, prompt=tuple(prompts), prompts_file=None, precision=precision)
+    facts = {
         "settings": plain(settings),
         "pictures": [{"file": f"{k:04}.png", "prompt": prompt, "seed": seed} for k, (prompt, seed) in enumerate(jobs)],
         "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None,
         "device": str(pipeline.device),
         "packages": {name: version(name) for name in ("pokediff", "torch", "diffusers")},
-        "seconds": round(seconds, 2),
+        "seconds": seconds and round(seconds, 2),
     }
+    write_whole(out / "sample.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
 
 
 def pick_device(name: str | None) -> torch.device:

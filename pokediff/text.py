@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
-from pokediff.errors import PokediffError
+from pokediff.errors import PokediffError, first_line
 from pokediff.records import write_whole
 
 BUILTIN_FOLDER = Path(__file__).resolve().parent.parent / "checkpoints" / "text-encoder"
@@ -136,7 +136,7 @@ class OpenClipTextEncoder:
             model = open_clip.create_model(architecture, pretrained=weights)
             tokenizer = open_clip.get_tokenizer(architecture)
         except (RuntimeError, ValueError, OSError) as error:
-            raise PokediffError(f"text encoder {name} could not be loaded: {_first_line(error)}") from error
+            raise PokediffError(f"text encoder {name} could not be loaded: {first_line(error)}") from error
         model.visual = None  # only the text half is needed
         return cls(model, tokenizer, name)
 
@@ -194,17 +194,13 @@ def cached_or_downloaded(load: Callable[[bool], Any], what: str, otherwise: str)
     try:
         return load(False)
     except OSError as error:
-        raise PokediffError(f"{what} could not be downloaded: {_first_line(error)}") from error
+        raise PokediffError(f"{what} could not be downloaded: {first_line(error)}") from error
 
 
 def _hub_file(repository: str, file: str, local: bool) -> str:
     from huggingface_hub import hf_hub_download
 
     return hf_hub_download(repository, file, local_files_only=local)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _warn_cut(prompt: str, max_tokens: int) -> None:

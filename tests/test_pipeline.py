@@ -160,6 +160,23 @@ def test_another_diffusers_scheduler_can_be_put_in(pipe):
     )
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("KDPM2AncestralDiscreteScheduler", {}),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+        ("LCMScheduler", {}),
+    ],
+)
+def test_a_scheduler_that_draws_noise_keeps_to_the_seed(kind, changes):
+    import diffusers
+
+    pipe = random_pipeline()
+    pipe.scheduler = getattr(diffusers, kind).from_config(pipe.scheduler.config, **changes)
+    together = pipe.generate(["a cat", "a dog"], [3, 4], num_steps=4)
+    np.testing.assert_array_equal(pipe.generate(["a dog"], [4], num_steps=4), together[1:])
+
+
 def test_library_use(pipe):
     images = pipe("a red dragon", num_images=2, seed=3, num_steps=2).images
     assert [image.size for image in images] == [(16, 16)] * 2
@@ -188,6 +205,17 @@ def test_a_folder_that_is_no_checkpoint_is_named(tmp_path):
         PokeDiffPipeline.from_pretrained(tmp_path)
     with pytest.raises(PokediffError, match="no checkpoint"):
         PokeDiffPipeline.from_pretrained("checkpoints/misspelt")
+
+
+def test_a_checkpoint_that_is_broken_or_not_ours_is_named(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(PokediffError, match="cannot be loaded"):
+        PokeDiffPipeline.from_pretrained(tmp_path)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}')
+    with pytest.raises(PokediffError, match="cannot be loaded"):
+        PokeDiffPipeline.from_pretrained(tmp_path)
 
 
 def test_a_hub_out_of_reach_is_one_quick_line(monkeypatch):

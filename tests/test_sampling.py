@@ -75,15 +75,16 @@ def test_enlarged_on_a_background(checkpoint, tmp_path):
 
 def test_old_and_new_pictures_do_not_mix(checkpoint, tmp_path):
     (tmp_path / "mine.png").write_bytes(b"kept")
-    sample(settings(checkpoint, tmp_path, save_frames=2))
+    sample(settings(checkpoint, tmp_path, save_frames=2, animations=("gif", "apng")))
     sample(settings(checkpoint, tmp_path, num_images=1))
     assert {path.name for path in tmp_path.glob("*.png")} == {"0000.png", "0001.png", "grid.png", "mine.png"}
     assert not list((tmp_path / "frames").iterdir())
+    assert not (tmp_path / "denoising.apng").exists()
 
 
 def test_prompts_from_a_file(checkpoint, tmp_path):
     file = tmp_path / "prompts.txt"
-    file.write_text("# two\na red dragon\n\n  a blue turtle \n", encoding="utf-8")
+    file.write_text("# two\na red dragon\n\n  a blue turtle \n", encoding="utf-8-sig")
     out = sample(settings(checkpoint, tmp_path / "o", prompt=(), prompts_file=str(file), num_images=1))
     assert [row["prompt"] for row in json.loads((out / "sample.json").read_text())["pictures"]] == [
         "a red dragon",
@@ -106,6 +107,28 @@ def test_ctrl_c_keeps_what_is_done(checkpoint, tmp_path, monkeypatch):
         sample(settings(checkpoint, tmp_path, batch_size=3))
     assert {path.name for path in tmp_path.glob("*.png")} == {"0000.png", "0001.png", "0002.png", "grid.png"}
     assert len(json.loads((tmp_path / "sample.json").read_text())["pictures"]) == 3
+
+
+@pytest.mark.parametrize("broken", ["draw", "write_picture"])
+def test_ctrl_c_in_the_first_batch_leaves_nothing_false(checkpoint, tmp_path, monkeypatch, broken):
+    sample(settings(checkpoint, tmp_path))
+    whole, calls = getattr(sampling, broken), []
+
+    def interrupted(*args):
+        calls.append(1)
+        if broken == "draw" or len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(*args)
+
+    monkeypatch.setattr(sampling, broken, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sample(settings(checkpoint, tmp_path))
+    left = {path.name for path in tmp_path.iterdir()}
+    if broken == "draw":
+        assert left <= {"frames"}
+    else:
+        assert left == {"0000.png", "0001.png", "grid.png", "sample.json"}
+        assert len(json.loads((tmp_path / "sample.json").read_text())["pictures"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -420,6 +420,7 @@ def images(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (out / "images").glob("*.png")}
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 def test_faults_a_challenge_and_a_kill_end_in_the_same_pictures(mirror, tmp_path):
     limit = ("--limit", "60")
     plain = mirror()

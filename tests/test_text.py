@@ -71,7 +71,7 @@ def check(encoder, dim: int) -> None:
     assert length <= encoder.max_tokens
     assert embedding.tokens.shape == (3, length, dim)
     assert embedding.mask.shape == (3, length)
-    assert embedding.mask.sum(1).tolist() == [6, 10, 2] or embedding.mask[2].sum() == 2  # marks of start and end
+    assert embedding.mask.sum(1).tolist()[2] == 2  # the empty prompt is its marks of start and end
     for index, prompt in enumerate(PROMPTS):  # the company of other prompts changes nothing
         torch.testing.assert_close(encoder([prompt]).pooled[0], embedding.pooled[index], rtol=0, atol=1e-5)
 
