@@ -1,4 +1,4 @@
-"""The command line: `pokediff scrape|embed|train|sample`. Each verb parses its settings and calls one function."""
+"""The command line: `pokediff VERB`. Each verb parses its settings and calls one function."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn, TypeVar
 
 import tyro
 
-from pokediff.config import DEFAULT_CLIP, SampleConfig, TrainConfig, load_yaml
+from pokediff.config import DEFAULT_CLIP, EvaluateConfig, SampleConfig, TrainConfig, load_yaml
 from pokediff.errors import PokediffError, one_line_errors
 
 T = TypeVar("T")
@@ -24,7 +24,9 @@ HELP = """usage: pokediff VERB [options]        pokediff VERB --help tells a ver
   scrape   build a data set from Bulbapedia: pictures, metadata.jsonl, text embeddings
   embed    write the text embeddings of a data set's captions
   train    train a model on a data set
-  sample   draw pictures from prompts"""
+  sample   draw pictures from prompts
+  evaluate measure a checkpoint, or a folder of pictures, on held-out families
+  compare  several reports side by side"""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,14 @@ class EmbedCommand:
 
     data: tyro.conf.Positional[Path]  # a folder of pictures with a metadata.jsonl
     text_encoder: str = DEFAULT_CLIP  # builtin, clip:REPOSITORY or open_clip:ARCHITECTURE:TAG
+
+
+@dataclass(frozen=True)
+class CompareCommand:
+    """Put several reports side by side: one table, one page."""
+
+    reports: tyro.conf.Positional[tuple[Path, ...]]  # folders with a report.json
+    out: Path = Path("reports/comparison")
 
 
 def train(args: Sequence[str] | None = None, prog: str = "train.py") -> None:
@@ -124,6 +134,22 @@ def embed(args: Sequence[str] | None = None, prog: str = "pokediff embed") -> No
     print(embed(command.data, command.text_encoder, progress=tqdm))
 
 
+def evaluate(args: Sequence[str] | None = None, prog: str = "pokediff evaluate") -> None:
+    command = _parse(EvaluateConfig, args, prog)
+
+    from pokediff.evaluation.evaluate import evaluate
+
+    print(evaluate(command) / "report.html")
+
+
+def compare(args: Sequence[str] | None = None, prog: str = "pokediff compare") -> None:
+    command = _parse(CompareCommand, args, prog)
+
+    from pokediff.evaluation.report import compare
+
+    print(compare(command.reports, command.out))
+
+
 def scrape(args: Sequence[str] | None = None, prog: str = "pokediff scrape") -> None:
     from scraper.run import main
 
@@ -135,6 +161,8 @@ VERBS: dict[str, Callable[[Sequence[str] | None, str], None]] = {
     "embed": embed,
     "train": train,
     "sample": sample,
+    "evaluate": evaluate,
+    "compare": compare,
 }
 
 

@@ -169,6 +169,38 @@ class SampleConfig:
         _require(0 <= low < high, "guidance_interval", "must be two numbers, the smaller first")
 
 
+@dataclass(frozen=True)
+class EvaluateConfig:
+    __pydantic_config__ = STRICT
+
+    checkpoint: str | None = None  # a folder made by training, or a hub repository (default: the shipped one)
+    images: str | None = None  # measure this folder of pictures instead (with sample.json or metadata.jsonl)
+    data: str = "data/bulbapedia"  # the data set that the model was trained on
+    split: Literal["test", "validation"] = "test"  # the families that are the reference
+    styles: tuple[str, ...] | None = None  # of the reference (default: artwork, else all)
+    out: str | None = None  # folder of the report (default: reports/<checkpoint>)
+    number: int = 500  # pictures to draw, from the captions of the reference
+    features: tuple[str, ...] = ("inception",)  # inception, dinov2, clip:MODEL, mobilenet_v2:FILE
+    clip: str | None = None  # a CLIP of transformers for score and retrieval; another one than the model listens to
+    background: str = "white"  # behind both sides
+    kid_subsets: int = 100  # 20 with --kid-subset-size 50 is the protocol of PikaPikaGen
+    kid_subset_size: int = 100  # at most as many as there are pictures
+    seed: int = 0  # of resampling
+    num_steps: int = 20
+    guidance_scale: float = 2.0
+    sampler: Literal["ddpm", "ddim", "dpmpp_2m", "unipc", "heun", "euler", "euler_a"] = "dpmpp_2m"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the processor has it
+    batch_size: int = 16
+    device: str | None = None  # cpu, cuda, mps (default: the fastest there is)
+
+    def __post_init__(self) -> None:
+        _require(not (self.checkpoint and self.images), "images", "cannot be given together with checkpoint")
+        _require(self.number > 1, "number", "must be at least 2")
+        _require(self.kid_subsets > 1, "kid_subsets", "must be at least 2")
+        _require(self.kid_subset_size > 1, "kid_subset_size", "must be at least 2")
+        _require(self.batch_size > 0, "batch_size", "must be positive")
+
+
 def _require(holds: bool, path: str, what: str) -> None:
     if not holds:
         raise PokediffError(f"configuration: {path} {what}")

@@ -102,7 +102,7 @@ def train(config: TrainConfig, resume: str = "never") -> Path:
             "training_pictures": len(training),
             "validation_pictures": len(validation),
             "parameters": sum(p.numel() for p in network.parameters()),
-            "flops_per_image_forward": flops_per_image(network, config),
+            "flops_per_image_forward": flops_per_image(network),
         }
         runs.describe(out, config, accelerator, facts)
         left, seconds = (
@@ -426,12 +426,12 @@ def interruptible() -> Iterator[Callable[[], bool]]:
             signal.signal(caught, previous)
 
 
-def flops_per_image(unet: Unet, config: TrainConfig) -> float:
+def flops_per_image(unet: Unet) -> float:
     """Floating-point operations of one picture through the network once (a multiply-add is two)."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    side = config.dataset.image_size
-    x = torch.zeros(1, CHANNELS[config.dataset.channels], side, side, device=unet.device)
+    side = unet.config.image_size
+    x = torch.zeros(1, unet.config.in_channels, side, side, device=unet.device)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         unet(x, 0.0)
     return counter.get_total_flops()

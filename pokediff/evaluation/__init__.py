@@ -1,0 +1,1 @@
+"""Measure a generator, or a folder of pictures with their prompts: `evaluate(config)` in report.py."""

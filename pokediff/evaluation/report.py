@@ -1,0 +1,312 @@
+"""One report, three ways: report.json for programs, report.md for a repository, report.html for a reader, offline."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pokediff.errors import PokediffError
+from pokediff.evaluation.distances import Estimate
+from pokediff.images import composite, encode_png, enlarge, grid
+from pokediff.records import write_whole
+
+SHOWN_SIDE = 64  # px of a picture on the page
+INTRODUCTION = (
+    "Each figure stands between what real pictures score (real) and what a worthless generator scores (worthless), "
+    "where that can be said. In brackets its 95 % interval. docs/evaluation.md says what each means and when not to "
+    "trust it."
+)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One row of the report. `value` None is "not measured", and the note says why."""
+
+    section: str
+    name: str
+    value: float | None
+    n: str
+    low: float | None = None
+    high: float | None = None
+    floor: float | None = None  # what real pictures score
+    ceiling: float | None = None  # what a worthless generator scores
+    note: str = ""
+
+
+@dataclass
+class Report:
+    """What was found; `pictures` are shown, the rest is data."""
+
+    settings: dict[str, Any]
+    figures: list[Figure] = field(default_factory=list)
+    curves: dict[str, Any] = field(default_factory=dict)
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    pictures: dict[str, tuple[str, np.ndarray, int]] = field(default_factory=dict)  # title: (words, (N,H,W,4), columns)
+
+    def add(self, section: str, name: str, estimate: Estimate | float | None, n: object, **more: Any) -> None:
+        if isinstance(estimate, Estimate):
+            more = {"low": estimate.low, "high": estimate.high, **more}
+            estimate = estimate.value
+        self.figures.append(Figure(section, name, estimate, str(n), **more))
+
+
+def write_report(out: Path, report: Report) -> None:
+    """OUT/report.json, report.md, report.html, each whole."""
+    data = {
+        "settings": report.settings,
+        "figures": [asdict(figure) for figure in report.figures],
+        "curves": report.curves,
+        "tables": report.tables,
+    }
+    write_whole(out / "report.json", json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    write_whole(out / "report.md", markdown(out.name, data))
+    write_whole(out / "report.html", html(out.name, data, report.pictures))
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """report.json of a folder. Raises PokediffError when there is none."""
+    path = folder / "report.json"
+    if not path.is_file():
+        raise PokediffError(f"{folder} holds no report.json: make one with pokediff evaluate --out {folder}")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+# ---------------------------------------------------------------------------------------------------------- words
+
+
+def number(value: float | None) -> str:
+    """Three digits that count."""
+    if value is None:
+        return "–"
+    if value == 0 or 0.001 <= abs(value) < 1e5:
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return f"{value:.1e}"
+
+
+def shown(figure: dict[str, Any]) -> str:
+    """A value with its interval."""
+    if figure["value"] is None:
+        return "not measured"
+    if figure["low"] is None:
+        return number(figure["value"])
+    return f"{number(figure['value'])} [{number(figure['low'])}, {number(figure['high'])}]"
+
+
+def about(settings: dict[str, Any]) -> list[str]:
+    """What was measured, on what, how."""
+    system = settings["system"]
+    name = system.get("checkpoint") or system.get("images")
+    styles = ", ".join(settings["styles"]) or "all styles"
+    lines = [
+        f"{name}: {settings['n_generated']} generated pictures of {settings['size']} px against {settings['n_real']} "
+        f"real ones ({styles}; {settings['split']} split, families nobody trained on); {settings['n_training']} "
+        "training pictures searched for copies.",
+        f"Background {settings['background']} on both sides; bicubic resizing with antialiasing to the network.",
+    ]
+    if system.get("checkpoint"):
+        lines.append(
+            f"Sampler {settings['sampler']}, {settings['num_steps']} steps, guidance scale "
+            f"{settings['guidance_scale']}, seeds from 0; weights sha256 {str(system['weights_sha256'])[:16]}, "
+            f"data sha256 {settings['data_sha256'][:16]}."
+        )
+    return lines
+
+
+def markdown(title: str, data: dict[str, Any]) -> str:
+    """The report without its pictures."""
+    lines = [f"# {title}", "", *about(data["settings"]), "", INTRODUCTION]
+    for section in dict.fromkeys(figure["section"] for figure in data["figures"]):
+        lines += [
+            "",
+            f"## {section}",
+            "",
+            "| | value | real | worthless | n | note |",
+            "| --- | --- | --- | --- | --- | --- |",
+        ]
+        lines += [
+            f"| {f['name']} | {shown(f)} | {number(f['floor'])} | {number(f['ceiling'])} | {f['n']} | {f['note']} |"
+            for f in data["figures"]
+            if f["section"] == section
+        ]
+    for name, rows in data["tables"].items():
+        if rows:
+            lines += [
+                "",
+                f"## {name.capitalize()}",
+                "",
+                "| " + " | ".join(rows[0]) + " |",
+                "|" + " --- |" * len(rows[0]),
+            ]
+            lines += ["| " + " | ".join(str(value) for value in row.values()) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------------------ page
+
+PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+h1, h2 { line-height: 1.2 } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd; padding-bottom: .3rem }
+table { border-collapse: collapse; width: 100%; font-size: .9rem } th, td { text-align: left; vertical-align: top;
+padding: .35rem .6rem; border-bottom: 1px solid #eee } td.v { white-space: nowrap; font-variant-numeric: tabular-nums }
+td.note { color: #666 } .scroll { overflow-x: auto } img { max-width: 100%; image-rendering: pixelated }
+img.plot { image-rendering: auto; max-width: 34rem }
+</style></head><body><h1>{{ title }}</h1>
+{% for line in about %}<p>{{ line }}</p>{% endfor %}<p>{{ introduction }}</p>
+{% for title, words, source in shown_first %}<h2>{{ title }}</h2><p>{{ words }}</p>
+<div class="scroll"><img alt="{{ title }}" src="{{ source }}"></div>{% endfor %}
+{% for section, figures in sections %}<h2>{{ section }}</h2><div class="scroll"><table>
+<tr><th></th>{% for name in columns %}<th>{{ name }}</th>{% endfor %}
+<th>real</th><th>worthless</th><th>n</th><th></th></tr>
+{% for row in figures %}<tr><td>{{ row.name }}</td>
+{% for value in row.cells %}<td class="v">{{ value }}</td>{% endfor %}
+<td class="v">{{ row.floor }}</td><td class="v">{{ row.ceiling }}</td><td>{{ row.n }}</td>
+<td class="note">{{ row.note }}</td></tr>{% endfor %}</table></div>
+{% for name, source in plots if name == section %}
+<p><img class="plot" alt="{{ name }}" src="{{ source }}"></p>{% endfor %}
+{% endfor %}
+{% for title, words, source in shown_last %}<h2>{{ title }}</h2><p>{{ words }}</p>
+<div class="scroll"><img alt="{{ title }}" src="{{ source }}"></div>{% endfor %}
+{% for name, rows in tables if rows %}<h2>{{ name }}</h2><div class="scroll"><table>
+<tr>{% for key in rows[0] %}<th>{{ key }}</th>{% endfor %}</tr>
+{% for row in rows %}<tr>{% for value in row.values() %}<td>{{ value }}</td>{% endfor %}</tr>{% endfor %}</table></div>
+{% endfor %}</body></html>
+"""
+
+
+def html(title: str, data: dict[str, Any], pictures: dict[str, tuple[str, np.ndarray, int]]) -> str:
+    """One self-contained file: pictures and plots are inside it."""
+    images = [(name, words, sheet_uri(rgba, columns)) for name, (words, rgba, columns) in pictures.items()]
+    first = [image for image in images if image[0] in ("What it draws", "Real held-out pictures")]
+    return _page(
+        title=title,
+        about=about(data["settings"]),
+        columns=["value"],
+        sections=_sections([data]),
+        plots=plots(data["curves"]),
+        shown_first=first,
+        shown_last=[image for image in images if image not in first],
+        tables=data["tables"].items(),
+    )
+
+
+def _page(**values: Any) -> str:
+    from jinja2 import Environment
+
+    return Environment(autoescape=True).from_string(PAGE).render(introduction=INTRODUCTION, **values)
+
+
+def _sections(reports: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """The rows of reports side by side; floor, ceiling, n and note are those of the first report that has the row."""
+    keys = dict.fromkeys((figure["section"], figure["name"]) for data in reports for figure in data["figures"])
+    found = [{(f["section"], f["name"]): f for f in data["figures"]} for data in reports]
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for section, name in keys:
+        mine = [figures.get((section, name)) for figures in found]
+        sample = next(figure for figure in mine if figure)
+        rows.setdefault(section, []).append(
+            {
+                "name": name,
+                "cells": [shown(figure) if figure else "–" for figure in mine],
+                "floor": number(sample["floor"]),
+                "ceiling": number(sample["ceiling"]),
+                "n": sample["n"],
+                "note": sample["note"],
+            }
+        )
+    return list(rows.items())
+
+
+def sheet_uri(rgba: np.ndarray, columns: int) -> str:
+    """Pictures (N, S, S, 4) as one PNG inside the page, on white."""
+    sheet = enlarge(grid(rgba, columns), max(1, SHOWN_SIDE // rgba.shape[1]))
+    return _uri(encode_png(composite_rgba(sheet)))
+
+
+def composite_rgba(rgba: np.ndarray) -> np.ndarray:
+    rgb = composite(rgba)
+    return np.concatenate([rgb, np.full_like(rgb[..., :1], 255)], axis=-1)
+
+
+def plots(curves: dict[str, Any]) -> list[tuple[str, str]]:
+    """(section, image) for the curves there are."""
+    from matplotlib.figure import Figure as Plot
+
+    made = []
+    if "loss" in curves:
+        plot = Plot(figsize=(6, 3.6), layout="constrained")
+        axes = plot.subplots()
+        for name in ("held-out", "training"):
+            values = curves["loss"][name]
+            axes.plot(curves["loss"]["sigma"], [v["value"] for v in values], marker="o", label=name)
+            axes.fill_between(
+                curves["loss"]["sigma"], [v["low"] for v in values], [v["high"] for v in values], alpha=0.2
+            )
+        axes.set(xscale="log", xlabel="noise level sigma", ylabel="denoising loss")
+        axes.legend()
+        made.append(("Loss where it matters", _plot_uri(plot)))
+    if "copies" in curves:
+        plot = Plot(figsize=(6, 3.6), layout="constrained")
+        axes = plot.subplots()
+        for name in ("generated", "real"):
+            values = curves["copies"][name]
+            axes.plot(values, np.linspace(0, 1, len(values)), label=name if name == "generated" else "real held-out")
+        axes.axvline(1 / 3, color="gray", linestyle=":", label="copy")
+        axes.set(
+            xlabel="distance to the nearest over distance to the next family", ylabel="share of pictures", xlim=(0, 1)
+        )
+        axes.legend()
+        made.append(("Does it copy?", _plot_uri(plot)))
+    return made
+
+
+def _plot_uri(plot: Any) -> str:
+    buffer = io.BytesIO()
+    plot.savefig(buffer, format="png", dpi=120)
+    return _uri(buffer.getvalue())
+
+
+def _uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+# ------------------------------------------------------------------------------------------------------ comparison
+
+
+def compare(folders: Sequence[Path], out: Path) -> Path:
+    """Several reports side by side: OUT/comparison.md and comparison.html. Returns the page.
+
+    Raises PokediffError when they cannot be compared: other data, split, size, background or numbers of pictures.
+    """
+    reports = [read_report(folder) for folder in folders]
+    for key in ("data_sha256", "split", "styles", "size", "background", "n_real", "n_generated"):
+        values = {json.dumps(report["settings"][key]) for report in reports}
+        if len(values) > 1:
+            raise PokediffError(f"these reports cannot stand side by side: {key} is {' and '.join(sorted(values))}")
+    names = [folder.name for folder in folders]
+    sections = _sections(reports)
+    lines = ["# Comparison", "", *(line for report in reports for line in about(report["settings"])[:1]), ""]
+    for section, rows in sections:
+        lines += [f"## {section}", "", "| | " + " | ".join(names) + " | real |", "|" + " --- |" * (len(names) + 2)]
+        lines += ["| " + " | ".join([row["name"], *row["cells"], row["floor"]]) + " |" for row in rows] + [""]
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / "comparison.md", "\n".join(lines))
+    page = _page(
+        title="Comparison",
+        about=[line for report in reports for line in about(report["settings"])],
+        columns=names,
+        sections=sections,
+        plots=[],
+        shown_first=[],
+        shown_last=[],
+        tables=[],
+    )
+    write_whole(out / "comparison.html", page)
+    return out / "comparison.html"
