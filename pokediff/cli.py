@@ -26,7 +26,8 @@ HELP = """usage: pokediff VERB [options]        pokediff VERB --help tells a ver
   train    train a model on a data set
   sample   draw pictures from prompts
   evaluate measure a checkpoint, or a folder of pictures, on held-out families
-  compare  several reports side by side"""
+  compare  several reports side by side
+  survey   ask people: make a page for raters, or collect what they answered"""
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,18 @@ class CompareCommand:
 
     reports: tyro.conf.Positional[tuple[Path, ...]]  # folders with a report.json
     out: Path = Path("reports/comparison")
+
+
+@dataclass(frozen=True)
+class SurveyCommand:
+    """Make an offline page on which people rate pictures blind; with --collect, count what they answered."""
+
+    images: tuple[Path, ...] = ()  # folders of pictures with prompts, one for each system
+    out: Path = Path("survey")  # folder of survey.html and key.json
+    number: int = 50  # pictures, of all systems together
+    repeats: int = 5  # of them are shown twice, to see who looks
+    seed: int = 0
+    collect: tuple[Path, ...] = ()  # the files that raters saved
 
 
 def train(args: Sequence[str] | None = None, prog: str = "train.py") -> None:
@@ -150,6 +163,17 @@ def compare(args: Sequence[str] | None = None, prog: str = "pokediff compare") -
     print(compare(command.reports, command.out))
 
 
+def survey(args: Sequence[str] | None = None, prog: str = "pokediff survey") -> None:
+    command = _parse(SurveyCommand, args, prog)
+
+    from pokediff.evaluation.survey import collect, make_survey, table_of
+
+    if command.collect:
+        print(table_of(collect(command.collect, command.out)))
+    else:
+        print(make_survey(command.images, command.out, command.number, command.repeats, command.seed))
+
+
 def scrape(args: Sequence[str] | None = None, prog: str = "pokediff scrape") -> None:
     from scraper.run import main
 
@@ -163,6 +187,7 @@ VERBS: dict[str, Callable[[Sequence[str] | None, str], None]] = {
     "sample": sample,
     "evaluate": evaluate,
     "compare": compare,
+    "survey": survey,
 }
 
 

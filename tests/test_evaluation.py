@@ -98,9 +98,17 @@ def test_coverage_of_a_copied_and_of_a_collapsed_set():
 
 
 def test_jackknife_of_a_mean_is_its_standard_error():
-    values = RNG.normal(size=400)
+    values = RNG.normal(9, 1, size=400)
     estimate = distances.jackknife(lambda index: float(values[index].mean()), 400)
     assert estimate.high - estimate.value == pytest.approx(1.96 * values.std() / 20, rel=0.4)
+
+
+def test_a_share_of_nothing_is_not_certain():
+    estimate = distances.share_estimate(np.zeros(500, bool))
+    assert (estimate.value, estimate.low) == (0, 0)
+    assert estimate.high == pytest.approx(0.0076, abs=1e-4)
+    half = distances.share_estimate(np.arange(100) < 50)
+    assert (half.low, half.high) == pytest.approx((0.404, 0.596), abs=1e-3)
 
 
 # --------------------------------------------------------------------------------------------------------- copies

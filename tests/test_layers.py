@@ -19,6 +19,7 @@ LAYERS = [
     {"evaluation.distances", "evaluation.features", "evaluation.prompts"},
     {"evaluation.copies", "evaluation.report"},
     {"evaluation.evaluate"},
+    {"evaluation.survey"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

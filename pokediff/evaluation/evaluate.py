@@ -23,7 +23,15 @@ from pokediff.config import EvaluateConfig, plain
 from pokediff.dataset import Pictures, caption_vectors, load_pictures
 from pokediff.errors import PokediffError
 from pokediff.evaluation import copies, distances, prompts
-from pokediff.evaluation.distances import Estimate, jackknife, kid_bootstrap, kid_subsets, manifold, mean_estimate
+from pokediff.evaluation.distances import (
+    Estimate,
+    jackknife,
+    kid_bootstrap,
+    kid_subsets,
+    manifold,
+    mean_estimate,
+    share_estimate,
+)
 from pokediff.evaluation.features import FeatureNet, clip_similarity, load_features
 from pokediff.evaluation.report import Report, write_report
 from pokediff.images import composite, encode_png, read_image, unpremultiply
@@ -305,10 +313,14 @@ def measure_features(
     )
     part = real_parts(real)
     for kind, real_value in manifold(true[part[0]], true[part[1]]).items():
+
+        def statistic(index: np.ndarray, kind: str = kind) -> float:
+            return manifold(true[index], equal[index])[kind]
+
         report.add(
             section,
             kind,
-            jackknife(lambda index, kind=kind: manifold(true[index], equal[index])[kind], same, seed=config.seed),  # type: ignore[misc]
+            jackknife(statistic, same, seed=config.seed, most=np.inf if kind == "density" else 1.0),
             f"{same} generated, {same} real",
             floor=real_value,
             note="real: one half of the real families as if it were generated",
@@ -319,7 +331,7 @@ def measure_features(
     report.add(
         "Does it copy?",
         f"copies in features {name.split(':')[0]}",
-        mean_estimate(found.copies),
+        share_estimate(found.copies),
         len(fake),
         floor=float(held_out.copies.mean()),
         note="share whose nearest training picture is three times nearer than that of any other family",
@@ -373,7 +385,7 @@ def measure_copies(report: Report, generated: Generated, real: Pictures, trainin
     report.add(
         "Does it copy?",
         "copies in pixels",
-        mean_estimate(found.copies),
+        share_estimate(found.copies),
         n,
         floor=float(held_out.copies.mean()),
         note="share whose nearest training picture is three times nearer than that of any other family",
@@ -382,7 +394,7 @@ def measure_copies(report: Report, generated: Generated, real: Pictures, trainin
     report.add(
         "Does it copy?",
         "nearer to a training picture than 99 % of real held-out ones",
-        mean_estimate(found.distance < threshold),
+        share_estimate(found.distance < threshold),
         n,
         floor=0.01,
         note=f"distance in pixels below {threshold:.4f}; pictures with little in them come nearer to everything",
@@ -426,7 +438,7 @@ def measure_colors(report: Report, asked: Sequence[prompts.Ask], drawn: np.ndarr
     real = report.curves.get("real_color", {})
     words = "real: pictures that have the colour the Pokédex names" if real else "no real colour names to compare with"
     for name, hits, key in (("the main one", first, "first"), ("one of the two main ones", either, "either")):
-        value = mean_estimate(hits)
+        value = share_estimate(hits)
         report.add(section, f"asked colour is {name}", value, len(hits), floor=real.get(key), note=words)
     mine = {color: np.array([ask.color == color for ask in asked]) for color in columns}
     report.tables["colours asked for"] = [
@@ -470,7 +482,7 @@ def measure_clip(report: Report, generated: Generated, config: EvaluateConfig) -
     report.add(section, "CLIP score", mean_estimate(score), len(own), note=words)
     rank = (similarity > score[:, None]).sum(1)
     for k in (1, 5):
-        value = mean_estimate(rank < k)
+        value = share_estimate(rank < k)
         report.add(
             section, f"retrieval R@{k}", value, len(own), ceiling=k / len(texts), note=f"of {len(texts)} captions"
         )

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from conftest import COLORS, draw_creature
+
+from pokediff.errors import PokediffError
+from pokediff.evaluation.survey import CRITERIA, collect, inattention, krippendorff_alpha, make_survey, table_of
+from pokediff.images import encode_png
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A survey of two systems, 6 pictures, 2 of them twice."""
+    for number, (name, color) in enumerate((("ours", "red"), ("theirs", "blue"))):
+        (tmp_path / name).mkdir()
+        rows = []
+        for index in range(8):
+            picture = draw_creature(COLORS[color], "round", 32, seed=100 * number + index)
+            picture[index, 0] = (index, number, 0, 255)  # no two alike
+            (tmp_path / name / f"{index}.png").write_bytes(encode_png(picture))
+            rows.append({"file_name": f"{index}.png", "text": f"a {color} <creature> & {index}"})
+        (tmp_path / name / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    make_survey([tmp_path / "ours", tmp_path / "theirs"], tmp_path / "survey", number=6, repeats=2)
+    return tmp_path / "survey"
+
+
+def answers(made, name: str, rate) -> None:
+    key = json.loads((made / "key.json").read_text())
+    order = [*range(6), 0, 1]
+    rows = [{"id": i, **{c: rate(key["systems"][i], place) for c in CRITERIA}} for place, i in enumerate(order)]
+    (made / f"{name}.json").write_text(json.dumps({"survey": key["survey"], "rater": name, "ratings": rows}))
+
+
+def test_the_page_is_blind_whole_and_offline(made):
+    page = (made / "survey.html").read_text()
+    key = json.loads((made / "key.json").read_text())
+    assert sorted(key["systems"]) == ["ours"] * 3 + ["theirs"] * 3
+    assert "ours" not in page
+    assert "theirs" not in page
+    assert not re.search(r"https?://", page)
+    order = json.loads(re.search(r"order = (\[.*?\])", page)[1])
+    assert len(order) == 8
+    assert set(order) == set(range(6))
+
+
+def test_what_raters_answered_is_counted(made):
+    answers(made, "ann", lambda system, place: 5 if system == "ours" else 1)
+    answers(made, "bob", lambda system, place: 4 if system == "ours" else 2)
+    answers(made, "sleeper", lambda system, place: 0 if place < 6 else 5)
+    result = collect([made / "ann.json", made / "bob.json", made / "sleeper.json"], made)
+    assert result["careless"] == ["sleeper (sleeper.json)"]
+    found = result["criteria"]["prompt"]
+    assert found["ours"] == {"mean": 4.5, "spread": pytest.approx(0.548, abs=1e-3), "n": 6}
+    assert found["theirs"]["mean"] == 1.5
+    assert 0.7 < found["agreement"] < 1
+    assert "| 4.50 ± 0.55 (6) | 1.50 ± 0.55 (6) |" in table_of(result)
+
+
+def test_another_survey_s_answers_are_refused(made):
+    (made / "x.json").write_text('{"survey": "other", "ratings": []}')
+    with pytest.raises(PokediffError, match="another survey"):
+        collect([made / "x.json"], made)
+    (made / "y.json").write_text("oops")
+    with pytest.raises(PokediffError, match="not JSON"):
+        collect([made / "y.json"], made)
+
+
+def test_agreement_is_the_textbook_s():
+    # Krippendorff, "Computing Krippendorff's Alpha-Reliability" (2011), section D: interval alpha 0.849.
+    o = np.nan
+    table = np.array(
+        [
+            [1, 2, 3, 3, 2, 1, 4, 1, 2, o, o, o],
+            [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, o, 3],
+            [o, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, o],
+            [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, o],
+        ]
+    )
+    assert krippendorff_alpha(table) == pytest.approx(0.849, abs=5e-4)
+    assert krippendorff_alpha(np.ones((2, 3))) is None
+    noise = np.random.default_rng(0).integers(0, 6, (4, 2000)).astype(float)
+    assert krippendorff_alpha(noise) == pytest.approx(0, abs=0.03)
+
+
+def test_inattention_is_the_difference_of_two_looks():
+    rows = [{"id": 0, **dict.fromkeys(CRITERIA, 1)}, {"id": 0, **dict.fromkeys(CRITERIA, 4)}]
+    assert inattention(rows) == 3
+    assert inattention(rows[:1]) == 0
+
+
+def test_a_rater_goes_through_it_in_a_browser(made):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("needs a browser: apt-get install chromium")
+    # What a rater does, then the answers in place of the page.
+    script = """<script>
+      document.getElementById("rater").value = "Eve"; document.getElementById("go").click();
+      let seen = []; for (let step = 0; step < 8; step++) {
+        if (!document.getElementById("next").disabled) throw "went on without an answer";
+        seen.push(document.getElementById("prompt").textContent);
+        for (const name in criteria) document.querySelector(`input[name=${name}][value="3"]`).click();
+        if (step === 2) { document.getElementById("back").click(); document.getElementById("next").click() }
+        document.getElementById("next").click() }
+      const thanks = !document.getElementById("end").hidden;
+      document.body.textContent = "RESULT" + JSON.stringify({ thanks, seen, answer: JSON.parse(result()) }) + "END";
+    </script></body>"""
+    (made / "driven.html").write_text((made / "survey.html").read_text().replace("</body>", script))
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={made / 'profile'}"]
+    dom = subprocess.run(
+        [*command, "--dump-dom", (made / "driven.html").as_uri()], capture_output=True, text=True, timeout=120
+    ).stdout
+    found = json.loads(html.unescape(re.search(r"RESULT(.*)END", dom)[1]))
+    assert found["thanks"]
+    assert all(re.fullmatch(r"a (red|blue) <creature> & \d", prompt) for prompt in found["seen"])
+    assert len(found["answer"]["ratings"]) == 8
+    assert all(row[name] == 3 for row in found["answer"]["ratings"] for name in CRITERIA)
+    (made / "eve.json").write_text(json.dumps(found["answer"]))
+    assert collect([made / "eve.json"], made)["criteria"]["beauty"]["ours"] == {"mean": 3.0, "spread": 0.0, "n": 3}
