@@ -3,8 +3,9 @@
     python benchmarks/speed.py --config configs/pokemon-32.yaml --data ../shared/data/pokemon
 
 Training: pictures a second of `train.py`, everything included (data, clipping, optimizer, average), median of the log
-lines after the first. Sampling: the shipped checkpoint, 25 steps with guidance, one picture and sixteen at once, median
-of five; and a whole cold `sample.py`, imports included. Run it alone: a second load on the cores falsifies everything.
+lines after the first. Sampling: the shipped checkpoint, default steps and guidance, one picture and sixteen at once,
+median of five; and a whole cold `sample.py`, imports included. Run it alone: a second load on the cores falsifies
+everything.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from pokediff.errors import PokediffError
 
 T = TypeVar("T")
 DEFAULT_CLIP = "open_clip:ViT-B-32:laion2b_s34b_b79k"  # what the scraper embeds captions with
+DEFAULT_STEPS, DEFAULT_GUIDANCE = 20, 1.5  # more of either costs: docs/LOG.md, guidance and steps
 STRICT = {"extra": "forbid"}  # for pydantic, which reads the dataclasses at the border
 
 
@@ -145,8 +146,8 @@ class SampleConfig:
     out: str | None = None  # folder for what is written (default: outputs/<the first prompt>)
     num_images: int = 1  # pictures for each prompt
     seed: int = 0  # of the first picture; the k-th picture has seed + k
-    num_steps: int = 25  # steps of the sampler
-    guidance_scale: float = 2.0  # how much the prompt counts; 1 is off
+    num_steps: int = DEFAULT_STEPS  # steps of the sampler
+    guidance_scale: float = DEFAULT_GUIDANCE  # how much the prompt counts; 1 is off
     guidance_interval: tuple[float, float] | None = None  # guide only while sigma lies between these
     negative_prompt: str = ""  # what guidance moves away from
     sampler: Literal["ddpm", "ddim", "dpmpp_2m", "unipc", "heun", "euler", "euler_a"] = "dpmpp_2m"
@@ -186,8 +187,8 @@ class EvaluateConfig:
     kid_subsets: int = 100  # 20 with --kid-subset-size 50 is the protocol of PikaPikaGen
     kid_subset_size: int = 100  # at most as many as there are pictures
     seed: int = 0  # of resampling
-    num_steps: int = 20
-    guidance_scale: float = 2.0
+    num_steps: int = DEFAULT_STEPS
+    guidance_scale: float = DEFAULT_GUIDANCE
     sampler: Literal["ddpm", "ddim", "dpmpp_2m", "unipc", "heun", "euler", "euler_a"] = "dpmpp_2m"
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the processor has it
     batch_size: int = 16

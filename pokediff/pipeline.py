@@ -31,6 +31,7 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from safetensors import SafetensorError
 
+from pokediff.config import DEFAULT_GUIDANCE, DEFAULT_STEPS
 from pokediff.errors import PokediffError, first_line
 from pokediff.images import CHANNELS, Channels, from_model
 from pokediff.text import ClipTextEncoder, TextEncoder, cached_or_downloaded, load_text_encoder
@@ -46,9 +47,6 @@ SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
     "euler": (EulerDiscreteScheduler, {}),
     "euler_a": (EulerAncestralDiscreteScheduler, {}),
 }
-
-DEFAULT_STEPS = 25
-DEFAULT_GUIDANCE = 2.0
 
 
 @dataclass(frozen=True)

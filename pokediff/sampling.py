@@ -68,8 +68,7 @@ def sample(config: SampleConfig) -> Path:
     except KeyboardInterrupt:
         interrupted = True
     if done:
-        columns = config.num_images if len(prompts) > 1 and config.num_images > 1 else None
-        sheet = enlarge(grid(np.stack(done), columns, gap=1), show_factor(pipeline.image_size))
+        sheet = enlarge(grid(np.stack(done), sheet_columns(config, len(done)), 1), show_factor(pipeline.image_size))
         write_whole(out / "grid.png", encode_png(composite(sheet, config.background) if config.background else sheet))
         seconds = time.monotonic() - started
         write_facts(out, pipeline, config, prompts, jobs[: len(done)], seconds)
@@ -129,6 +128,12 @@ def animate(out: Path, frames: Sequence[Frame], config: SampleConfig) -> None:
         shown.append(composite(enlarge(grid(pair, columns), factor), config.background or "white"))
     for kind in config.animations:
         save_animation(out / f"denoising.{kind}", shown)
+
+
+def sheet_columns(config: SampleConfig, pictures: int) -> int:
+    """A sheet about as wide as high, on which the pictures of one prompt of several stay in one row."""
+    side = max(1, round(pictures**0.5))
+    return side if pictures <= config.num_images else config.num_images * max(1, round(side / config.num_images))
 
 
 def show_factor(side: int) -> int:

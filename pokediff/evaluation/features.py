@@ -7,6 +7,7 @@ Resizing", 2022). Inception alone resizes for itself, as the literature's does.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +133,7 @@ def mobilenet_v2(details: str) -> FeatureNet:
     if not path.is_file():
         raise PokediffError(f"features mobilenet_v2: {path} does not exist")
     tensors = load_file(path)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     names = sorted({key.rpartition(".")[0] for key in tensors}, key=_place)
     network = torchvision_mobilenet_v2()
     convolutions = [module for module in network.features.modules() if isinstance(module, nn.Conv2d)]
@@ -149,7 +151,7 @@ def mobilenet_v2(details: str) -> FeatureNet:
         raise PokediffError(f"features mobilenet_v2: {path} does not fit: {str(error).splitlines()[0]}") from None
     body = network.features.eval().to(memory_format=torch.channels_last)
     return FeatureNet(
-        f"mobilenet_v2:{path.name}",
+        f"mobilenet_v2:{path.name}, sha256 {sha256[:16]}",
         "no published figure uses this network: its numbers compare only among themselves",
         lambda rgb: body(resized(rgb, 224, IMAGENET)).mean((2, 3)),
     )
