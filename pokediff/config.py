@@ -57,6 +57,17 @@ class DiffusionConfig:
 
 
 @dataclass(frozen=True)
+class QuickLookConfig:
+    __pydantic_config__ = STRICT
+
+    every: int = 0  # steps between two looks at likeness, colours and copies; 0 is never
+    number: int = 64  # pictures drawn for each
+    features: str | None = None  # inception, dinov2, clip:MODEL, mobilenet_v2:FILE: for the kernel distance
+    best_by: Literal["validation_loss", "kernel_distance"] = "validation_loss"  # which pipeline best/ keeps
+    early_stop: bool = False  # stop when it begins to copy
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     __pydantic_config__ = STRICT
 
@@ -68,6 +79,7 @@ class TrainConfig:
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    evaluation: QuickLookConfig = field(default_factory=QuickLookConfig)
 
     max_steps: int = 20_000  # optimizer steps
     max_minutes: float | None = None  # stop after so many minutes, with a checkpoint
@@ -115,6 +127,16 @@ class TrainConfig:
         every = ("log_every", "validate_every", "preview_every", "checkpoint_every")
         for name in ("batch_size", "max_steps", "learning_rate", "max_grad_norm", *every):
             _require(getattr(self, name) > 0, name, "must be positive")
+        look = self.evaluation
+        _require(look.every >= 0, "evaluation.every", "must not be negative")
+        _require(look.number > 1, "evaluation.number", "must be at least 2")
+        _require(not look.early_stop or look.every > 0, "evaluation.early_stop", "needs evaluation.every")
+        by_distance = look.best_by == "kernel_distance"
+        _require(
+            not by_distance or (look.every > 0 and look.features is not None),
+            "evaluation.best_by",
+            "kernel_distance needs evaluation.every and evaluation.features",
+        )
         for name in ("seed", "workers", "warmup_steps", "decay_steps", "weight_decay"):
             _require(getattr(self, name) >= 0, name, "must not be negative")
         _require(self.threads is None or self.threads > 0, "threads", "must be positive")
@@ -182,9 +204,10 @@ class EvaluateConfig:
     out: str | None = None  # folder of the report (default: reports/<checkpoint>)
     number: int = 500  # pictures to draw, from the captions of the reference
     features: tuple[str, ...] = ("inception",)  # inception, dinov2, clip:MODEL, mobilenet_v2:FILE
+    lpips: str | None = None  # squeeze:FILE.safetensors, for the variety within a prompt
     clip: str | None = None  # a CLIP of transformers for score and retrieval; another one than the model listens to
     background: str = "white"  # behind both sides
-    kid_subsets: int = 100  # 20 with --kid-subset-size 50 is the protocol of PikaPikaGen
+    kid_subsets: int = 100  # random subsets for the mean and standard deviation that papers give
     kid_subset_size: int = 100  # at most as many as there are pictures
     seed: int = 0  # of resampling
     num_steps: int = DEFAULT_STEPS

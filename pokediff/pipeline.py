@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -275,6 +276,27 @@ class PokeDiffPipeline(DiffusionPipeline):
         if kind == "v_prediction":
             return (alpha * x - x0) / std
         return (x - alpha * x0) / std if kind == "epsilon" else x0
+
+
+def diffusion_loss(
+    unet: Any,
+    schedule: DDPMScheduler,
+    x0: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    text: torch.Tensor,
+    augment: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """(B,) mean squared error of what the network predicts (DDPM eq. 14; v: Salimans & Ho 2022, eq. 11).
+
+    x0 and noise (B, C, H, W), timesteps (B,), text (B, D), augment (B, AUGMENT_DIM).
+    """
+    noisy = schedule.add_noise(x0, noise, timesteps).contiguous(memory_format=torch.channels_last)
+    if schedule.config.prediction_type == "v_prediction":
+        target = schedule.get_velocity(x0, noise, timesteps)
+    else:
+        target = noise if schedule.config.prediction_type == "epsilon" else x0
+    return F.mse_loss(unet(noisy, timesteps, text, augment).float(), target, reduction="none").mean(dim=(1, 2, 3))
 
 
 def has_bf16(device: torch.device) -> bool:

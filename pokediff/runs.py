@@ -18,7 +18,7 @@ import math
 import platform
 import shutil
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from pokediff.pipeline import PokeDiffPipeline
 from pokediff.records import write_whole
 
 KEEP_STATES = 2
+OVERFIT_ROWS, OVERFIT_FACTOR = 3, 1.005  # so many validations in a row that much above the lowest
 FIXED_KEYS = (
     "seed",
     "text_encoder",
@@ -55,15 +56,31 @@ class Progress:
     step: int = 0
     images_seen: int = 0
     validation_loss: float | None = None
-    best_validation_loss: float | None = None
+    best_score: float | None = None  # the lowest validation loss, or kernel distance, so far
+    losses: list[tuple[int, float, float]] = field(default_factory=list)  # step, training loss, validation loss
+    copying_since: int | None = None  # the step at which a quick look first found copies
 
-    def is_best(self, validation_loss: float) -> bool:
-        """Note a validation loss; is it the lowest so far?"""
-        self.validation_loss = validation_loss if math.isfinite(validation_loss) else None
-        if self.validation_loss is None or self.validation_loss >= (self.best_validation_loss or math.inf):
+    def is_best(self, score: float) -> bool:
+        """Note a score; is it the lowest so far?"""
+        if not math.isfinite(score) or score >= (math.inf if self.best_score is None else self.best_score):
             return False
-        self.best_validation_loss = self.validation_loss
+        self.best_score = score
         return True
+
+    def note(self, training_loss: float | None, validation_loss: float) -> None:
+        """Note the two losses of this step."""
+        self.validation_loss = validation_loss if math.isfinite(validation_loss) else None
+        if training_loss is not None and self.validation_loss is not None:
+            self.losses.append((self.step, training_loss, self.validation_loss))
+
+    def overfitting_since(self) -> int | None:
+        """The step of the lowest validation loss, when it has been clearly higher since and training loss lower."""
+        if len(self.losses) < OVERFIT_ROWS + 1:
+            return None
+        step, training, validation = min(self.losses[:-OVERFIT_ROWS], key=lambda row: row[2])
+        late = self.losses[-OVERFIT_ROWS:]
+        rising = all(row[2] > OVERFIT_FACTOR * validation for row in late)
+        return step if rising and sum(row[1] for row in late) < len(late) * training else None
 
     def loss_text(self) -> str:
         """The validation loss as people read it."""

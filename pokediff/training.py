@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from torch.optim.swa_utils import AveragedModel
@@ -29,12 +28,13 @@ from pokediff import runs
 from pokediff.config import TrainConfig, plain
 from pokediff.dataset import Batch, CaptionVectors, Pictures, TrainingBatches, caption_vectors, load_pictures
 from pokediff.errors import PokediffError
+from pokediff.evaluation.quick import COPYING, QuickLook
 from pokediff.images import CHANNELS, composite, encode_png, enlarge, from_model, grid, save_animation, to_model
-from pokediff.pipeline import PokeDiffPipeline, has_bf16, quiet
+from pokediff.pipeline import PokeDiffPipeline, diffusion_loss, has_bf16, quiet
 from pokediff.records import write_whole
 from pokediff.runs import Progress
 from pokediff.text import ClipTextEncoder, load_text_encoder
-from pokediff.unet import Unet
+from pokediff.unet import Unet, flops_per_image
 
 BAD_STEPS = 3  # that many non-finite steps in a row end the run
 VALIDATION_PICTURES = 512
@@ -119,6 +119,13 @@ def train(config: TrainConfig, resume: str = "never") -> Path:
     accelerator.wait_for_everyone()
 
     # ---- the loop
+    look = QuickLook(config, training, validation) if main and config.evaluation.every else None
+    training_loss_now: float | None = None
+
+    def keep_best(kind: str, scores: dict[str, float]) -> None:
+        if kind == config.evaluation.best_by and progress.is_best(scores[kind]):
+            runs.publish(pipeline, out / "best", runs.model_card(config, pictures, progress))
+
     started, bad, window = time.monotonic(), 0, Window()
     steps = range(progress.step, config.max_steps)
     loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=steps, num_workers=config.workers)
@@ -154,16 +161,27 @@ def train(config: TrainConfig, resume: str = "never") -> Path:
 
             now = progress.step
             late = config.max_minutes is not None and time.monotonic() - started >= 60 * config.max_minutes
-            stop = now == config.max_steps or agreed(accelerator, late or interrupted())
+            copying = config.evaluation.early_stop and progress.copying_since is not None
+            stop = now == config.max_steps or agreed(accelerator, late or copying or interrupted())
             if stop or now % config.log_every == 0:
                 values = {**window.close(accelerator), "lr": learning_rate(config, step)}
+                training_loss_now = values.get("loss", training_loss_now)
                 steps_bar.set_postfix(loss=f"{values.get('loss', math.nan):.4f}", img_s=f"{values['images_per_s']:.0f}")
                 accelerator.log(values, step=now)
             if main and (stop or now % config.validate_every == 0):
                 losses = validate(average.module, schedule, validation, validation_vectors, config, accelerator)
                 accelerator.log({**losses, "images_seen": progress.images_seen}, step=now)
-                if progress.is_best(losses["validation_loss"]):
-                    runs.publish(pipeline, out / "best", runs.model_card(config, pictures, progress))
+                progress.note(training_loss_now, losses["validation_loss"])
+                if (lowest := progress.overfitting_since()) is not None:
+                    say(f"step {now}: validation loss rises since step {lowest} while training loss falls: overfitting")
+                keep_best("validation_loss", losses)
+            if main and look and (stop or now % config.evaluation.every == 0):
+                looked = look(pipeline)
+                accelerator.log(looked, step=now)
+                if looked["copy_ratio"] > COPYING and progress.copying_since is None:
+                    progress.copying_since = now
+                    say(f"step {now}: {looked['copy_ratio']:.0%} of the pictures come too near to a training picture")
+                keep_best("kernel_distance", looked)
             if main and (stop or now % config.preview_every == 0):
                 preview(pipeline, config, out / "previews", now)
             if main and (stop or now % config.checkpoint_every == 0):
@@ -287,27 +305,6 @@ def training_loss(
     return diffusion_loss(unet, schedule, x0, noise[mine], timesteps[mine], text, augment).mean()
 
 
-def diffusion_loss(
-    unet: Any,
-    schedule: DDPMScheduler,
-    x0: torch.Tensor,
-    noise: torch.Tensor,
-    timesteps: torch.Tensor,
-    text: torch.Tensor,
-    augment: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """(B,) mean squared error of what the network predicts (DDPM eq. 14; v: Salimans & Ho 2022, eq. 11).
-
-    x0 and noise (B, C, H, W), timesteps (B,), text (B, D), augment (B, AUGMENT_DIM).
-    """
-    noisy = schedule.add_noise(x0, noise, timesteps).contiguous(memory_format=torch.channels_last)
-    if schedule.config.prediction_type == "v_prediction":
-        target = schedule.get_velocity(x0, noise, timesteps)
-    else:
-        target = noise if schedule.config.prediction_type == "epsilon" else x0
-    return F.mse_loss(unet(noisy, timesteps, text, augment).float(), target, reduction="none").mean(dim=(1, 2, 3))
-
-
 @torch.inference_mode()
 def validate(
     unet: Any,
@@ -424,17 +421,6 @@ def interruptible() -> Iterator[Callable[[], bool]]:
     finally:
         for caught, previous in before.items():
             signal.signal(caught, previous)
-
-
-def flops_per_image(unet: Unet) -> float:
-    """Floating-point operations of one picture through the network once (a multiply-add is two)."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    side = unet.config.image_size
-    x = torch.zeros(1, unet.config.in_channels, side, side, device=unet.device)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        unet(x, 0.0)
-    return counter.get_total_flops()
 
 
 def seconds_per_step(

@@ -170,6 +170,17 @@ def sinusoidal(timestep: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+def flops_per_image(unet: Unet) -> float:
+    """Floating-point operations of one picture through the network once (a multiply-add is two)."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    side = unet.config.image_size
+    x = torch.zeros(1, unet.config.in_channels, side, side, device=unet.device)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        unet(x, 0.0)
+    return counter.get_total_flops()
+
+
 def _zero(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         nn.init.zeros_(parameter)

@@ -11,6 +11,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import cv2
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from pokediff.config import DatasetConfig, ModelConfig, TrainConfig
 from pokediff.images import encode_png
@@ -93,3 +95,23 @@ def tiny_config(data: Path, out: Path, **changes) -> TrainConfig:
         precision="fp32",
     )
     return TrainConfig(**{**values, **changes})
+
+
+@pytest.fixture(scope="session")
+def features(tmp_path_factory) -> str:
+    """A MobileNetV2 file in the real format, with random weights."""
+    from torchvision.models import mobilenet_v2
+
+    torch.manual_seed(0)
+    convolutions = [m for m in mobilenet_v2().features.modules() if isinstance(m, torch.nn.Conv2d)]
+    names = ["stem", "blocks.0.0", "blocks.0.1"]
+    names += [f"blocks.{block}.{layer}" for block in range(1, 17) for layer in range(3)]
+    names.append("head")
+    tensors = {}
+    for name, convolution in zip(names, convolutions, strict=True):
+        weight = convolution.weight.detach()
+        tensors[f"{name}.weight"] = torch.randn_like(weight) * (2 / weight[0].numel()) ** 0.5
+        tensors[f"{name}.bias"] = 0.1 * torch.randn(len(weight))
+    path = tmp_path_factory.mktemp("weights") / "random.safetensors"
+    save_file(tensors, path)
+    return f"mobilenet_v2:{path}"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import COLORS, draw_creature, tiny_config, write_data
+from conftest import COLORS, ROOT, draw_creature, tiny_config, write_data
 from safetensors.torch import save_file
 
 from pokediff.config import EvaluateConfig
@@ -16,9 +19,10 @@ from pokediff.dataset import load_pictures
 from pokediff.errors import PokediffError
 from pokediff.evaluation import copies, distances, prompts
 from pokediff.evaluation.evaluate import check_disjoint, evaluate, measure_looks, real_halves
-from pokediff.evaluation.features import load_features
+from pokediff.evaluation.features import CLIP, Lpips, clip_similarity, load_features, resized
 from pokediff.evaluation.report import Report, compare
-from pokediff.images import encode_png, read_image, unpremultiply
+from pokediff.images import composite, encode_png, read_image, unpremultiply
+from pokediff.text import load_text_encoder
 from pokediff.training import train
 
 RNG = np.random.default_rng(0)
@@ -156,6 +160,43 @@ def test_an_empty_picture_is_no_copy(creatures):
     ).copies.any()
 
 
+# ---------------------------------------------------------------------------------------------------------- LPIPS
+
+
+def test_lpips_is_torchmetrics(tmp_path, creatures):
+    """The same random SqueezeNet in both; torchmetrics brings the true weights of the channels."""
+    theirs = pytest.importorskip("torchmetrics.functional.image.lpips")._LPIPS(
+        pretrained=True, net="squeeze", pnet_rand=True
+    )
+    layers = [layer for part in theirs.net.slices for layer in part]
+    tensors = {"shift": theirs.scaling_layer.shift.flatten().view(1, 3, 1, 1), "scale": theirs.scaling_layer.scale}
+    for index, layer in enumerate(layers):
+        tensors |= {f"net.features.{index}.{key}": value for key, value in layer.state_dict().items()}
+    for depth in range(7):
+        tensors[f"lin.{depth}"] = getattr(theirs, f"lin{depth}").model[1].weight.flatten()
+    save_file({key: value.detach().contiguous().clone() for key, value in tensors.items()}, tmp_path / "s.safetensors")
+    ours = Lpips(f"squeeze:{tmp_path / 's.safetensors'}")(creatures[:6], creatures[6:12], side=64)
+    x, y = (
+        torch.nn.functional.interpolate(
+            torch.from_numpy(composite(part)).permute(0, 3, 1, 2).float() / 255, 64, mode="bicubic", antialias=True
+        ).clamp(0, 1)
+        for part in (creatures[:6], creatures[6:12])
+    )
+    with torch.no_grad():
+        expected = theirs(2 * x - 1, 2 * y - 1).flatten()
+    np.testing.assert_allclose(ours, expected.numpy(), rtol=1e-4, atol=1e-6)
+    with pytest.raises(PokediffError, match="lpips"):
+        Lpips("squeeze:none.safetensors")
+
+
+def test_lpips_of_the_shared_file_is_zero_for_equal_pictures_and_grows(shared, creatures):
+    lpips = Lpips(f"squeeze:{shared / 'weights' / 'lpips_squeeze_v0.1.safetensors'}")
+    assert lpips(creatures[:2], creatures[:2]) == pytest.approx([0, 0], abs=1e-6)
+    noisy = creatures[:8].copy()
+    noisy[..., :3] ^= np.random.default_rng(0).integers(0, 16, noisy[..., :3].shape, dtype=np.uint8)
+    assert 0 < lpips(creatures[:8], noisy).mean() < lpips(creatures[:8], creatures[8:16]).mean()
+
+
 # -------------------------------------------------------------------------------------------------------- prompts
 
 
@@ -185,27 +226,32 @@ def test_looks_tell_blur_backgrounds_and_haze(creatures, tmp_path):
     assert whole["mean alpha on the border"] < 0.05
 
 
-# ---------------------------------------------------------------------------------------------------- the command
+def test_clip_scores_are_the_model_s_own(tmp_path, creatures):
+    """A small random CLIP in the format of openai/clip-vit-base-patch32."""
+    from transformers import CLIPConfig, CLIPModel
 
-
-@pytest.fixture(scope="module")
-def features(tmp_path_factory) -> str:
-    """A MobileNetV2 file in the real format, with random weights."""
-    from torchvision.models import mobilenet_v2
-
+    tokenizer = load_text_encoder("builtin").tokenizer
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    marks = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    text = {**shape, **marks, "vocab_size": len(tokenizer), "max_position_embeddings": 77}
+    vision = {**shape, "image_size": 32, "patch_size": 8}
     torch.manual_seed(0)
-    convolutions = [m for m in mobilenet_v2().features.modules() if isinstance(m, torch.nn.Conv2d)]
-    names = ["stem", "blocks.0.0", "blocks.0.1"]
-    names += [f"blocks.{block}.{layer}" for block in range(1, 17) for layer in range(3)]
-    names.append("head")
-    tensors = {}
-    for name, convolution in zip(names, convolutions, strict=True):
-        weight = convolution.weight.detach()
-        tensors[f"{name}.weight"] = torch.randn_like(weight) * (2 / weight[0].numel()) ** 0.5
-        tensors[f"{name}.bias"] = 0.1 * torch.randn(len(weight))
-    path = tmp_path_factory.mktemp("weights") / "random.safetensors"
-    save_file(tensors, path)
-    return f"mobilenet_v2:{path}"
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    asked = ["a red cat", "a blue dog", "a red cat"]
+    similarity = clip_similarity(str(tmp_path), creatures[:3], asked)
+    assert similarity.shape == (3, 2)
+    rgb = torch.from_numpy(composite(creatures[:3])).permute(0, 3, 1, 2).float() / 255
+    with torch.inference_mode():
+        for column, prompt in enumerate(asked[:2]):
+            tokens = tokenizer([prompt], return_tensors="pt")
+            output = model(pixel_values=resized(rgb, 32, CLIP), **tokens)
+            expected = (output.logits_per_image / model.logit_scale.exp())[:, 0]
+            np.testing.assert_allclose(similarity[:, column], expected.numpy(), atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------- the command
 
 
 def test_features_depend_on_size_and_background(features, creatures):
@@ -318,3 +364,18 @@ def test_reports_stand_side_by_side_only_when_they_may(evaluated, tmp_path):
         compare([out, other], tmp_path / "c")
     with pytest.raises(PokediffError, match=r"no report\.json"):
         compare([tmp_path], tmp_path / "c")
+
+
+def test_two_processes_draw_what_one_draws(evaluated, tmp_path):
+    config, out = evaluated
+    options = ["--checkpoint", config.checkpoint, "--data", config.data, "--out", str(tmp_path / "two")]
+    options += ["--number", "24", "--num-steps", "2", "--features", "magic", "--styles", *config.styles]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "pokediff", "evaluate"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *launcher, *options], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for path in sorted((out / "pictures").glob("*.png")):
+        assert (tmp_path / "two" / "pictures" / path.name).read_bytes() == path.read_bytes()
+    assert (tmp_path / "two" / "report.json").is_file()

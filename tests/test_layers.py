@@ -14,16 +14,14 @@ LAYERS = [
     {"captions", "images"},
     {"text", "unet"},
     {"dataset", "pipeline"},
-    {"runs", "sampling", "text_distillation"},
-    {"training"},
-    {"evaluation.distances", "evaluation.features", "evaluation.prompts"},
+    {"runs", "sampling", "text_distillation", "evaluation.distances", "evaluation.features", "evaluation.prompts"},
     {"evaluation.copies", "evaluation.report"},
-    {"evaluation.evaluate"},
-    {"evaluation.survey"},
+    {"evaluation.quick", "evaluation.evaluate"},
+    {"evaluation.survey", "training"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-MODULES = sorted(path for path in (ROOT / "pokediff").rglob("*.py") if path.stem != "__init__")
+MODULES = sorted(path for path in (ROOT / "pokediff").rglob("*.py") if not path.stem.startswith("__"))
 
 
 def name_of(path) -> str:

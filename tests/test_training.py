@@ -12,6 +12,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, tiny_config
@@ -19,9 +20,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pokediff import training
-from pokediff.config import TrainConfig, dump_yaml, load_yaml
+from pokediff.config import QuickLookConfig, TrainConfig, dump_yaml, load_yaml
+from pokediff.dataset import load_pictures
 from pokediff.errors import PokediffError
+from pokediff.images import unpremultiply
 from pokediff.pipeline import PokeDiffPipeline
+from pokediff.runs import Progress
 from pokediff.training import ema_with_warmup, learning_rate, mix, train
 
 
@@ -211,6 +215,48 @@ def test_a_step_that_is_not_finite_is_skipped_and_three_in_a_row_stop(data, tmp_
     assert all(torch.isfinite(v).all() for v in load_file(state / "unet.safetensors").values())
     bad.clear()
     train(replace(config, max_steps=12), resume="auto")
+
+
+def test_a_quick_look_is_logged_and_best_can_follow_it(data, tmp_path, features):
+    look = QuickLookConfig(every=3, number=4, features=features, best_by="kernel_distance")
+    train(tiny_config(data, tmp_path / "run", evaluation=look))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    looks = [row for row in rows if "copy_ratio" in row]
+    assert [row["step"] for row in looks] == [3, 6]
+    assert all(0 <= row["copy_ratio"] <= 1 and 0 <= row["color_adherence"] <= 1 for row in looks)
+    progress = json.loads((newest_state(tmp_path / "run") / "progress.json").read_text())["progress"]
+    assert progress["best_score"] == min(row["kernel_distance"] for row in looks)
+    assert (tmp_path / "run" / "best" / "model_index.json").is_file()
+
+
+def test_it_stops_when_it_begins_to_copy(data, tmp_path, monkeypatch, capsys):
+    known = load_pictures(data, 16).split("train")
+    copied = np.stack([unpremultiply(picture) for picture in known.pixels])
+    monkeypatch.setattr(PokeDiffPipeline, "generate", lambda self, prompts, seeds, **_: copied[: len(prompts)])
+    look = QuickLookConfig(every=2, number=4, early_stop=True)
+    train(tiny_config(data, tmp_path / "run", max_steps=100, evaluation=look))
+    assert "step 2: 100% of the pictures come too near" in capsys.readouterr().out
+    progress = json.loads((newest_state(tmp_path / "run") / "progress.json").read_text())["progress"]
+    assert progress["copying_since"] == 2
+    assert progress["step"] == 3
+
+
+def test_overfitting_is_seen_in_the_losses():
+    progress = Progress()
+    for step, losses in enumerate([(3, 3), (2, 2), (1.5, 2.1), (1.2, 2.2), (1.1, 2.3)]):
+        progress.step = step
+        assert progress.overfitting_since() is None
+        progress.note(*losses)
+    assert progress.overfitting_since() == 1
+    progress.note(1.0, 1.9)
+    assert progress.overfitting_since() is None
+    progress.note(1.0, math.nan)
+    assert progress.validation_loss is None
+    assert progress.is_best(2.0)
+    assert not progress.is_best(math.nan)
+    assert not progress.is_best(2.0)
+    assert progress.is_best(-1.0)
+    assert not progress.is_best(0.0)
 
 
 def test_training_learns(data, tmp_path):

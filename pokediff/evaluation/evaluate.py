@@ -32,11 +32,12 @@ from pokediff.evaluation.distances import (
     mean_estimate,
     share_estimate,
 )
-from pokediff.evaluation.features import FeatureNet, clip_similarity, load_features
+from pokediff.evaluation.features import FeatureNet, Lpips, clip_similarity, load_features
 from pokediff.evaluation.report import Report, write_report
 from pokediff.images import composite, encode_png, read_image, unpremultiply
-from pokediff.pipeline import PokeDiffPipeline, quiet
+from pokediff.pipeline import PokeDiffPipeline, diffusion_loss, quiet
 from pokediff.records import write_whole
+from pokediff.unet import flops_per_image
 
 KID_UNIT = 1000  # kernel distances are reported times 1000, as the literature does
 HALVES = 10  # random ways to part the real families into two halves
@@ -85,6 +86,7 @@ def evaluate(config: EvaluateConfig) -> Path:
         colors = generator.draw(out / "colors", [ask.prompt for ask in asked])
         rare = generator.draw(out / "rare-words", [pair[0] for pair in pairs])
         common = generator.draw(out / "plain-words", [pair[1] for pair in pairs])
+        again = generator.draw(out / "one-prompt", prompts.repeated(real.captions))
     else:
         assert given is not None
         generated = given
@@ -106,9 +108,10 @@ def evaluate(config: EvaluateConfig) -> Path:
     if generator:
         measure_colors(report, asked, colors.pixels)
         measure_paraphrases(report, rare.pixels, common.pixels)
+        measure_variety(report, again.pixels, straight(real), config)
         measure_loss(report, generator, real, same_style, config)
         measure_cost(report, generator, generated)
-    measure_reconstruction(report, generated, real)
+    measure_reconstruction(report, generated, real, config)
     rows = np.linspace(0, len(generated.pixels) - 1, min(64, len(generated.pixels))).astype(int)
     report.pictures["What it draws"] = (
         "One picture for each of these held-out captions, none chosen.",
@@ -226,6 +229,8 @@ class Generator:
             begin = time.monotonic()
             drawn = self.pipeline.generate([asked[i] for i in batch], [seeds[i] for i in batch], **self.options)
             spent.append((time.monotonic() - begin) / len(batch))
+            if len(spent) == 1 and len(batches) > 4 and state.is_main_process:
+                tqdm.write(f"{len(mine)} pictures, about {spent[0] * len(mine) / 60:.1f} min")
             for index, picture in zip(batch, drawn, strict=True):
                 write_whole(paths[index], encode_png(picture))
         state.wait_for_everyone()
@@ -291,15 +296,14 @@ def measure_features(
         note=f"{net.note}; real: two halves of the real families; worthless: the better of noise and one picture again "
         "and again",
     )
-    size = min(config.kid_subset_size, len(fake), len(true))
-    mean, deviation = kid_subsets(fake, true, config.kid_subsets, size, seed=config.seed)
-    report.add(
-        section,
-        f"the same over {config.kid_subsets} subsets of {size}, x 1000",
-        Estimate(KID_UNIT * mean, KID_UNIT * (mean - deviation), KID_UNIT * (mean + deviation)),
-        n,
-        note="the interval is one standard deviation between subsets, as papers give it",
-    )
+    for subsets, wanted, whose in (
+        (config.kid_subsets, config.kid_subset_size, "the form papers give; its interval is one standard deviation"),
+        (20, 50, "PikaPikaGen's protocol (it had Inception features); its interval is one standard deviation"),
+    ):
+        size = min(wanted, len(fake), len(true))
+        mean, deviation = kid_subsets(fake, true, subsets, size, seed=config.seed)
+        spread = Estimate(KID_UNIT * mean, KID_UNIT * (mean - deviation), KID_UNIT * (mean + deviation))
+        report.add(section, f"the same over {subsets} subsets of {size}, x 1000", spread, n, note=whose)
     same = min(len(fake), len(true))
     chosen = np.random.default_rng(config.seed).permutation(len(fake))[:same]
     equal = fake[chosen]
@@ -463,6 +467,30 @@ def measure_paraphrases(report: Report, rare: np.ndarray, plain: np.ndarray) -> 
     report.add("Does it follow the prompt?", name, mean_estimate(ratio), len(ratio), ceiling=1.0, note=words)
 
 
+def measure_variety(report: Report, drawn: np.ndarray, true: np.ndarray, config: EvaluateConfig) -> None:
+    """How different are the pictures of one prompt? Mean pairwise LPIPS within each prompt's pictures."""
+    section, name = "Diversity", "LPIPS between pictures of one prompt"
+    words = "Inception Score is not measured: it asks whether pictures look like ImageNet's classes"
+    if config.lpips is None:
+        report.add(section, name, None, "", note=f"not measured: no network was given (--lpips squeeze:FILE). {words}")
+        return
+    try:
+        lpips = Lpips(config.lpips)
+    except PokediffError as error:
+        report.add(section, name, None, "", note=f"not measured: {error}. {words}")
+        return
+    seeds = prompts.SEEDS_PER_PROMPT
+    a, b = np.triu_indices(seeds, 1)
+    groups = [drawn[start : start + seeds] for start in range(0, len(drawn), seeds)]
+    within = np.array([lpips(group[a], group[b], config.background).mean() for group in groups])
+    order = np.random.default_rng(0).permutation(len(true))
+    unlike = lpips(true[order[:-1]], true[order[1:]], config.background).mean()
+    note = f"real: between any two real pictures, so an upper bound; 0 is one picture again and again. {words}"
+    report.add(
+        section, name, mean_estimate(within), f"{len(groups)} prompts of {seeds}", floor=float(unlike), note=note
+    )
+
+
 def measure_clip(report: Report, generated: Generated, config: EvaluateConfig) -> None:
     """CLIP score, and how often a picture finds its own caption among all captions asked for."""
     section = "Does it follow the prompt?"
@@ -488,7 +516,7 @@ def measure_clip(report: Report, generated: Generated, config: EvaluateConfig) -
         )
 
 
-def measure_reconstruction(report: Report, generated: Generated, real: Pictures) -> None:
+def measure_reconstruction(report: Report, generated: Generated, real: Pictures, config: EvaluateConfig) -> None:
     """Distance to the very picture whose caption was the prompt, for systems that regress it."""
     import torch
 
@@ -507,7 +535,8 @@ def measure_reconstruction(report: Report, generated: Generated, real: Pictures)
         report.add(section, "L1, L2, PSNR, SSIM", None, "", note="not measured: pip install pokediff[eval]")
         return
     fake, true = generated.pixels[[i for i, _ in found]], straight(real)[[j for _, j in found]]
-    x, y = (torch.from_numpy(composite(rgba)).permute(0, 3, 1, 2).double() / 255 for rgba in (fake, true))
+    on_background = (composite(rgba, config.background) for rgba in (fake, true))
+    x, y = (torch.from_numpy(rgb).permute(0, 3, 1, 2).double() / 255 for rgb in on_background)
     squared = ((x - y) ** 2).mean((1, 2, 3))
     values = {
         "L1": (x - y).abs().mean((1, 2, 3)),
@@ -517,6 +546,12 @@ def measure_reconstruction(report: Report, generated: Generated, real: Pictures)
     }
     for name, value in values.items():
         report.add(section, name, mean_estimate(value.numpy()), len(found), note=words)
+    if config.lpips is not None:
+        try:
+            apart = Lpips(config.lpips)(fake, true, config.background)
+            report.add(section, "LPIPS", mean_estimate(apart), len(found), note=words)
+        except PokediffError as error:
+            report.add(section, "LPIPS", None, "", note=f"not measured: {error}")
 
 
 def measure_loss(
@@ -527,7 +562,6 @@ def measure_loss(
     from diffusers import DDPMScheduler
 
     from pokediff.images import to_model
-    from pokediff.training import diffusion_loss
 
     pipeline = generator.pipeline
     schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
@@ -572,8 +606,6 @@ def measure_loss(
 
 def measure_cost(report: Report, generator: Generator, generated: Generated) -> None:
     """What a picture costs on this machine."""
-    from pokediff.training import flops_per_image
-
     pipeline, section = generator.pipeline, "Cost"
     if generated.seconds_per_image is None:
         note = "not measured: all pictures were drawn by an earlier run"

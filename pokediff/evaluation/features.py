@@ -8,7 +8,7 @@ Resizing", 2022). Inception alone resizes for itself, as the literature's does.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,6 +155,51 @@ def mobilenet_v2(details: str) -> FeatureNet:
         "no published figure uses this network: its numbers compare only among themselves",
         lambda rgb: body(resized(rgb, 224, IMAGENET)).mean((2, 3)),
     )
+
+
+class Lpips:
+    """Learned perceptual distance (Zhang et al. 2018), version 0.1, SqueezeNet, from `squeeze:FILE.safetensors`.
+
+    The file holds `net.features.*` of SqueezeNet 1.1, `lin.I` (weights of channels, seven depths), `shift`, `scale`.
+    """
+
+    DEPTHS = (2, 5, 8, 10, 11, 12, 13)  # layers of SqueezeNet after which features are compared
+
+    def __init__(self, name: str) -> None:
+        """Raises PokediffError when the file is not there or does not fit."""
+        from safetensors.torch import load_file
+        from torchvision.models import squeezenet1_1
+
+        kind, _, details = name.partition(":")
+        if kind != "squeeze" or not Path(details).is_file():
+            raise PokediffError(f"lpips {name!r}: give squeeze:FILE.safetensors, a file that is there")
+        tensors = {key: value.float() for key, value in load_file(details).items()}
+        body = {key.removeprefix("net.features."): value for key, value in tensors.items() if key.startswith("net.")}
+        self.network = squeezenet1_1().features.eval()
+        try:
+            self.network.load_state_dict(body)
+            self.weights = [tensors[f"lin.{depth}"].view(1, -1, 1, 1) for depth in range(len(self.DEPTHS))]
+            self.shift, self.scale = tensors["shift"], tensors["scale"]
+        except (RuntimeError, KeyError) as error:
+            raise PokediffError(f"lpips {name}: the file does not fit: {str(error).splitlines()[0]}") from None
+
+    @torch.inference_mode()
+    def __call__(self, x: np.ndarray, y: np.ndarray, background: str = "white", side: int = 64) -> np.ndarray:
+        """(N,) distances of straight RGBA uint8 (N, H, W, 4), on `background`, at `side` px (it sees nothing in 32)."""
+        total = torch.zeros(len(x))
+        depths = zip(self._depths(x, background, side), self._depths(y, background, side), self.weights, strict=True)
+        for a, b, weight in depths:
+            total += ((a - b) ** 2 * weight).sum(1).mean((1, 2))
+        return total.numpy()
+
+    def _depths(self, rgba: np.ndarray, background: str, side: int) -> Iterator[torch.Tensor]:
+        rgb = torch.from_numpy(np.stack([composite(picture, background) for picture in rgba]))
+        x = F.interpolate(rgb.permute(0, 3, 1, 2).float() / 255, size=(side, side), mode="bicubic", antialias=True)
+        x = (2 * x.clamp(0, 1) - 1 - self.shift) / self.scale
+        for depth, layer in enumerate(self.network, 1):
+            x = layer(x)
+            if depth in self.DEPTHS:
+                yield x / (x.pow(2).sum(1, keepdim=True).sqrt() + 1e-10)
 
 
 def _place(name: str) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from pokediff.records import Record
 
 TYPES = ("fire", "water", "grass", "electric", "ghost", "rock")
 SEEDS_PER_PAIR = 4
+PROMPTS_REPEATED, SEEDS_PER_PROMPT = 16, 5
 PARAPHRASES = {  # a word, and the plain one that should draw nearly the same
     "crimson": "red",
     "scarlet": "red",
@@ -46,6 +47,12 @@ def paraphrase_pairs(style: str) -> list[tuple[str, str]]:
     form = f"{_phrase(style)} of {{}} {{}} creature"
     pairs = [(form.format(_article(a), a), form.format(_article(b), b)) for a, b in PARAPHRASES.items()]
     return [pair for pair in pairs for _ in range(SEEDS_PER_PAIR)]
+
+
+def repeated(captions: Sequence[Sequence[str]]) -> list[str]:
+    """Captions of PROMPTS_REPEATED pictures, spread evenly, each SEEDS_PER_PROMPT times."""
+    places = np.linspace(0, len(captions) - 1, min(PROMPTS_REPEATED, len(captions))).round().astype(int)
+    return [captions[place][0] for place in places for _ in range(SEEDS_PER_PROMPT)]
 
 
 def color_hits(pictures: np.ndarray, colors: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
