@@ -60,10 +60,10 @@ def evaluate(config: EvaluateConfig) -> Path:
     Raises PokediffError when data, checkpoint or pictures cannot be used; a figure that cannot be measured is a row of
     the report with the reason.
     """
-    from accelerate import PartialState
+    from accelerate import Accelerator
 
     quiet()
-    state = PartialState()
+    state = Accelerator().state  # PartialState alone overlooks the processes of a CPU
     out = Path(config.out or Path("reports") / Path(config.checkpoint or config.images or "pokediff-32").name)
     out.mkdir(parents=True, exist_ok=True)
     generator = None if config.images else Generator.load(config)
@@ -80,7 +80,9 @@ def evaluate(config: EvaluateConfig) -> Path:
     check_disjoint(real, training, config.split)
 
     report = Report({**plain(config), "styles": list(styles or []), "size": size})
-    asked, pairs = prompts.color_grid(styles or ("artwork",)), prompts.paraphrase_pairs((styles or ("artwork",))[0])
+    known = {record.style for record in everything.records}
+    drawn_styles = config.styles or tuple(style for style in prompts.GRID_STYLES if style in known) or ("artwork",)
+    asked, pairs = prompts.color_grid(drawn_styles), prompts.paraphrase_pairs(drawn_styles[0])
     if generator:
         generated = generator.draw(out / "pictures", held_out_captions(real, config.number))
         colors = generator.draw(out / "colors", [ask.prompt for ask in asked])
@@ -96,6 +98,7 @@ def evaluate(config: EvaluateConfig) -> Path:
         "n_real": len(real),
         "n_generated": len(generated.pixels),
         "n_training": len(training),
+        "processes": state.num_processes,
         "data_sha256": everything.digest,
         "system": generator.facts if generator else {"images": config.images},
     }
@@ -107,6 +110,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     measure_clip(report, generated, config)
     if generator:
         measure_colors(report, asked, colors.pixels)
+        measure_styles(report, asked, colors.pixels, everything.split(config.split))
         measure_paraphrases(report, rare.pixels, common.pixels)
         measure_variety(report, again.pixels, straight(real), config)
         measure_loss(report, generator, real, same_style, config)
@@ -212,14 +216,17 @@ class Generator:
         key = {"system": self.facts, "options": self.options, "prompts": list(asked), "seeds": [0, len(asked)]}
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         mark = folder / "settings.json"
-        if state.is_main_process:
-            if folder.exists() and (not mark.is_file() or json.loads(mark.read_text())["digest"] != digest):
-                shutil.rmtree(folder)  # drawn otherwise
-            folder.mkdir(parents=True, exist_ok=True)
-            write_whole(mark, json.dumps({"digest": digest, **key}, indent=1, ensure_ascii=False) + "\n")
+        earlier = json.loads(mark.read_text(encoding="utf-8")) if mark.is_file() else {}
+        state.wait_for_everyone()
+        if state.is_main_process and earlier.get("digest") != digest:
+            shutil.rmtree(folder, ignore_errors=True)  # drawn otherwise
+            folder.mkdir(parents=True)
+            earlier = {"digest": digest, **key}
+            write_whole(mark, json.dumps(earlier, indent=1, ensure_ascii=False) + "\n")
         state.wait_for_everyone()
         paths = [folder / f"{index:05}.png" for index in range(len(asked))]
         todo = [index for index, path in enumerate(paths) if not path.is_file()]
+        state.wait_for_everyone()  # until all have looked: the shares must fit together
         mine = todo[state.process_index :: state.num_processes]
         batches = [
             mine[start : start + self.config.batch_size] for start in range(0, len(mine), self.config.batch_size)
@@ -235,7 +242,10 @@ class Generator:
                 write_whole(paths[index], encode_png(picture))
         state.wait_for_everyone()
         pixels = np.stack([read_image(path.read_bytes()) for path in paths])
-        return Generated(pixels, tuple(asked), float(np.median(spent)) if spent else None)
+        if spent and state.is_main_process:
+            earlier["seconds_per_image"] = float(np.median(spent))
+            write_whole(mark, json.dumps(earlier, indent=1, ensure_ascii=False) + "\n")
+        return Generated(pixels, tuple(asked), earlier.get("seconds_per_image"))
 
 
 # ---------------------------------------------------------------------------------------------------- what is measured
@@ -458,6 +468,26 @@ def measure_colors(report: Report, asked: Sequence[prompts.Ask], drawn: np.ndarr
     report.pictures["Every colour by every type"] = (words, drawn, len(columns))
 
 
+def measure_styles(report: Report, asked: Sequence[prompts.Ask], drawn: np.ndarray, real: Pictures) -> None:
+    """Does each style look as it does: colour obeyed, how much is opaque, hazy, and of how many colours (real)?"""
+    rows = []
+    for style in dict.fromkeys(ask.style for ask in asked):
+        mine = np.array([ask.style == style for ask in asked])
+        true = real.where(lambda record, style=style: record.style == style)  # type: ignore[misc]
+        looks = {
+            "opaque": prompts.opaque_share,
+            "half-transparent": prompts.half_transparent_share,
+            "colours": prompts.palette_size,
+        }
+        hits = prompts.color_hits(drawn[mine], [ask.color for ask in asked if ask.style == style])[0]
+        row: dict[str, Any] = {"style": style, "n": int(mine.sum()), "main colour": f"{hits.mean():.2f}"}
+        for name, measure in looks.items():
+            theirs = f"{measure(straight(true)).mean():.3g}" if len(true) else "none"
+            row[f"{name} (real)"] = f"{measure(drawn[mine]).mean():.3g} ({theirs})"
+        rows.append({**row, "n real": len(true)})
+    report.tables["styles"] = rows
+
+
 def measure_paraphrases(report: Report, rare: np.ndarray, plain: np.ndarray) -> None:
     """Does a rare colour word draw what the plain one draws from the same noise?"""
     other = np.roll(plain, prompts.SEEDS_PER_PAIR, axis=0)  # another colour, another noise
@@ -607,10 +637,7 @@ def measure_loss(
 def measure_cost(report: Report, generator: Generator, generated: Generated) -> None:
     """What a picture costs on this machine."""
     pipeline, section = generator.pipeline, "Cost"
-    if generated.seconds_per_image is None:
-        note = "not measured: all pictures were drawn by an earlier run"
-    else:
-        note = f"in batches of {generator.config.batch_size}, on {pipeline.device}"
+    note = f"median, in batches of {generator.config.batch_size}, on {pipeline.device}, when they were drawn"
     report.add(section, "seconds an image", generated.seconds_per_image, len(generated.pixels), note=note)
     evaluations = len(pipeline.make_scheduler(generator.config.sampler, generator.config.num_steps).timesteps)
     guided = generator.config.guidance_scale != 1

@@ -12,6 +12,7 @@ from pokediff.captions import STYLES
 from pokediff.images import COLOR_ANCHORS, composite, main_colors, premultiply
 from pokediff.records import Record
 
+GRID_STYLES = ("artwork", "home", "dream-world", "sprite-gen5")  # one for each way to ask for a style
 TYPES = ("fire", "water", "grass", "electric", "ghost", "rock")
 SEEDS_PER_PAIR = 4
 PROMPTS_REPEATED, SEEDS_PER_PROMPT = 16, 5
