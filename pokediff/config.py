@@ -36,12 +36,16 @@ class DatasetConfig:
 class ModelConfig:
     __pydantic_config__ = STRICT
 
-    widths: tuple[int, ...] = (96, 160, 192)  # channels at 16x16, 8x8, 4x4 ...
+    patch: int | None = None  # px a side that the stem folds into channels (default: the first level is 16x16)
+    widths: tuple[int, ...] = (96, 160, 192)  # channels at the first level, at half its side, at a quarter ...
     blocks: tuple[int, ...] = (2, 2, 1)  # residual blocks at each level, on the way down and again on the way up
     attention: tuple[bool, ...] = (False, True, True)  # self-attention at which levels
     head_dim: int = 32  # channels of an attention head
     embedding_dim: int = 256  # of timestep, text and augmentation together
     dropout: float = 0.1
+    sigma_data: float | None = (
+        None  # EDM's skip from input to output for data of this deviation (prediction_type sample)
+    )
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,11 @@ class DiffusionConfig:
     sigma_max: float = 100.0  # at the first: nothing is left of the picture
     noise_shift: float = 1.0  # where half of the steps lie above; larger pictures want more, about their side / 32 px
     caption_dropout: float = 0.15  # share of captions replaced by the empty one, for guidance
+
+    @property
+    def range(self) -> tuple[float, float, float]:
+        """sigma_min, sigma_max, noise_shift: what the schedule is made of."""
+        return self.sigma_min, self.sigma_max, self.noise_shift
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,7 @@ class TrainConfig:
 
     data: str = "data/bulbapedia"  # a folder of pictures with a metadata.jsonl
     out: str | None = None  # where the run is written (default: checkpoints/<name of the config>)
+    start_from: str | None = None  # a checkpoint whose network this one starts as, where the two are alike
     text_encoder: str = "builtin"  # builtin, clip:REPOSITORY or open_clip:ARCHITECTURE:TAG
     seed: int = 0
 
@@ -114,11 +124,18 @@ class TrainConfig:
         size, levels = self.dataset.image_size, len(self.model.widths)
         _require(size % 16 == 0 and size > 0, "dataset.image_size", "must be a multiple of 16")
         _require(1 <= levels <= 5, "model.widths", "must have one to five levels")
+        patch = self.model.patch or size // 16
+        _require(
+            patch > 0 and size % (patch * 2 ** (levels - 1)) == 0, "model.patch", f"must leave whole maps of {size} px"
+        )
         for name in ("blocks", "attention"):
             _require(
                 len(getattr(self.model, name)) == levels, f"model.{name}", "must have as many entries as model.widths"
             )
         noise = self.diffusion
+        if self.model.sigma_data is not None:
+            _require(self.model.sigma_data > 0, "model.sigma_data", "must be positive")
+            _require(noise.prediction_type == "sample", "model.sigma_data", "needs diffusion.prediction_type sample")
         _require(
             0 < noise.sigma_min < noise.noise_shift < noise.sigma_max,
             "diffusion.noise_shift",
@@ -151,9 +168,10 @@ class TrainConfig:
         _require(0 <= self.ema_decay < 1, "ema_decay", "must be in [0, 1)")
         _require(0 <= self.diffusion.caption_dropout < 1, "diffusion.caption_dropout", "must be in [0, 1)")
         _require(self.model.head_dim > 0, "model.head_dim", "must be positive")
-        for width in self.model.widths:
-            fits = width > 0 and width % self.model.head_dim == 0
-            _require(fits, "model.widths", "must be multiples of model.head_dim")
+        for width, attends in zip(self.model.widths, self.model.attention, strict=True):
+            _require(width > 0, "model.widths", "must be positive")
+            fits = not attends or width % self.model.head_dim == 0
+            _require(fits, "model.widths", "must be multiples of model.head_dim where there is attention")
         for style, share in (self.dataset.styles or {}).items():
             _require(share > 0, f"dataset.styles.{style}", "must be positive: leave a style out to leave it out")
 

@@ -34,7 +34,7 @@ from pokediff.pipeline import PokeDiffPipeline, diffusion_loss, has_bf16, quiet
 from pokediff.records import write_whole
 from pokediff.runs import Progress
 from pokediff.text import ClipTextEncoder, load_text_encoder
-from pokediff.unet import Unet, flops_per_image
+from pokediff.unet import Unet, cosine_sigmas, flops_per_image
 
 BAD_STEPS = 3  # that many non-finite steps in a row end the run
 VALIDATION_PICTURES = 512
@@ -84,6 +84,9 @@ def train(config: TrainConfig, resume: str = "never") -> Path:
     # ---- network, its average, optimizer
     torch.manual_seed(config.seed)
     network = make_unet(config, text_dim=vectors.table.shape[1])
+    if config.start_from:
+        taken = network.start_from(load_start(config.start_from))
+        say(f"{taken / 1e6:.2f} M weights taken from {config.start_from}")
     network.null_text.copy_(vectors.table[0])
     network = network.to(memory_format=torch.channels_last)
     average = AveragedModel(network, multi_avg_fn=ema_with_warmup(config.ema_decay)).to(accelerator.device)
@@ -207,30 +210,32 @@ def make_unet(config: TrainConfig, text_dim: int) -> Unet:
         in_channels=CHANNELS[config.dataset.channels],
         text_dim=text_dim,
         **plain(config.model),
+        noise_range=config.diffusion.range,
+        num_train_timesteps=config.diffusion.num_train_timesteps,
     )
+
+
+def load_start(folder: str) -> Unet:
+    """The network of a checkpoint. Raises PokediffError when the folder holds none."""
+    return PokeDiffPipeline.from_pretrained(folder, text_encoder=None, tokenizer=None).unet
 
 
 def make_noise_schedule(config: TrainConfig) -> DDPMScheduler:
     noise = config.diffusion
+    timesteps = torch.arange(noise.num_train_timesteps, dtype=torch.float64)
     return DDPMScheduler(
         num_train_timesteps=noise.num_train_timesteps,
-        trained_betas=cosine_betas(noise.num_train_timesteps, noise.sigma_min, noise.sigma_max, noise.noise_shift),
+        trained_betas=betas_of(cosine_sigmas(timesteps, len(timesteps), *noise.range)),
         prediction_type=noise.prediction_type,
         timestep_spacing="trailing",  # sampling starts at the last timestep, pure noise (Lin et al. 2023, section 3.3)
         clip_sample=False,
     )
 
 
-def cosine_betas(steps: int, sigma_min: float, sigma_max: float, shift: float) -> list[float]:
-    """Betas of the shifted cosine schedule between two noise levels (Hoogeboom et al., "simple diffusion", 2023).
-
-    sigma(u) = shift * tan(pi u / 2), u evenly spaced. The end is cut at sigma_max, where diffusers' own cosine schedule
-    goes to 20,000: samplers that keep x at the scale of sigma lose all digits there.
-    """
-    first, last = math.atan(sigma_min / shift), math.atan(sigma_max / shift)
-    sigmas = shift * np.tan(np.linspace(first, last, steps))
+def betas_of(sigmas: torch.Tensor) -> list[float]:
+    """The betas of a schedule given by its noise to signal at every timestep."""
     alphas_cumprod = 1 / (1 + sigmas**2)
-    return (1 - alphas_cumprod / np.concatenate([[1.0], alphas_cumprod[:-1]])).tolist()
+    return (1 - alphas_cumprod / torch.cat([torch.ones(1), alphas_cumprod[:-1]])).tolist()
 
 
 def make_optimizer(unet: Unet, config: TrainConfig) -> torch.optim.Optimizer:

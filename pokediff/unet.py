@@ -1,7 +1,7 @@
 """The conditional U-Net, in one file.
 
-A space-to-depth stem folds the picture so that the body runs at 16x16, 8x8, 4x4 whatever the picture's size: on a CPU
-that is where a convolution earns most (docs/LOG.md). Timestep, pooled text vector and augmentation are one embedding
+A space-to-depth stem folds the picture so that most of the body runs at 16x16, 8x8, 4x4 whatever the picture's size: on
+a CPU that is where a convolution earns most (docs/LOG.md). Timestep, pooled text vector and augmentation are one embedding
 that scales and shifts the norms of every block (FiLM, Perez et al. 2018; as in ADM, Dhariwal & Nichol 2021). Norms are
 LayerNorm over channels: on channels_last maps that is a plain row norm.
 """
@@ -9,6 +9,7 @@ LayerNorm over channels: on channels_last maps that is a plain row norm.
 from __future__ import annotations
 
 import math
+import re
 from typing import cast
 
 import torch
@@ -24,7 +25,9 @@ class Unet(ModelMixin, ConfigMixin):
     """Predicts v, noise or x0 (whatever it was trained for) from a noisy picture, a timestep and a text vector.
 
     Args: image_size in px, a multiple of 16; in_channels C (4 premultiplied RGBA, 3 RGB, 1 grey); text_dim D;
-    the rest as in `config.ModelConfig`.
+    patch p in px (None: image_size / 16); sigma_data None or a number s: then the body is preconditioned (`_precondition`)
+    and the network predicts x0, for which it has to know its noise_range (sigma_min, sigma_max, noise_shift) and
+    num_train_timesteps; the rest as in `config.ModelConfig`.
     """
 
     @register_to_config
@@ -39,9 +42,13 @@ class Unet(ModelMixin, ConfigMixin):
         head_dim: int = 32,
         embedding_dim: int = 256,
         dropout: float = 0.1,
+        patch: int | None = None,
+        sigma_data: float | None = None,
+        noise_range: tuple[float, float, float] = (0.006, 100.0, 1.0),
+        num_train_timesteps: int = 1000,
     ) -> None:
         super().__init__()
-        self.patch = image_size // 16
+        self.patch = patch or image_size // 16
         folded = in_channels * self.patch**2
 
         self.time_mlp = nn.Sequential(
@@ -89,7 +96,7 @@ class Unet(ModelMixin, ConfigMixin):
             embedding = embedding + self.augment(augment)
         embedding = F.silu(embedding)  # (B, E)
 
-        h = F.pixel_unshuffle(x, self.patch)  # (B, C*p*p, 16, 16)
+        h = F.pixel_unshuffle(x, self.patch)  # (B, C*p*p, S/p, S/p)
         h = self.stem(h.contiguous(memory_format=torch.channels_last))
         skips = []
         for index, level in enumerate(self.down):
@@ -103,8 +110,38 @@ class Unet(ModelMixin, ConfigMixin):
                 h = block(torch.cat([h, skips.pop()], dim=1), embedding)
             if index < len(self.upsample):
                 h = F.pixel_shuffle(self.upsample[index](h), 2).contiguous(memory_format=torch.channels_last)
-        h = self.out(F.silu(self.out_norm(h)))  # (B, C*p*p, 16, 16)
-        return F.pixel_shuffle(h, self.patch)
+        h = self.out(F.silu(self.out_norm(h)))  # (B, C*p*p, S/p, S/p)
+        h = F.pixel_shuffle(h, self.patch)
+        return h if self.config.sigma_data is None else self._precondition(h.float(), x.float(), timestep)
+
+    def _precondition(self, h: torch.Tensor, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """x0 from the body's output: c_skip x + c_out h (Karras et al. 2022, table 1).
+
+        A body whose first level has fewer channels than the patches it sees have pixels cannot carry the noise from its
+        input to its output, as a v or noise target asks at every level: grain is left. With a small s it is asked for
+        noise only where there is little of it.
+        """
+        sigma = cosine_sigmas(timestep.double(), self.config.num_train_timesteps, *self.config.noise_range)
+        sigma, s = sigma.float()[:, None, None, None], self.config.sigma_data
+        root = (sigma**2 + s**2) ** 0.5
+        return s**2 / root**2 * (1 + sigma**2) ** 0.5 * x + sigma * s / root * h  # x has unit variance: x / alpha
+
+    @torch.no_grad()
+    def start_from(self, other: Unet) -> int:
+        """Take the weights of `other` where the two are alike, level for level from the deepest up: of a network of
+        smaller pictures all that lies below its first level fits. Returns how many numbers were taken.
+        """
+        deeper = len(self.config.widths) - len(other.config.widths)
+
+        def here(name: str) -> str:  # on the way up levels are counted from the deepest anyway
+            return re.sub(r"^(down|downsample)\.(\d+)", lambda m: f"{m[1]}.{int(m[2]) + deeper}", name)
+
+        own, taken = self.state_dict(), 0
+        for name, values in other.state_dict().items():
+            if (mine := own.get(here(name))) is not None and mine.shape == values.shape:
+                mine.copy_(values)
+                taken += values.numel()
+        return taken
 
 
 class Block(nn.Module):
@@ -168,6 +205,15 @@ def sinusoidal(timestep: torch.Tensor, dim: int) -> torch.Tensor:
     frequencies = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=timestep.device) / (dim // 2))
     angles = timestep.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def cosine_sigmas(timestep: torch.Tensor, steps: int, sigma_min: float, sigma_max: float, shift: float) -> torch.Tensor:
+    """Noise to signal at timesteps 0 to steps - 1 of the shifted cosine schedule (Hoogeboom et al., "simple diffusion",
+    2023): shift * tan(u), u evenly spaced. The end is cut at sigma_max, where diffusers' own cosine schedule goes to
+    20,000: samplers that keep x at the scale of sigma lose all digits there.
+    """
+    first, last = math.atan(sigma_min / shift), math.atan(sigma_max / shift)
+    return shift * torch.tan(first + (last - first) * timestep / (steps - 1))
 
 
 def flops_per_image(unet: Unet) -> float:

@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pokediff.unet import Unet, attend, sinusoidal
+from pokediff.config import DiffusionConfig, TrainConfig
+from pokediff.training import make_noise_schedule
+from pokediff.unet import Unet, attend, cosine_sigmas, sinusoidal
 
 
 def small(**changes) -> Unet:
@@ -78,3 +80,48 @@ def test_timestep_embedding_against_its_definition():
     embedding = sinusoidal(torch.tensor([7.0]), 4)
     expected = torch.tensor([7.0, 0.07])
     torch.testing.assert_close(embedding, torch.cat([expected.cos(), expected.sin()])[None])
+
+
+def test_a_patch_of_half_the_size_begins_one_level_higher():
+    unet = small(image_size=64, patch=2, widths=(16, 32, 64), attention=(False, False, True), blocks=(1, 1, 1))
+    assert unet.stem.in_channels == 4 * 2**2
+    assert unet(torch.randn(2, 4, 64, 64), 500.0).shape == (2, 4, 64, 64)
+
+
+def test_starting_from_a_network_of_smaller_pictures_takes_all_levels_below_the_first():
+    other, unet = small(), small(image_size=64, patch=2, widths=(16, 32, 64), attention=(0, 0, 1), blocks=(1, 1, 1))
+    untouched = unet.stem.weight.clone()
+    assert unet.start_from(other) > 0.9 * sum(p.numel() for p in other.parameters())
+    torch.testing.assert_close(unet.down[1][0].conv1.weight, other.down[0][0].conv1.weight)
+    torch.testing.assert_close(unet.down[2][0].conv1.weight, other.down[1][0].conv1.weight)
+    torch.testing.assert_close(unet.up[0][0].conv1.weight, other.up[0][0].conv1.weight)
+    torch.testing.assert_close(unet.up[1][0].conv1.weight, other.up[1][0].conv1.weight)
+    torch.testing.assert_close(unet.downsample[1].weight, other.downsample[0].weight)
+    torch.testing.assert_close(unet.stem.weight, untouched)
+    twin = small()
+    with torch.no_grad():
+        twin.stem.weight.zero_()
+    twin.start_from(other)
+    x = torch.randn(1, 4, 32, 32)
+    torch.testing.assert_close(twin(x, 300.0), other(x, 300.0))
+
+
+def test_an_untrained_preconditioned_network_answers_as_the_best_linear_guess():
+    s, noise_range = 0.25, (0.006, 100.0, 2.0)
+    unet = Unet(image_size=32, widths=(32,), attention=(False,), blocks=(1,), sigma_data=s, noise_range=noise_range)
+    timesteps = torch.tensor([0, 100, 500, 999])
+    sigma = cosine_sigmas(timesteps.double(), 1000, *noise_range).float()[:, None, None, None]
+    torch.manual_seed(0)
+    x0, noise = s * torch.randn(4, 4, 32, 32), torch.randn(4, 4, 32, 32)
+    guess = unet((x0 + sigma * noise) / (1 + sigma**2) ** 0.5, timesteps)
+    torch.testing.assert_close(guess, s**2 / (s**2 + sigma**2) * (x0 + sigma * noise), rtol=1e-3, atol=1e-5)
+    expected = (s**2 * sigma**2 / (s**2 + sigma**2)).flatten()  # the error that is left (Wiener)
+    torch.testing.assert_close(((guess - x0) ** 2).mean(dim=(1, 2, 3)), expected, rtol=0.1, atol=0)
+
+
+def test_the_schedule_of_network_and_scheduler_is_one():
+    sigmas = cosine_sigmas(torch.arange(1000).double(), 1000, 0.006, 100.0, 2.0)
+    assert sigmas[0].item() == pytest.approx(0.006) and sigmas[-1].item() == pytest.approx(100.0)
+    config = TrainConfig(diffusion=DiffusionConfig(noise_shift=2.0))
+    alphas = make_noise_schedule(config).alphas_cumprod.double()
+    torch.testing.assert_close(((1 - alphas) / alphas).sqrt(), sigmas, rtol=1e-3, atol=0)
