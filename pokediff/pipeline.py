@@ -34,7 +34,7 @@ from safetensors import SafetensorError
 
 from pokediff.config import DEFAULT_GUIDANCE, DEFAULT_STEPS
 from pokediff.errors import PokediffError, first_line
-from pokediff.images import CHANNELS, Channels, from_model
+from pokediff.images import CHANNELS, Channels, from_model, to_model
 from pokediff.text import ClipTextEncoder, TextEncoder, cached_or_downloaded, load_text_encoder
 from pokediff.unet import Unet
 
@@ -163,9 +163,13 @@ class PokeDiffPipeline(DiffusionPipeline):
     @torch.inference_mode()
     def denoise(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str] | torch.Tensor,
         seeds: Sequence[int],
         *,
+        image: np.ndarray | None = None,
+        strength: float = 1.0,
+        mask: np.ndarray | None = None,
+        noise: torch.Tensor | None = None,
         num_steps: int = DEFAULT_STEPS,
         guidance_scale: float = DEFAULT_GUIDANCE,
         guidance_interval: tuple[float, float] | None = None,
@@ -176,8 +180,14 @@ class PokeDiffPipeline(DiffusionPipeline):
         """Yield every step from noise to pictures, the pictures last.
 
         Args:
-            prompts: N texts; "" draws without a condition.
+            prompts: N texts, "" draws without a condition; or their vectors (N, D), as `encode_prompt` gives them.
             seeds: N numbers. Each picture has noise of its own: the same seed gives the same picture in any batch.
+            image: premultiplied RGBA uint8 (H, W, 4) or (N, H, W, 4) of the model's size to begin with instead of noise.
+            strength: how much of the way from noise is gone, 0 to 1: 1 is all of it, so that nothing is left of `image`
+                but what `mask` keeps (SDEdit, Meng et al. 2022).
+            mask: (H, W) or (N, H, W) bool, true where `image` is drawn anew; elsewhere every predicted x0 is set to
+                `image`, so that what is new grows onto what is there (DDNM, Wang et al. 2023, section 3.2).
+            noise: the first noise (N, C, H, W) instead of what the seeds mean.
             num_steps: steps of the sampler (heun evaluates the network twice a step).
             guidance_scale: 1 is off; x0 is moved away from the negative prompt's by this factor (Ho & Salimans 2022).
             guidance_interval: guide only while sigma lies in it (Kynkäänniemi et al. 2024); None is always.
@@ -185,24 +195,24 @@ class PokeDiffPipeline(DiffusionPipeline):
             sampler: a name in SAMPLERS; None is the pipeline's own scheduler.
             precision: of the network; auto is bf16 where the device multiplies it in hardware.
 
-        Raises PokediffError for an unknown sampler, a bad number of steps, or prompts and seeds that do not pair up.
+        Raises PokediffError for an unknown sampler, a bad number of steps or strength, prompts and seeds that do not
+        pair up, or an image or mask of another size.
         """
         if len(prompts) != len(seeds):
             raise PokediffError(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}")
         scheduler = self.make_scheduler(sampler, num_steps)
         half = precision == "bf16" or (precision == "auto" and has_bf16(self.device))
-        text = self.encode_prompt(prompts)  # (N, D)
+        text = prompts if isinstance(prompts, torch.Tensor) else self.encode_prompt(prompts)  # (N, D)
         against = self.encode_prompt([negative_prompt]).expand_as(text)
         low, high = guidance_interval or (0.0, float("inf"))
 
-        # Noise is made on the CPU, whose generator is the same everywhere.
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        shape = (self.unet.config.in_channels, self.image_size, self.image_size)
-        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-        x = noise.to(self.device) * scheduler.init_noise_sigma
+        generators, drawn = self.make_noise(seeds)
+        noise = (drawn if noise is None else noise).to(self.device)
+        known, redrawn = self._known(image, mask, noise.shape)
+        x, timesteps = self._begin(scheduler, noise, known, strength)
         draws = "generator" in inspect.signature(scheduler.step).parameters  # new noise at every step, or may do so
         options = {"generator": generators} if draws else {}
-        for index, timestep in enumerate(scheduler.timesteps):
+        for index, timestep in enumerate(timesteps):
             noisy = scheduler.scale_model_input(x, timestep)  # unit variance, whatever scale the sampler keeps x in
             sigma = self._sigma(float(timestep))
             if guidance_scale == 1 or not low <= sigma <= high:
@@ -212,19 +222,67 @@ class PokeDiffPipeline(DiffusionPipeline):
                 guided, away = both.chunk(2)
                 output = away + guidance_scale * (guided - away)
             x0 = self._to_x0(output, noisy, sigma).clamp(-1, 1)  # guidance overshoots; a picture cannot
+            if known is not None and redrawn is not None:
+                x0 = torch.where(redrawn, x0, known)
             yield Step(index, float(timestep), sigma, noisy, x0)
             output = self._from_x0(x0, noisy, sigma)
             x = scheduler.step(output, timestep, x, **options).prev_sample
-        yield Step(len(scheduler.timesteps), 0.0, 0.0, x, x.clamp(-1, 1))
+        yield Step(len(timesteps), 0.0, 0.0, x, x.clamp(-1, 1))
+
+    def make_noise(self, seeds: Sequence[int]) -> tuple[list[torch.Generator], torch.Tensor]:
+        """The noise that the seeds mean, (N, C, H, W), and the generators it came from, for what is drawn after it.
+
+        Made on the CPU, whose generator is the same everywhere.
+        """
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        shape = (self.unet.config.in_channels, self.image_size, self.image_size)
+        return generators, torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+    def _known(
+        self, image: np.ndarray | None, mask: np.ndarray | None, shape: torch.Size
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """`image` in model space (N, C, H, W) and where it is drawn anew (N, 1, H, W), or None for what is not given."""
+        if image is None:
+            if mask is not None:
+                raise PokediffError("a mask needs an image")
+            return None, None
+        side = (self.image_size, self.image_size)
+        for name, values, rest in (("image", image, (4,)), ("mask", mask, ())):
+            if values is not None and values.shape[values.ndim - len(rest) - 2 :] != (*side, *rest):
+                raise PokediffError(f"{name}: {values.shape}, not (..., {', '.join(map(str, (*side, *rest)))})")
+        whole = np.broadcast_to(image, (shape[0], *side, 4))
+        known = to_model(torch.from_numpy(whole.copy()), self.channels).to(self.device)
+        if mask is None:
+            return known, None
+        return known, torch.from_numpy(np.broadcast_to(mask, (shape[0], *side)).copy()).to(self.device)[:, None] > 0
+
+    def _begin(
+        self, scheduler: Any, noise: torch.Tensor, known: torch.Tensor | None, strength: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first x and the timesteps to go, as the scheduler wants them."""
+        if not 0 < strength <= 1:
+            raise PokediffError(f"strength must be above 0 and at most 1, not {strength}")
+        if known is None or strength == 1:
+            return noise * scheduler.init_noise_sigma, scheduler.timesteps
+        order = scheduler.order  # heun: two timesteps a step, and it must begin with the first of the two
+        steps = -(-len(scheduler.timesteps) // order)
+        skipped = order * (steps - max(1, round(strength * steps)))
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(skipped)
+        timesteps = scheduler.timesteps[skipped:]
+        return scheduler.add_noise(known, noise, timesteps[:1].repeat(len(noise))), timesteps
 
     def generate(
         self, prompts: Sequence[str], seeds: Sequence[int], *, batch_size: int = 16, **options: Any
     ) -> np.ndarray:
         """Pictures for N prompts and seeds, straight RGBA uint8 (N, H, W, 4). `options` are those of `denoise`."""
         pictures = []
+        single = {"image": 3, "mask": 2, "noise": 3}  # dimensions of one; with one more there is one for each picture
+        each = {name for name, dims in single.items() if options.get(name) is not None and options[name].ndim > dims}
         for start in range(0, len(prompts), batch_size):
             part = slice(start, start + batch_size)
-            *_, last = self.denoise(prompts[part], seeds[part], **options)
+            mine = {name: value[part] if name in each else value for name, value in options.items()}
+            *_, last = self.denoise(prompts[part], seeds[part], **mine)
             pictures.append(from_model(last.x0))
         return np.concatenate(pictures)
 
@@ -278,6 +336,20 @@ class PokeDiffPipeline(DiffusionPipeline):
         return (x - alpha * x0) / std if kind == "epsilon" else x0
 
 
+def slerp(start: torch.Tensor, end: torch.Tensor, share: float) -> torch.Tensor:
+    """From `start` to `end` along the sphere, picture by picture (N, ...): between two noises there is noise of the same
+    strength, where a straight line would have less (White 2016, "Sampling Generative Networks", section 2.1).
+    """
+    a, b = start.flatten(1), end.flatten(1)
+    cosine = (F.normalize(a, dim=1) * F.normalize(b, dim=1)).sum(1, keepdim=True).clamp(-1, 1)
+    angle = cosine.acos()
+    near = angle < 1e-4  # the same: a straight line
+    sine = torch.where(near, torch.ones_like(angle), angle.sin())
+    left = torch.where(near, torch.full_like(angle, 1 - share), ((1 - share) * angle).sin() / sine)
+    right = torch.where(near, torch.full_like(angle, share), (share * angle).sin() / sine)
+    return (left * a + right * b).view_as(start)
+
+
 def diffusion_loss(
     unet: Any,
     schedule: DDPMScheduler,
@@ -289,6 +361,7 @@ def diffusion_loss(
 ) -> torch.Tensor:
     """(B,) mean squared error of what the network predicts (DDPM eq. 14; v: Salimans & Ho 2022, eq. 11).
 
+    An x0 prediction is weighed as the error of the v that it means, 1 + 1 / sigma^2: losses of both compare.
     x0 and noise (B, C, H, W), timesteps (B,), text (B, D), augment (B, AUGMENT_DIM).
     """
     noisy = schedule.add_noise(x0, noise, timesteps).contiguous(memory_format=torch.channels_last)
@@ -296,7 +369,10 @@ def diffusion_loss(
         target = schedule.get_velocity(x0, noise, timesteps)
     else:
         target = noise if schedule.config.prediction_type == "epsilon" else x0
-    return F.mse_loss(unet(noisy, timesteps, text, augment).float(), target, reduction="none").mean(dim=(1, 2, 3))
+    loss = F.mse_loss(unet(noisy, timesteps, text, augment).float(), target, reduction="none").mean(dim=(1, 2, 3))
+    if schedule.config.prediction_type == "sample":
+        loss = loss / (1 - schedule.alphas_cumprod.to(loss.device)[timesteps])  # 1 - a = sigma^2 / (1 + sigma^2)
+    return loss
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from pokediff.config import DiffusionConfig, TrainConfig
 from pokediff.errors import PokediffError
-from pokediff.pipeline import SAMPLERS, PokeDiffPipeline, Step
+from pokediff.pipeline import SAMPLERS, PokeDiffPipeline, Step, slerp
 from pokediff.text import load_text_encoder
 from pokediff.training import make_noise_schedule
 from pokediff.unet import Unet
@@ -249,3 +249,89 @@ def test_push_to_hub_sends_a_whole_pipeline(pipe, tmp_path, monkeypatch):
         "tokenizer/tokenizer.json",
     } <= set(sent)
     assert any(name.startswith("text_encoder/") and name.endswith(".safetensors") for name in sent)
+
+
+# ----------------------------------------------------------------------------- from a picture, in a part, in between
+
+
+def checkers() -> np.ndarray:
+    """An opaque picture of 4-pixel squares, premultiplied RGBA (16, 16, 4)."""
+    y, x = np.mgrid[:16, :16] // 4
+    picture = np.full((16, 16, 4), 255, np.uint8)
+    picture[..., 0] = np.where((x + y) % 2, 250, 10)
+    return picture
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_weaker_the_nearer_to_the_image(pipe, sampler):
+    image = checkers()
+    far = [
+        np.abs(pipe.generate(["a cat"], [3], image=image, strength=s, sampler=sampler).astype(int) - image).mean()
+        for s in (0.1, 0.4, 1.0)
+    ]
+    assert far[0] < far[1] < far[2]
+    assert far[0] < 20
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_steps_begin_where_the_strength_says(sampler):
+    image = np.full((16, 16, 4), 153, np.uint8)  # 0.2 in model space: the mean
+    steps = list(
+        gaussian().denoise([""], [0], image=image, strength=0.5, num_steps=20, sampler=sampler, guidance_scale=1)
+    )
+    assert steps[0].sigma < 5
+    assert len(steps) - 1 == (20 if sampler == "heun" else 10) - (sampler == "heun")
+    alpha = 1 / (1 + steps[0].sigma ** 2) ** 0.5
+    assert steps[0].x.mean().item() == pytest.approx(alpha * MEAN, abs=0.1)
+    assert steps[0].x.std().item() == pytest.approx(alpha * steps[0].sigma, rel=0.1)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_inpainting_keeps_what_the_mask_leaves(pipe, sampler):
+    image, mask = checkers(), np.zeros((16, 16), bool)
+    mask[4:12, 4:12] = True
+    drawn = pipe.generate(["a cat", "a dog"], [1, 2], image=image, mask=mask, num_steps=8, sampler=sampler)
+    np.testing.assert_array_equal(drawn[:, ~mask], np.stack([image, image])[:, ~mask])
+    assert (drawn[0][mask] != image[mask]).any() and (drawn[0] != drawn[1]).any()
+
+
+def test_one_image_and_mask_for_each_picture_in_any_batch(pipe):
+    images = np.stack([checkers(), checkers()[::-1].copy(), checkers()])
+    masks = np.zeros((3, 16, 16), bool)
+    masks[0, :8], masks[1, 8:], masks[2, :, :8] = True, True, True
+    together = pipe.generate(["a", "b", "c"], [1, 2, 3], image=images, mask=masks, strength=0.7, num_steps=6)
+    pairs = pipe.generate(["a", "b", "c"], [1, 2, 3], image=images, mask=masks, strength=0.7, num_steps=6, batch_size=2)
+    np.testing.assert_array_equal(together, pairs)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"mask": np.ones((16, 16), bool)}, "needs an image"),
+        ({"image": np.zeros((8, 8, 4), np.uint8)}, "image: "),
+        ({"image": checkers(), "mask": np.ones((8, 8), bool)}, "mask: "),
+        ({"image": checkers(), "strength": 0.0}, "strength"),
+        ({"image": checkers(), "strength": 1.5}, "strength"),
+    ],
+)
+def test_what_cannot_be_begun_with_is_said(pipe, options, words):
+    with pytest.raises(PokediffError, match=words):
+        pipe.generate(["a"], [1], **options)
+
+
+def test_between_two_noises_there_is_noise():
+    torch.manual_seed(0)
+    start, end = torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16)
+    for share in (0.25, 0.5, 0.75):
+        assert slerp(start, end, share).std().item() == pytest.approx(1, abs=0.05)
+    torch.testing.assert_close(slerp(start, end, 0.0), start)
+    torch.testing.assert_close(slerp(start, end, 1.0), end, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(slerp(start, start, 0.3), start)
+
+
+def test_vectors_and_noise_can_stand_for_prompts_and_seeds(pipe):
+    prompts, seeds = ["a cat", "a dog"], [4, 5]
+    expected = pipe.generate(prompts, seeds, num_steps=6)
+    _, noise = pipe.make_noise(seeds)
+    given = pipe.generate(pipe.encode_prompt(prompts), [0, 0], noise=noise, num_steps=6)
+    np.testing.assert_array_equal(given, expected)
