@@ -12,7 +12,7 @@ LAYERS = [
     {"errors"},
     {"config", "records"},
     {"captions", "images"},
-    {"text", "unet"},
+    {"pixelart", "text", "unet"},
     {"dataset", "pipeline"},
     {"runs", "sampling", "text_distillation", "evaluation.distances", "evaluation.features", "evaluation.prompts"},
     {"evaluation.copies", "evaluation.report"},

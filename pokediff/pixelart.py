@@ -1,0 +1,123 @@
+"""Pixel art made exact, after the drawing: few colours, hard edges, no specks.
+
+A diffusion model draws pixels whose colours are nearly, never exactly, those of a small palette. What is done here needs
+no model: straight RGBA uint8 (H, W, 4) in and out.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from pokediff.errors import PokediffError
+from pokediff.images import to_lab
+from pokediff.records import read_text
+
+MAX_COLORS = 256
+SPECK_SHARE = 0.004  # of the picture's pixels: smaller islands are specks (4 pixels at 32 px, 16 at 64 px)
+
+
+def remove_specks(rgba: np.ndarray, share: float = SPECK_SHARE) -> np.ndarray:
+    """Make islands of fewer than `share` of all pixels transparent; the largest island stays whatever its size.
+
+    An island is what hangs together, corners included, where alpha is above a tenth; the haze below a tenth that touches
+    no island goes too.
+    """
+    seen = (rgba[..., 3] > 25).astype(np.uint8)
+    number, labels, stats, _ = cv2.connectedComponentsWithStats(seen, connectivity=8)
+    if number <= 1:
+        return rgba
+    areas = stats[:, cv2.CC_STAT_AREA]
+    kept = areas >= max(2, share * seen.size)
+    kept[1 + int(areas[1:].argmax())] = True
+    kept[0] = False  # the background
+    near = cv2.dilate(kept[labels].astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
+    return np.where(near[..., None] & ~((labels > 0) & ~kept[labels])[..., None], rgba, 0).astype(np.uint8)
+
+
+def harden(rgba: np.ndarray) -> np.ndarray:
+    """Every pixel either there or not: alpha 255 from a half on, else 0 (and black, so that files compress)."""
+    there = rgba[..., 3:] >= 128
+    return np.where(there, np.concatenate([rgba[..., :3], np.full_like(rgba[..., 3:], 255)], axis=-1), 0).astype(
+        np.uint8
+    )
+
+
+def pick_palette(rgba: np.ndarray, colors: int) -> np.ndarray:
+    """(K, 3) uint8, K at most `colors`: those that stand for the picture's opaque pixels best (k-means in CIE Lab,
+    where equal distances look alike). The same picture always gives the same palette.
+
+    Each is the median colour of its group, not the mean: it need not occur, but it is not washed out by the edges.
+    """
+    _require_colors(colors)
+    opaque = rgba[rgba[..., 3] >= 128][:, :3]
+    distinct = np.unique(opaque, axis=0)
+    if len(distinct) <= colors:
+        return distinct
+    cv2.setRNGSeed(0)
+    stop = (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, 50, 0.1)
+    _, labels, _ = cv2.kmeans(to_lab(opaque).astype(np.float32), colors, np.empty(0), stop, 3, cv2.KMEANS_PP_CENTERS)
+    groups = (opaque[labels[:, 0] == k] for k in range(colors))
+    return np.unique([np.median(group, axis=0).round() for group in groups if len(group)], axis=0).astype(np.uint8)
+
+
+def apply_palette(rgba: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """Every visible pixel in the colour of the palette (K, 3) that is nearest in CIE Lab; alpha stays."""
+    distance = np.linalg.norm(to_lab(rgba[..., :3])[..., None, :] - to_lab(palette), axis=-1)  # (H, W, K)
+    recolored = palette[distance.argmin(-1)]
+    return np.concatenate([np.where(rgba[..., 3:] > 0, recolored, 0), rgba[..., 3:]], axis=-1).astype(np.uint8)
+
+
+def read_palette(text: str) -> int | np.ndarray:
+    """What `--palette` says: a number of colours, or a file with the colours (K, 3) uint8.
+
+    Files: .hex (one rrggbb a line, as Lospec writes them) and .gpl (GIMP, Aseprite, Inkscape).
+    Raises PokediffError for a number outside 2 to 256, a file that is not there, of another kind, or without colours.
+    """
+    if text.isdigit():
+        _require_colors(int(text))
+        return int(text)
+    path = Path(text)
+    if not path.is_file():
+        raise PokediffError(f"palette {path} not found (a number of colours, or a .gpl or .hex file)")
+    lines = [line.strip() for line in read_text(path).splitlines()]
+    if path.suffix.lower() == ".hex":
+        colors = [bytes.fromhex(line.lstrip("#")) for line in lines if re.fullmatch(r"#?[0-9a-fA-F]{6}", line)]
+        unread = [line for line in lines if line and not re.fullmatch(r"#?[0-9a-fA-F]{6}", line)]
+    elif path.suffix.lower() == ".gpl":
+        if not lines or lines[0] != "GIMP Palette":
+            raise PokediffError(f"palette {path}: its first line is not 'GIMP Palette'")
+        body = [line for line in lines[1:] if line and not re.match(r"#|(Name|Columns|Channels):", line)]
+        matches = [re.match(r"(\d+)\s+(\d+)\s+(\d+)", line) for line in body]
+        colors = [bytes(min(255, int(part)) for part in match.groups()) for match in matches if match]
+        unread = [line for line, match in zip(body, matches, strict=True) if not match]
+    else:
+        raise PokediffError(f"palette {path}: only .gpl and .hex are read")
+    if unread:
+        raise PokediffError(f"palette {path}: {unread[0]!r} is no colour")
+    if not 1 <= len(colors) <= MAX_COLORS:
+        raise PokediffError(f"palette {path} has {len(colors)} colours, not 1 to {MAX_COLORS}")
+    return np.array([list(color) for color in colors], dtype=np.uint8)
+
+
+def finish(
+    rgba: np.ndarray, palette: int | np.ndarray | None = None, hard_alpha: bool = False, clean: bool = True
+) -> np.ndarray:
+    """All of it in the right order: specks, edge, colours. `palette` is a number of colours, or the colours (K, 3)."""
+    rgba = remove_specks(rgba) if clean else rgba
+    rgba = harden(rgba) if hard_alpha else rgba
+    if palette is None:
+        return rgba
+    return apply_palette(rgba, colors) if len(colors := _colors(rgba, palette)) else rgba
+
+
+def _colors(rgba: np.ndarray, palette: int | np.ndarray) -> np.ndarray:
+    return pick_palette(rgba, palette) if isinstance(palette, int) else palette
+
+
+def _require_colors(number: int) -> None:
+    if not 2 <= number <= MAX_COLORS:
+        raise PokediffError(f"a palette has 2 to {MAX_COLORS} colours, not {number}")
