@@ -190,9 +190,17 @@ class SampleConfig:
     guidance_scale: float = DEFAULT_GUIDANCE  # how much the prompt counts; 1 is off
     guidance_interval: tuple[float, float] | None = None  # guide only while sigma lies between these
     negative_prompt: str = ""  # what guidance moves away from
+    image: str | None = None  # a picture to begin with instead of noise
+    strength: float = 0.6  # how much of it is drawn anew, 0 to 1
+    mask: str | None = None  # a picture of its shape, white where it is drawn anew (strength 1); the rest stays
+    variation: float = 0.0  # how far the pictures of one prompt are from the first, 0 to 1, instead of new seeds
+    interpolate: int = 0  # so many pictures on the way from one prompt to the next, and interpolation.gif
     sampler: Literal["ddpm", "ddim", "dpmpp_2m", "unipc", "heun", "euler", "euler_a"] = "dpmpp_2m"
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the processor has it
     batch_size: int = 16  # pictures drawn at once; changes speed and memory, not the pictures
+    palette: str | None = None  # a number of colours for each picture, or a .gpl or .hex file with the colours
+    hard_alpha: bool = False  # every pixel either there or transparent
+    clean: bool = True  # remove specks that float beside the figure
     enlarge: int = 1  # make every pixel so many pixels wide and high
     background: str | None = None  # a colour name or #rrggbb behind the pictures (default: transparent)
     animations: tuple[Literal["gif", "mp4", "apng"], ...] = ("gif",)  # how the denoising of the first batch is shown
@@ -206,6 +214,11 @@ class SampleConfig:
         _require(1 <= self.enlarge <= 64, "enlarge", "must be 1 to 64")
         _require(self.save_frames >= 0, "save_frames", "must not be negative")
         _require(0 <= self.seed < 2**63, "seed", "must be a whole number from 0")
+        _require(0 < self.strength <= 1, "strength", "must be above 0 and at most 1")
+        _require(0 <= self.variation <= 1, "variation", "must be in [0, 1]")
+        _require(not self.mask or self.image is not None, "mask", "needs an image")
+        _require(self.interpolate == 0 or self.interpolate >= 2, "interpolate", "must be at least 2, or 0 for none")
+        _require(not (self.interpolate and self.variation), "variation", "cannot be given together with interpolate")
         low, high = self.guidance_interval or (0.0, 1.0)
         _require(0 <= low < high, "guidance_interval", "must be two numbers, the smaller first")
 

@@ -182,9 +182,9 @@ class PokeDiffPipeline(DiffusionPipeline):
         Args:
             prompts: N texts, "" draws without a condition; or their vectors (N, D), as `encode_prompt` gives them.
             seeds: N numbers. Each picture has noise of its own: the same seed gives the same picture in any batch.
-            image: premultiplied RGBA uint8 (H, W, 4) or (N, H, W, 4) of the model's size to begin with instead of noise.
-            strength: how much of the way from noise is gone, 0 to 1: 1 is all of it, so that nothing is left of `image`
-                but what `mask` keeps (SDEdit, Meng et al. 2022).
+            image: premultiplied RGBA uint8 (H, W, 4) or (N, H, W, 4) of the model's size to begin with, not noise.
+            strength: how much of the way from noise is gone, 0 to 1: 1 is all of it, so that nothing is left of
+                `image` but what `mask` keeps (SDEdit, Meng et al. 2022).
             mask: (H, W) or (N, H, W) bool, true where `image` is drawn anew; elsewhere every predicted x0 is set to
                 `image`, so that what is new grows onto what is there (DDNM, Wang et al. 2023, section 3.2).
             noise: the first noise (N, C, H, W) instead of what the seeds mean.
@@ -241,7 +241,7 @@ class PokeDiffPipeline(DiffusionPipeline):
     def _known(
         self, image: np.ndarray | None, mask: np.ndarray | None, shape: torch.Size
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """`image` in model space (N, C, H, W) and where it is drawn anew (N, 1, H, W), or None for what is not given."""
+        """`image` in model space (N, C, H, W), and where it is drawn anew (N, 1, H, W); None for what is not given."""
         if image is None:
             if mask is not None:
                 raise PokediffError("a mask needs an image")
@@ -337,8 +337,8 @@ class PokeDiffPipeline(DiffusionPipeline):
 
 
 def slerp(start: torch.Tensor, end: torch.Tensor, share: float) -> torch.Tensor:
-    """From `start` to `end` along the sphere, picture by picture (N, ...): between two noises there is noise of the same
-    strength, where a straight line would have less (White 2016, "Sampling Generative Networks", section 2.1).
+    """From `start` to `end` along the sphere, picture by picture (N, ...): between two noises there is noise of the
+    same strength, where a straight line would have less (White 2016, "Sampling Generative Networks", section 2.1).
     """
     a, b = start.flatten(1), end.flatten(1)
     cosine = (F.normalize(a, dim=1) * F.normalize(b, dim=1)).sum(1, keepdim=True).clamp(-1, 1)

@@ -1,7 +1,7 @@
 """Pixel art made exact, after the drawing: few colours, hard edges, no specks.
 
-A diffusion model draws pixels whose colours are nearly, never exactly, those of a small palette. What is done here needs
-no model: straight RGBA uint8 (H, W, 4) in and out.
+A diffusion model draws pixels whose colours are nearly, never exactly, those of a small palette. What is done here
+needs no model: straight RGBA uint8 (H, W, 4) in and out.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ SPECK_SHARE = 0.004  # of the picture's pixels: smaller islands are specks (4 pi
 def remove_specks(rgba: np.ndarray, share: float = SPECK_SHARE) -> np.ndarray:
     """Make islands of fewer than `share` of all pixels transparent; the largest island stays whatever its size.
 
-    An island is what hangs together, corners included, where alpha is above a tenth; the haze below a tenth that touches
-    no island goes too.
+    An island is what hangs together, corners included, where alpha is above a tenth; the haze below a tenth that
+    touches no island goes too.
     """
     seen = (rgba[..., 3] > 25).astype(np.uint8)
     number, labels, stats, _ = cv2.connectedComponentsWithStats(seen, connectivity=8)

@@ -8,9 +8,10 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,34 @@ from tqdm import tqdm
 
 from pokediff.config import SampleConfig, from_values, plain
 from pokediff.errors import PokediffError
-from pokediff.images import composite, encode_png, enlarge, from_model, grid, parse_color, save_animation
-from pokediff.pipeline import PokeDiffPipeline, Step, has_bf16, quiet
+from pokediff.images import (
+    BadImage,
+    composite,
+    encode_png,
+    enlarge,
+    fit_square,
+    from_model,
+    grid,
+    parse_color,
+    read_image,
+    save_animation,
+)
+from pokediff.pipeline import PokeDiffPipeline, Step, has_bf16, quiet, slerp
+from pokediff.pixelart import finish, read_palette
 from pokediff.records import read_text, write_whole
 
 DEFAULT_CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "pokediff-32"
 SHOWN_SIDE = 128  # px that a picture has at least on a sheet or in an animation
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to draw: a prompt and a seed, or the way from them to another prompt and seed."""
+
+    prompt: str
+    seed: int
+    to: tuple[str, int] | None = None
+    share: float = 0.0  # of the way
 
 
 @dataclass(frozen=True)
@@ -37,27 +60,30 @@ class Frame:
 
 
 def sample(config: SampleConfig) -> Path:
-    """Draw, and write 0000.png ..., grid.png, denoising.gif, sample.json and, if asked, frames/. Returns the folder.
+    """Draw, and write 0000.png ..., grid.png, denoising.gif, sample.json and, if asked, frames/ and interpolation.gif.
+    Returns the folder.
 
     Ctrl-C keeps the pictures that are done, with a sheet and a sample.json of them, and is raised again.
-    Raises PokediffError for a checkpoint, prompts file or background that cannot be used.
+    Raises PokediffError for a checkpoint, prompts file, image, palette or background that cannot be used.
     """
     quiet()
     prompts = read_prompts(config)
+    jobs = make_jobs(prompts, config)
     if config.background:
         parse_color(config.background)
+    finishing = make_finish(config)
     pipeline = PokeDiffPipeline.from_pretrained(config.checkpoint or DEFAULT_CHECKPOINT).to(pick_device(config.device))
     out = Path(config.out or Path("outputs") / slug(prompts[0]))
     out.mkdir(parents=True, exist_ok=True)
-    jobs = [(prompt, config.seed + k) for k, prompt in enumerate(p for p in prompts for _ in range(config.num_images))]
-
     clear_earlier(out)
+    begin_with = read_beginning(config, pipeline.image_size)
     write_facts(out, pipeline, config, prompts, jobs)  # before the first picture: what stands there is ours to clear
     done: list[np.ndarray] = []
     started, interrupted = time.monotonic(), False
     try:
         for start in range(0, len(jobs), config.batch_size):
-            frames = draw(pipeline, jobs[start : start + config.batch_size], config)
+            frames = draw(pipeline, jobs[start : start + config.batch_size], config, begin_with)
+            frames[-1] = Frame(frames[-1].x, np.stack([finishing(picture) for picture in frames[-1].x0]))
             for offset, picture in enumerate(frames[-1].x0):
                 write_picture(out / f"{start + offset:04}.png", picture, config)
                 done.append(picture)
@@ -70,6 +96,9 @@ def sample(config: SampleConfig) -> Path:
     if done:
         sheet = enlarge(grid(np.stack(done), sheet_columns(config, len(done)), 1), show_factor(pipeline.image_size))
         write_whole(out / "grid.png", encode_png(composite(sheet, config.background) if config.background else sheet))
+        if config.interpolate:
+            shown = composite(enlarge(np.stack(done), show_factor(pipeline.image_size)), config.background or "white")
+            save_animation(out / "interpolation.gif", [*shown, *shown[-2:0:-1]], seconds=len(done) / 8, hold=0.25)
         seconds = time.monotonic() - started
         write_facts(out, pipeline, config, prompts, jobs[: len(done)], seconds)
         print(f"{len(done)} picture{'s' * (len(done) > 1)} in {seconds:.1f} s: {out}")
@@ -90,16 +119,84 @@ def clear_earlier(out: Path) -> None:
     for name in names:
         (out / name).unlink(missing_ok=True)
         shutil.rmtree(out / "frames" / Path(name).stem, ignore_errors=True)
-    for name in ("grid.png", "denoising.gif", "denoising.mp4", "denoising.apng", "sample.json"):
+    animated = ("denoising.gif", "denoising.mp4", "denoising.apng", "interpolation.gif")
+    for name in ("grid.png", *animated, "sample.json"):
         (out / name).unlink(missing_ok=True)
 
 
-def draw(pipeline: PokeDiffPipeline, jobs: Sequence[tuple[str, int]], config: SampleConfig) -> list[Frame]:
+def make_jobs(prompts: Sequence[str], config: SampleConfig) -> list[Job]:
+    """What is drawn, in order: the k-th picture has seed + k; variations and what lies between two share their ends'."""
+    if config.interpolate:
+        if len(prompts) < 2 and config.num_images < 2:
+            raise PokediffError("interpolate needs two prompts, or two images (seeds) of one")
+        stops = prompts if len(prompts) > 1 else list(prompts) * config.num_images
+        ends = [(prompt, config.seed + k) for k, prompt in enumerate(stops)]
+        shares = np.linspace(0, 1, config.interpolate).tolist()
+        return [
+            Job(*here, to=there, share=share)
+            for leg, (here, there) in enumerate(pairwise(ends))
+            for share in (shares if leg == 0 else shares[1:])
+        ]
+    jobs = [
+        Job(prompt, config.seed + k) for k, prompt in enumerate(p for p in prompts for _ in range(config.num_images))
+    ]
+    if not config.variation:
+        return jobs
+    return [
+        Job(
+            job.prompt, config.seed, to=(job.prompt, job.seed), share=config.variation if k % config.num_images else 0.0
+        )
+        for k, job in enumerate(jobs)
+    ]
+
+
+def make_finish(config: SampleConfig) -> Callable[[np.ndarray], np.ndarray]:
+    """What is done to every finished picture."""
+    palette = read_palette(config.palette) if config.palette else None
+    return lambda picture: finish(picture, palette, config.hard_alpha, config.clean and not config.mask)
+
+
+def read_beginning(config: SampleConfig, size: int) -> dict[str, Any]:
+    """What --image, --mask and --strength mean to `denoise`. Raises PokediffError for what cannot be read."""
+    if not config.image:
+        return {}
+    image = _read(config.image)
+    if not config.mask:
+        return {"image": fit_square(image, size), "strength": config.strength}
+    mask = _read(config.mask)
+    if mask.shape != image.shape:
+        shapes = [f"{picture.shape[1]}x{picture.shape[0]}" for picture in (mask, image)]
+        raise PokediffError(f"the mask is {shapes[0]} px, the image {shapes[1]}")
+    white = np.where(composite(mask, "black").mean(-1, keepdims=True) >= 128, 255, 0).repeat(4, -1).astype(np.uint8)
+    return {"image": fit_square(image, size), "mask": fit_square(white, size)[..., 3] >= 128}
+
+
+def _read(path: str) -> np.ndarray:
+    try:
+        return read_image(Path(path).read_bytes())
+    except OSError as error:
+        raise PokediffError(f"{path}: {error.strerror}") from None
+    except BadImage as error:
+        raise PokediffError(f"{path}: {error}") from None
+
+
+def draw(
+    pipeline: PokeDiffPipeline, jobs: Sequence[Job], config: SampleConfig, begin_with: dict[str, Any]
+) -> list[Frame]:
     """Every step of one batch."""
-    prompts, seeds = zip(*jobs, strict=True)
+    text = pipeline.encode_prompt([job.prompt for job in jobs])  # (B, D)
+    seeds = [job.seed for job in jobs]
+    _, noise = pipeline.make_noise(seeds)  # (B, C, H, W)
+    for k, job in enumerate(jobs):
+        if job.to is not None:
+            prompt, seed = job.to
+            text[k] = slerp(text[k : k + 1], pipeline.encode_prompt([prompt]), job.share)[0]
+            noise[k] = slerp(noise[k : k + 1], pipeline.make_noise([seed])[1], job.share)[0]
     steps = pipeline.denoise(
-        prompts,
+        text,
         seeds,
+        noise=noise,
+        **begin_with,
         num_steps=config.num_steps,
         guidance_scale=config.guidance_scale,
         guidance_interval=config.guidance_interval,
@@ -107,7 +204,8 @@ def draw(pipeline: PokeDiffPipeline, jobs: Sequence[tuple[str, int]], config: Sa
         sampler=config.sampler,
         precision=config.precision,
     )
-    evaluations = len(pipeline.make_scheduler(config.sampler, config.num_steps).timesteps)
+    timesteps = len(pipeline.make_scheduler(config.sampler, config.num_steps).timesteps)
+    evaluations = round(timesteps * begin_with.get("strength", 1))
 
     def frame(step: Step) -> Frame:
         return Frame(from_model(step.x), from_model(step.x0))
@@ -187,7 +285,7 @@ def write_facts(
     pipeline: PokeDiffPipeline,
     config: SampleConfig,
     prompts: Sequence[str],
-    jobs: Sequence[tuple[str, int]],
+    jobs: Sequence[Job],
     seconds: float | None = None,
 ) -> None:
     """sample.json, everything needed to make the same pictures again: `sample.py --from-json sample.json`."""
@@ -199,13 +297,20 @@ def write_facts(
     settings = dataclasses.replace(config, prompt=tuple(prompts), prompts_file=None, precision=precision)
     facts = {
         "settings": plain(settings),
-        "pictures": [{"file": f"{k:04}.png", "prompt": prompt, "seed": seed} for k, (prompt, seed) in enumerate(jobs)],
+        "pictures": [{"file": f"{k:04}.png", **facts_of(job)} for k, job in enumerate(jobs)],
         "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None,
         "device": str(pipeline.device),
         "packages": {name: version(name) for name in ("pokediff", "torch", "diffusers")},
         "seconds": seconds and round(seconds, 2),
     }
     write_whole(out / "sample.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+
+
+def facts_of(job: Job) -> dict[str, Any]:
+    facts: dict[str, Any] = {"prompt": job.prompt, "seed": job.seed}
+    if job.to is not None:
+        facts |= {"to_prompt": job.to[0], "to_seed": job.to[1], "share": round(job.share, 4)}
+    return facts
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -1,9 +1,9 @@
 """The conditional U-Net, in one file.
 
-A space-to-depth stem folds the picture so that most of the body runs at 16x16, 8x8, 4x4 whatever the picture's size: on
-a CPU that is where a convolution earns most (docs/LOG.md). Timestep, pooled text vector and augmentation are one embedding
-that scales and shifts the norms of every block (FiLM, Perez et al. 2018; as in ADM, Dhariwal & Nichol 2021). Norms are
-LayerNorm over channels: on channels_last maps that is a plain row norm.
+A space-to-depth stem folds the picture so that most of the body runs at 16x16, 8x8, 4x4 whatever the picture's size:
+on a CPU that is where a convolution earns most (docs/LOG.md). Timestep, pooled text vector and augmentation are one
+embedding that scales and shifts the norms of every block (FiLM, Perez et al. 2018; as in ADM, Dhariwal & Nichol 2021).
+Norms are LayerNorm over channels: on channels_last maps that is a plain row norm.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Unet(ModelMixin, ConfigMixin):
     """Predicts v, noise or x0 (whatever it was trained for) from a noisy picture, a timestep and a text vector.
 
     Args: image_size in px, a multiple of 16; in_channels C (4 premultiplied RGBA, 3 RGB, 1 grey); text_dim D;
-    patch p in px (None: image_size / 16); sigma_data None or a number s: then the body is preconditioned (`_precondition`)
-    and the network predicts x0, for which it has to know its noise_range (sigma_min, sigma_max, noise_shift) and
-    num_train_timesteps; the rest as in `config.ModelConfig`.
+    patch p in px (None: image_size / 16); sigma_data None or a number s: then the body is preconditioned
+    (`_precondition`) and the network predicts x0, for which it has to know its noise_range (sigma_min, sigma_max,
+    noise_shift) and num_train_timesteps; the rest as in `config.ModelConfig`.
     """
 
     @register_to_config

@@ -150,3 +150,88 @@ def test_settings_from_something_else(tmp_path):
     (tmp_path / "x.json").write_text("[]")
     with pytest.raises(PokediffError, match=r"no sample\.json"):
         read_settings(tmp_path / "x.json")
+
+
+# ------------------------------------------------------------------------- from a picture, in between, as pixel art
+
+
+def drawn(folder) -> list[np.ndarray]:
+    return [picture(path) for path in sorted(folder.glob("0*.png"))]
+
+
+def test_interpolation_ends_at_the_pictures_of_its_prompts(checkpoint, tmp_path):
+    ends = drawn(sample(settings(checkpoint, tmp_path / "a", num_images=1, seed=3)))
+    out = sample(settings(checkpoint, tmp_path / "b", num_images=1, seed=3, interpolate=5, batch_size=2))
+    way = drawn(out)
+    assert len(way) == 5
+    np.testing.assert_array_equal(way[0], ends[0])
+    np.testing.assert_array_equal(way[-1], ends[1])
+    assert (way[2] != ends[0]).any()
+    with Image.open(out / "interpolation.gif") as clip:
+        assert clip.n_frames == 8  # there and back, no end twice
+    rows = json.loads((out / "sample.json").read_text())["pictures"]
+    assert [row["share"] for row in rows] == [0, 0.25, 0.5, 0.75, 1]
+    again = read_settings(out / "sample.json")
+    np.testing.assert_array_equal(drawn(sample(SampleConfig(**{**vars(again), "out": str(tmp_path / "c")}))), way)
+
+
+def test_one_prompt_is_interpolated_between_its_seeds(checkpoint, tmp_path):
+    out = sample(settings(checkpoint, tmp_path, prompt=("a red dragon",), num_images=3, interpolate=3))
+    assert len(drawn(out)) == 5  # three stops, one between each two
+
+
+def test_variations_come_nearer_the_smaller_they_are(checkpoint, tmp_path):
+    def spread(amount: float) -> float:
+        out = tmp_path / str(amount)
+        first, *others = drawn(
+            sample(settings(checkpoint, out, prompt=("a red dragon",), num_images=4, variation=amount, clean=False))
+        )
+        return float(np.mean([np.abs(other.astype(int) - first).mean() for other in others]))
+
+    assert 0 < spread(0.05) < spread(0.9)
+
+
+def test_an_image_is_begun_with_and_a_mask_keeps_the_rest(checkpoint, tmp_path):
+    rng = np.random.default_rng(0)
+    given = rng.integers(0, 256, (16, 16, 4), np.uint8)
+    given[..., 3] = 255
+    Image.fromarray(given).save(tmp_path / "in.png")
+    mask = np.zeros((16, 16), np.uint8)
+    mask[:8] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    options = dict(prompt=("a red dragon",), image=str(tmp_path / "in.png"))
+    (weak, *_) = drawn(sample(settings(checkpoint, tmp_path / "weak", strength=0.34, **options)))
+    (strong, *_) = drawn(sample(settings(checkpoint, tmp_path / "strong", strength=1.0, **options)))
+    assert np.abs(weak.astype(int) - given).mean() < np.abs(strong.astype(int) - given).mean()
+    (filled, *_) = drawn(sample(settings(checkpoint, tmp_path / "mask", mask=str(tmp_path / "mask.png"), **options)))
+    np.testing.assert_array_equal(filled[8:], given[8:])
+    assert (filled[:8] != given[:8]).any()
+
+
+def test_pixel_art_options_are_applied_to_the_pictures_and_to_the_last_frame(checkpoint, tmp_path):
+    out = sample(settings(checkpoint, tmp_path, palette="4", hard_alpha=True, save_frames=2))
+    for art in drawn(out):
+        assert set(np.unique(art[..., 3])) <= {0, 255}
+        assert len(np.unique(art[art[..., 3] > 0][:, :3], axis=0)) <= 4
+    np.testing.assert_array_equal(picture(out / "frames" / "0001" / "01-x0.png"), picture(out / "0001.png"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"image": "nowhere.png"}, "nowhere.png"),
+        ({"image": __file__}, "not a picture"),
+        ({"palette": "nowhere.hex"}, "nowhere.hex"),
+        ({"prompt": ("one",), "num_images": 1, "interpolate": 4}, "two prompts"),
+    ],
+)
+def test_what_cannot_be_used_is_said(checkpoint, tmp_path, changes, words):
+    with pytest.raises(PokediffError, match=words):
+        sample(settings(checkpoint, tmp_path, **changes))
+
+
+def test_a_mask_of_another_shape_is_refused(checkpoint, tmp_path):
+    Image.new("RGBA", (20, 20)).save(tmp_path / "in.png")
+    Image.new("L", (10, 20)).save(tmp_path / "mask.png")
+    with pytest.raises(PokediffError, match="10x20 px, the image 20x20"):
+        sample(settings(checkpoint, tmp_path, image=str(tmp_path / "in.png"), mask=str(tmp_path / "mask.png")))

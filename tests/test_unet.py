@@ -121,7 +121,8 @@ def test_an_untrained_preconditioned_network_answers_as_the_best_linear_guess():
 
 def test_the_schedule_of_network_and_scheduler_is_one():
     sigmas = cosine_sigmas(torch.arange(1000).double(), 1000, 0.006, 100.0, 2.0)
-    assert sigmas[0].item() == pytest.approx(0.006) and sigmas[-1].item() == pytest.approx(100.0)
+    assert sigmas[0].item() == pytest.approx(0.006)
+    assert sigmas[-1].item() == pytest.approx(100.0)
     config = TrainConfig(diffusion=DiffusionConfig(noise_shift=2.0))
     alphas = make_noise_schedule(config).alphas_cumprod.double()
     torch.testing.assert_close(((1 - alphas) / alphas).sqrt(), sigmas, rtol=1e-3, atol=0)

@@ -1,0 +1,250 @@
+"""What a user would pick instead, side by side with pokediff: training steps, memory and sampling on this machine.
+
+    pip install denoising-diffusion-pytorch
+    python benchmarks/peers.py --sizes 32 64 128 --out benchmarks/results/peers.jsonl
+
+Each round visits every system once (A B C D A B C D), in one process, and the median of the rounds counts. All get bf16
+autocast (and channels_last, which hurts diffusers' networks and is left out there), the same made pictures, clipping,
+AdamW or the optimizer of their own trainer, and an average of the weights. Systems that take text get it. Sampling is
+network evaluations: 20 for 16 pictures, with guidance where the system has it (two evaluations in one batch). Networks
+differ in size, so GFLOP and the share of this machine's measured convolution ceiling stand beside images/s; which
+learns faster is benchmarks/time_to_quality.py. Run it alone: a second load on the cores falsifies everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pokediff.config import TrainConfig, load_yaml
+from pokediff.pipeline import diffusion_loss
+from pokediff.training import make_noise_schedule, make_unet
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = {32: "pokemon-32", 64: "pokemon-64", 128: "pokemon-128"}
+TEXT_DIM, TOKENS = 384, 77
+BATCH = {"lucidrains": 16, "diffusers-uncond": 16, "diffusers-cond": 16}  # pokediff: as in its configuration
+
+
+@dataclass
+class System:
+    """One network with what a training step and a network evaluation are for it."""
+
+    name: str
+    network: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    loss: Callable[[torch.Tensor], torch.Tensor]  # of clean pictures (B, 4, S, S) in [-1, 1]
+    evaluate: Callable[[torch.Tensor], torch.Tensor]  # one network call on (B, 4, S, S)
+    batch: int
+    guidance: bool
+
+    def __post_init__(self) -> None:
+        self.average = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(0.9995))
+
+    def step(self, x0: torch.Tensor) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = self.loss(x0)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.average.update_parameters(self.network)
+
+
+def pokediff(size: int) -> System:
+    config = load_yaml(ROOT / "configs" / f"{CONFIGS[size]}.yaml", TrainConfig)
+    network = make_unet(config, TEXT_DIM).to(memory_format=torch.channels_last)
+    schedule = make_noise_schedule(config)
+
+    def loss(x0: torch.Tensor) -> torch.Tensor:
+        text = F.normalize(torch.randn(len(x0), TEXT_DIM), dim=1)
+        timesteps = torch.randint(1000, (len(x0),))
+        return diffusion_loss(network, schedule, x0, torch.randn_like(x0), timesteps, text).mean()
+
+    def evaluate(x: torch.Tensor) -> torch.Tensor:
+        return network(x, 500, F.normalize(torch.ones(len(x), TEXT_DIM), dim=1))
+
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, fused=True)
+    return System("pokediff", network, optimizer, loss, evaluate, config.batch_size, guidance=True)
+
+
+def lucidrains(size: int) -> System:
+    """Unet and GaussianDiffusion as in its README, dim 64 and multipliers 1-2-4, Adam at 1e-4 as in its trainer."""
+    from denoising_diffusion_pytorch import GaussianDiffusion
+    from denoising_diffusion_pytorch import Unet as LucidUnet
+
+    network = LucidUnet(dim=64, dim_mults=(1, 2, 4), channels=4).to(memory_format=torch.channels_last)
+    diffusion = GaussianDiffusion(network, image_size=size)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, betas=(0.9, 0.99))
+
+    def evaluate(x: torch.Tensor) -> torch.Tensor:
+        return network(x, torch.full((len(x),), 500))
+
+    return System(
+        "lucidrains", network, optimizer, lambda x0: diffusion((x0 + 1) / 2), evaluate, BATCH["lucidrains"], False
+    )
+
+
+def diffusers_system(size: int, conditional: bool) -> System:
+    """UNet2DModel as in diffusers' unconditional training example; UNet2DConditionModel at (64, 128, 256)."""
+    from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
+
+    schedule = DDPMScheduler(1000)
+    network: Any
+    if conditional:
+        network = UNet2DConditionModel(
+            sample_size=size,
+            in_channels=4,
+            out_channels=4,
+            layers_per_block=2,
+            block_out_channels=(64, 128, 256),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=512,
+        )
+    else:
+        network = UNet2DModel(
+            sample_size=size,
+            in_channels=4,
+            out_channels=4,
+            layers_per_block=2,
+            block_out_channels=(128, 128, 256, 256, 512, 512),
+            down_block_types=("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4,
+        )
+    tokens = torch.randn(1, TOKENS, 512)
+
+    def evaluate(x: torch.Tensor, timesteps: Any = 500) -> torch.Tensor:
+        extra = {"encoder_hidden_states": tokens.expand(len(x), -1, -1)} if conditional else {}
+        return network(x, timesteps, **extra).sample
+
+    def loss(x0: torch.Tensor) -> torch.Tensor:
+        noise, timesteps = torch.randn_like(x0), torch.randint(1000, (len(x0),))
+        return F.mse_loss(evaluate(schedule.add_noise(x0, noise, timesteps), timesteps).float(), noise)
+
+    name = "diffusers-cond" if conditional else "diffusers-uncond"
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6)
+    return System(name, network, optimizer, loss, evaluate, BATCH[name], guidance=conditional)
+
+
+SYSTEMS: dict[str, Callable[[int], System]] = {
+    "pokediff": pokediff,
+    "lucidrains": lucidrains,
+    "diffusers-uncond": lambda size: diffusers_system(size, conditional=False),
+    "diffusers-cond": lambda size: diffusers_system(size, conditional=True),
+}
+
+
+def ceiling() -> float:
+    """GFLOP/s of a plain 3x3 convolution forward and backward here: 256 channels, 16x16, batch 64, bf16."""
+    conv = torch.nn.Conv2d(256, 256, 3, padding=1).to(memory_format=torch.channels_last)
+    x = torch.randn(64, 256, 16, 16).to(memory_format=torch.channels_last).requires_grad_()
+    work = 3 * 2 * 64 * 256 * 256 * 9 * 16 * 16
+    rates = []
+    for _ in range(8):
+        begin = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16):
+            conv(x).sum().backward()
+        rates.append(work / (time.perf_counter() - begin) / 1e9)
+    return max(rates)
+
+
+def gflop(system: System, size: int) -> float:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        system.evaluate(torch.zeros(1, 4, size, size))
+    return counter.get_total_flops() / 1e9
+
+
+def compare(size: int, rounds: int, names: list[str]) -> list[dict[str, Any]]:
+    systems = [SYSTEMS[name](size) for name in names]
+    pictures = torch.rand(64, 4, size, size) * 2 - 1
+    step_s: dict[str, list[float]] = {name: [] for name in names}
+    call_s: dict[str, list[float]] = {name: [] for name in names}
+    peak = ceiling()
+    for _ in range(rounds + 1):  # the first warms up
+        for system in systems:
+            x0 = pictures[: system.batch].contiguous(memory_format=torch.channels_last)
+            begin = time.perf_counter()
+            system.step(x0)
+            step_s[system.name].append(time.perf_counter() - begin)
+            x = pictures[:16].repeat(2 if system.guidance else 1, 1, 1, 1)
+            begin = time.perf_counter()
+            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+                system.evaluate(x)
+            call_s[system.name].append(time.perf_counter() - begin)
+        peak = max(peak, ceiling())
+    rows = []
+    for system in systems:
+        work = gflop(system, size)
+        images = system.batch / statistics.median(step_s[system.name][1:])
+        rows.append(
+            {
+                "size": size,
+                "system": system.name,
+                "parameters_M": round(sum(p.numel() for p in system.network.parameters()) / 1e6, 2),
+                "gflop": round(work, 2),
+                "batch": system.batch,
+                "training_images_per_s": round(images, 1),
+                "share_of_convolution_ceiling": round(3 * work * images / peak, 2),
+                "sampling_s_per_image_20": round(20 * statistics.median(call_s[system.name][1:]) / 16, 3),
+                "ceiling_gflop_per_s": round(peak),
+            }
+        )
+    return rows
+
+
+def memory(name: str, size: int) -> float:
+    """Peak memory in GB of a process that trains 4 steps of 16 and holds nothing else."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import peers, torch; torch.set_num_threads(2);"
+        f"s = peers.SYSTEMS[{name!r}]({size}); x = torch.rand(16, 4, {size}, {size});"
+        "[s.step(x) for _ in range(4)]; print(peers.peak_gb())"
+    )
+    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
+def peak_gb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    names = list(rows[0])
+    lines = ["| " + " | ".join(names) + " |", "| " + " | ".join("---" for _ in names) + " |"]
+    return "\n".join(lines + ["| " + " | ".join(str(row.get(name, "")) for name in names) + " |" for row in rows])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64, 128])
+    parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="JSON lines are added to this file")
+    args = parser.parse_args()
+    rows = []
+    for size in args.sizes:
+        for row in compare(size, args.rounds, args.systems):
+            row["training_GB_batch_16"] = round(memory(row["system"], size), 2)
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    print(table(rows))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""How long until pokediff's network denoises as well as lucidrains' does after an hour? Both curves in one plot.
+
+    pip install denoising-diffusion-pytorch matplotlib
+    python benchmarks/time_to_quality.py --system lucidrains --minutes 60 --data DATA
+    python benchmarks/time_to_quality.py --system pokediff   --minutes 10 --data DATA
+    python benchmarks/time_to_quality.py --plot
+
+The same pictures (configs/pokemon-32.yaml), the same batches, the same held-out families; lucidrains' Unet with the
+defaults of its own trainer (batch 16, Adam 1e-4, average .995 every 10 steps, sigmoid schedule, v) and our help (bf16,
+channels_last). Common metric: mean squared error of the predicted x0 at fixed noise levels, the geometric mean over
+them. lucidrains' Unet takes no text, so pokediff is measured without its prompts, and with them beside it. A minute is
+a minute of processor time divided by the number of threads: what else the machine does then does not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.optim.swa_utils import AveragedModel
+
+from pokediff import training
+from pokediff.config import TrainConfig, load_yaml
+from pokediff.dataset import Pictures, TrainingBatches, caption_vectors, load_pictures
+from pokediff.images import to_model
+from pokediff.pipeline import diffusion_loss
+
+ROOT = Path(__file__).resolve().parent.parent
+SIGMAS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 15.0)
+Predict = Callable[[torch.Tensor, float, torch.Tensor | None], torch.Tensor]  # (x of unit variance, sigma, text): x0
+
+
+@torch.inference_mode()
+def denoising_error(predict: Predict, pictures: Pictures, text: torch.Tensor | None) -> dict[str, float]:
+    """Error of x0 at each sigma on 256 held-out pictures, always the same noise, and their geometric mean."""
+    x0 = to_model(torch.from_numpy(pictures.pixels), "rgba")
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+    errors = {}
+    for sigma in SIGMAS:
+        alpha = 1 / (1 + sigma**2) ** 0.5
+        total = 0.0
+        for start in range(0, len(x0), 64):
+            part = slice(start, start + 64)
+            x = (alpha * (x0[part] + sigma * noise[part])).contiguous(memory_format=torch.channels_last)
+            with torch.autocast("cpu", torch.bfloat16):
+                guess = predict(x, sigma, None if text is None else text[part]).float()
+            total += ((guess.clamp(-1, 1) - x0[part]) ** 2).mean(dim=(1, 2, 3)).sum().item()
+        errors[f"sigma_{sigma}"] = total / len(x0)
+    return {**errors, "geometric_mean": math.exp(np.mean([math.log(error) for error in errors.values()]))}
+
+
+def v_predictor(network: Any, alphas_cumprod: torch.Tensor, takes_text: bool) -> Predict:
+    """x0 from a network that predicts v, at the timestep whose sigma is nearest."""
+    log_sigmas = ((1 - alphas_cumprod.double()) / alphas_cumprod.double()).log() / 2
+
+    def predict(x: torch.Tensor, sigma: float, text: torch.Tensor | None) -> torch.Tensor:
+        timestep = (log_sigmas - math.log(sigma)).abs().argmin().repeat(len(x))
+        v = network(x, timestep, text) if takes_text else network(x, timestep)
+        alpha, std = 1 / (1 + sigma**2) ** 0.5, sigma / (1 + sigma**2) ** 0.5
+        return alpha * x - std * v
+
+    return predict
+
+
+class Ours:
+    """The shipped recipe with its rate brought down to zero within the minutes it has."""
+
+    def __init__(self, config: TrainConfig, batches: TrainingBatches, text_dim: int) -> None:
+        self.config, self.batches, self.done = config, batches, 0
+        self.network = training.make_unet(config, text_dim)
+        self.network.null_text.copy_(batches.vectors.table[0])
+        self.network = self.network.to(memory_format=torch.channels_last)
+        self.average = AveragedModel(self.network, multi_avg_fn=training.ema_with_warmup(0.999))
+        self.schedule = training.make_noise_schedule(config)
+        self.optimizer = training.make_optimizer(self.network, config)
+        self.predict = v_predictor(self.average.module, self.schedule.alphas_cumprod, takes_text=True)
+
+    def step(self, share: float) -> None:
+        """One optimizer step; `share` of the time is over."""
+        rate = self.config.learning_rate * min(1, (self.done + 1) / 100) * (1 - share)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        batch = self.batches[self.done]
+        x0 = to_model(batch.pixels, "rgba")
+        timesteps = torch.randint(len(self.schedule), (len(x0),))
+        with torch.autocast("cpu", torch.bfloat16):
+            noise = torch.randn_like(x0)
+            loss = diffusion_loss(self.network, self.schedule, x0, noise, timesteps, batch.text, batch.augment).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.average.update_parameters(self.network)
+        self.done += 1
+
+
+class Lucidrains:
+    """What its Trainer does, without the sampling and saving that it does between steps."""
+
+    def __init__(self, config: TrainConfig, batches: TrainingBatches, text_dim: int) -> None:
+        from denoising_diffusion_pytorch import GaussianDiffusion
+        from denoising_diffusion_pytorch import Unet as LucidUnet
+        from ema_pytorch import EMA
+
+        self.batches, self.done = batches, 0
+        network = LucidUnet(dim=64, dim_mults=(1, 2, 4), channels=4).to(memory_format=torch.channels_last)
+        self.diffusion = GaussianDiffusion(network, image_size=config.dataset.image_size)
+        self.optimizer = torch.optim.Adam(self.diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99))
+        self.average = EMA(self.diffusion, beta=0.995, update_every=10)
+
+    def predict(self, x: torch.Tensor, sigma: float, text: torch.Tensor | None) -> torch.Tensor:
+        averaged = self.average.ema_model
+        return v_predictor(averaged.model, averaged.alphas_cumprod, takes_text=False)(x, sigma, text)
+
+    def step(self, share: float) -> None:
+        x0 = to_model(self.batches[self.done].pixels, "rgba")
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = self.diffusion((x0 + 1) / 2)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.diffusion.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.average.update()
+        self.done += 1
+
+
+def measure(name: str, minutes: float, every: float, data: str, out: Path) -> None:
+    """Train for so many minutes, with a look at the held-out error every `every` minutes, into OUT/<name>.jsonl."""
+    config = load_yaml(ROOT / "configs" / "pokemon-32.yaml", TrainConfig)
+    batch_size = config.batch_size if name == "pokediff" else 16
+    dataset = config.dataset if name == "pokediff" else replace(config.dataset, flip=0.5, shift=0.0)  # its own flips
+    pictures = load_pictures(data, dataset.image_size, dataset.styles, report=lambda _: None)
+    train = pictures.split("train").with_shared_captions()
+    held_out = pictures.split("validation").spread(256)
+    vectors, held_out_vectors = (caption_vectors(data, part, "builtin") for part in (train, held_out))
+    text = held_out_vectors.table[[rows[0] for rows in held_out_vectors.rows]]
+    torch.manual_seed(0)
+    batches = TrainingBatches(train, vectors, dataset, batch_size=batch_size, caption_dropout=0.15, seed=0)
+    system: Any = (Ours if name == "pokediff" else Lucidrains)(config, batches, vectors.table.shape[1])
+    out.mkdir(parents=True, exist_ok=True)
+    used, next_look, threads = 0.0, every, torch.get_num_threads()
+    with (out / f"{name}.jsonl").open("w") as file:
+        while used < 60 * minutes:
+            begin = time.process_time()
+            system.step(used / (60 * minutes))
+            used += (time.process_time() - begin) / threads
+            if used >= 60 * next_look or used >= 60 * minutes:
+                row: dict[str, Any] = {"system": name, "minutes": round(used / 60, 2), "threads": threads}
+                row |= {"steps": system.done, "images": system.done * batch_size}
+                row |= denoising_error(system.predict, held_out, None)
+                if name == "pokediff":
+                    with_text = denoising_error(system.predict, held_out, text)
+                    row["with_prompts"] = with_text["geometric_mean"]
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                print(json.dumps(row), flush=True)
+                next_look += every
+
+
+def plot(out: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    curves = {path.stem: [json.loads(line) for line in path.open()] for path in sorted(out.glob("*.jsonl"))}
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for name, rows in curves.items():
+        axes.plot([row["minutes"] for row in rows], [row["geometric_mean"] for row in rows], label=name)
+    goal = curves["lucidrains"][-1]["geometric_mean"]
+    axes.axhline(goal, color="gray", linewidth=0.8, linestyle=":")
+    axes.set(
+        xlabel=f"minutes on {curves['lucidrains'][-1]['threads']} core(s)", ylabel="held-out error of x0", yscale="log"
+    )
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(out / "time_to_quality.png", dpi=120)
+    reached = next((row["minutes"] for row in curves["pokediff"] if row["geometric_mean"] <= goal), None)
+    hour = curves["lucidrains"][-1]["minutes"]
+    print(json.dumps({"lucidrains_minutes": hour, "lucidrains_error": round(goal, 5), "pokediff_minutes": reached}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--system", choices=("pokediff", "lucidrains"))
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--every", type=float, default=1, help="minutes between two looks (default: %(default)s)")
+    parser.add_argument("--data", default="data/bulbapedia")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "quality")
+    parser.add_argument("--threads", type=int, default=training.usable_cores())
+    parser.add_argument("--plot", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.system:
+        measure(args.system, args.minutes, args.every, args.data, args.out)
+    if args.plot:
+        plot(args.out)
+
+
+if __name__ == "__main__":
+    main()
