@@ -23,7 +23,7 @@ HELP = """usage: pokediff VERB [options]        pokediff VERB --help tells a ver
 
   scrape   build a data set from Bulbapedia: pictures, metadata.jsonl, text embeddings
   embed    write the text embeddings of a data set's captions
-  train    train a model on a data set
+  train    train a model on a data set; `train FOLDER` chooses the settings for your own pictures
   sample   draw pictures from prompts
   evaluate measure a checkpoint, or a folder of pictures, on held-out families
   compare  several reports side by side
@@ -32,7 +32,9 @@ HELP = """usage: pokediff VERB [options]        pokediff VERB --help tells a ver
 
 @dataclass(frozen=True)
 class TrainCommand:
-    """Train a text-to-sprite model. Every key of the configuration is an option too, and the option wins."""
+    """Train a text-to-sprite model: `train FOLDER` on a folder of pictures with settings that fit it and this machine,
+    or `train --config FILE`. Every key of the configuration is an option too, and the option wins.
+    """
 
     settings: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
     config: Path | None = None  # a YAML file, see configs/
@@ -78,8 +80,14 @@ class SurveyCommand:
 def train(args: Sequence[str] | None = None, prog: str = "train.py") -> None:
     if (processes := forgotten_processes()) > 1:
         start_processes(processes)
+    args = list(sys.argv[1:] if args is None else args)
     file = _early(args, "--config")
     base = load_yaml(file, TrainConfig) if file else TrainConfig()
+    if args and not args[0].startswith("-"):
+        from pokediff.recipes import recipe_for
+
+        folder, *args = args
+        base = replace(base, data=folder) if file else recipe_for(folder)
     if base.out is None and file:
         base = replace(base, out=f"checkpoints/{Path(file).stem}")
     command = _parse(TrainCommand, args, prog, TrainCommand(base))

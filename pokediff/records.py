@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +16,9 @@ from typing import Any, Literal
 from pokediff.errors import PokediffError
 
 METADATA = "metadata.jsonl"
+
+PICTURES = {".png", ".webp", ".gif", ".jpg", ".jpeg", ".bmp"}
+NAMELESS = {"img", "image", "picture", "pic", "sprite", "dsc", "screenshot", "untitled", "frame", "final", "copy"}
 
 Split = Literal["train", "validation", "test"]
 VALIDATION_SHARE, TEST_SHARE = 0.05, 0.10  # of the families
@@ -65,7 +69,7 @@ def split_of(record: Record) -> Split:
 
 
 def read_records(folder: str | Path) -> list[Record]:
-    """All rows of `folder/metadata.jsonl`, in file order.
+    """All rows of `folder/metadata.jsonl`, in file order; without one, a row for every picture file (`bare_records`).
 
     Columns we do not know are left alone; `text` (one caption) is read as `captions`. Raises PokediffError, with file
     and line, for a row that is not JSON, lacks `file_name`, has a value of the wrong type, names a file outside the
@@ -73,7 +77,7 @@ def read_records(folder: str | Path) -> list[Record]:
     """
     path = Path(folder) / METADATA
     if not path.is_file():
-        raise PokediffError(f"{path} not found: a data set is a folder of pictures with a {METADATA} (docs/data.md)")
+        return bare_records(Path(folder))
     records: list[Record] = []
     seen: set[str] = set()
     for where, row in _rows(path):
@@ -84,6 +88,34 @@ def read_records(folder: str | Path) -> list[Record]:
         records.append(record)
     if not records:
         raise PokediffError(f"{path} is empty")
+    return records
+
+
+def bare_records(folder: Path) -> list[Record]:
+    """A row for every picture below `folder`, in the order of their names, from what the files themselves tell.
+
+    A text file of the same name holds captions, one a line (the convention of most trainers). Without it the words of
+    the file's name are its `genus` ("fire_dragon_03.png": fire dragon) and the folder it lies in is its `style`.
+    Raises PokediffError when there is no such folder, or no picture in it.
+    """
+    if not folder.is_dir():
+        raise PokediffError(f"{folder} not found")
+    records = []
+    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES and path.is_file()):
+        beside = path.with_suffix(".txt")
+        lines = (line.strip() for line in read_text(beside).splitlines()) if beside.is_file() else ()
+        words = [word for word in re.findall(r"[^\W\d_]{3,}", path.stem.lower()) if word not in NAMELESS]
+        place = path.relative_to(folder)
+        records.append(
+            Record(
+                file_name=place.as_posix(),
+                captions=tuple(filter(None, lines)),
+                genus=" ".join(words) or None,
+                style=place.parent.as_posix().replace("/", " ") if len(place.parts) > 1 else None,
+            )
+        )
+    if not records:
+        raise PokediffError(f"{folder} holds neither a {METADATA} nor pictures (docs/data.md)")
     return records
 
 

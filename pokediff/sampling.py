@@ -125,7 +125,7 @@ def clear_earlier(out: Path) -> None:
 
 
 def make_jobs(prompts: Sequence[str], config: SampleConfig) -> list[Job]:
-    """What is drawn, in order: the k-th picture has seed + k; variations and what lies between two share their ends'."""
+    """What is drawn, in order: the k-th picture has seed + k; what lies between two has a share of both."""
     if config.interpolate:
         if len(prompts) < 2 and config.num_images < 2:
             raise PokediffError("interpolate needs two prompts, or two images (seeds) of one")

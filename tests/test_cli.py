@@ -53,7 +53,7 @@ def test_help(command, words):
         (("scraper/run.py", "--out", "setup.cfg", "--text-encoder", "none"), "setup.cfg"),
         (("scraper/run.py", "--out", "x", "--text-encoder", "magic"), "magic"),
         (("train.py", "--config", "none.yaml"), "none.yaml not found"),
-        (("train.py", "--data", "/none"), "metadata.jsonl not found"),
+        (("train.py", "--data", "/none"), "none not found"),
         (("train.py", "--dataset.image-size", "40"), "multiple of 16"),
         (("scraper/run.py", "--out", "x", "--base-url", "nonsense"), "is no address"),
         ((*POKEDIFF, "embed", "x", "--text-encoder", "magic"), "unknown kind"),

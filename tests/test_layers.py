@@ -11,7 +11,7 @@ from conftest import ROOT
 LAYERS = [
     {"errors"},
     {"config", "records"},
-    {"captions", "images"},
+    {"captions", "images", "recipes"},
     {"pixelart", "text", "unet"},
     {"dataset", "pipeline"},
     {"runs", "sampling", "text_distillation", "evaluation.distances", "evaluation.features", "evaluation.prompts"},

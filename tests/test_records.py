@@ -50,7 +50,7 @@ def test_a_bad_row_is_named_with_its_line(tmp_path, row, words):
 
 
 def test_no_rows_and_rows_twice_are_errors(tmp_path):
-    with pytest.raises(PokediffError, match="not found"):
+    with pytest.raises(PokediffError, match="neither a metadata"):
         read_records(tmp_path)
     write_rows(tmp_path, "")
     with pytest.raises(PokediffError, match="empty"):
