@@ -26,6 +26,7 @@ HELP = """usage: pokediff VERB [options]        pokediff VERB --help tells a ver
   train    train a model on a data set; `train FOLDER` chooses the settings for your own pictures
   sample   draw pictures from prompts
   evaluate measure a checkpoint, or a folder of pictures, on held-out families
+  export   write the network as ONNX, for machines without PyTorch
   compare  several reports side by side
   survey   ask people: make a page for raters, or collect what they answered"""
 
@@ -55,6 +56,14 @@ class EmbedCommand:
 
     data: tyro.conf.Positional[Path]  # a folder of pictures with a metadata.jsonl
     text_encoder: str = DEFAULT_CLIP  # builtin, clip:REPOSITORY or open_clip:ARCHITECTURE:TAG
+
+
+@dataclass(frozen=True)
+class ExportCommand:
+    """Write a checkpoint's network and text encoder as ONNX, and try that they draw the same pictures."""
+
+    checkpoint: Path | None = None  # a folder made by training (default: the shipped one)
+    out: Path | None = None  # folder of the exported checkpoint (default: exports/<checkpoint>)
 
 
 @dataclass(frozen=True)
@@ -163,6 +172,18 @@ def evaluate(args: Sequence[str] | None = None, prog: str = "pokediff evaluate")
     print(evaluate(command) / "report.html")
 
 
+def export(args: Sequence[str] | None = None, prog: str = "pokediff export") -> None:
+    command = _parse(ExportCommand, args, prog)
+
+    from pokediff.export import export
+    from pokediff.sampling import DEFAULT_CHECKPOINT
+
+    checkpoint = command.checkpoint or DEFAULT_CHECKPOINT
+    out = command.out or Path("exports") / checkpoint.name
+    tried = export(checkpoint, out)
+    print(f"{out}: {tried['megabytes']} MB, pictures at most {tried['largest_difference']} of 255 levels apart")
+
+
 def compare(args: Sequence[str] | None = None, prog: str = "pokediff compare") -> None:
     command = _parse(CompareCommand, args, prog)
 
@@ -194,6 +215,7 @@ VERBS: dict[str, Callable[[Sequence[str] | None, str], None]] = {
     "train": train,
     "sample": sample,
     "evaluate": evaluate,
+    "export": export,
     "compare": compare,
     "survey": survey,
 }

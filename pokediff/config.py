@@ -206,6 +206,7 @@ class SampleConfig:
     animations: tuple[Literal["gif", "mp4", "apng"], ...] = ("gif",)  # how the denoising of the first batch is shown
     save_frames: int = 0  # keep so many intermediate frames of every picture in frames/
     device: str | None = None  # cpu, cuda, mps (default: the fastest there is)
+    compile: bool = False  # compile the network first: minutes that pay for hundreds of pictures
 
     def __post_init__(self) -> None:
         _require(self.num_images > 0, "num_images", "must be positive")

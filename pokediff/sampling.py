@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from pokediff.config import SampleConfig, from_values, plain
 from pokediff.errors import PokediffError
+from pokediff.export import is_exported, load_exported
 from pokediff.images import (
     BadImage,
     composite,
@@ -72,7 +73,7 @@ def sample(config: SampleConfig) -> Path:
     if config.background:
         parse_color(config.background)
     finishing = make_finish(config)
-    pipeline = PokeDiffPipeline.from_pretrained(config.checkpoint or DEFAULT_CHECKPOINT).to(pick_device(config.device))
+    pipeline = load_pipeline(config)
     out = Path(config.out or Path("outputs") / slug(prompts[0]))
     out.mkdir(parents=True, exist_ok=True)
     clear_earlier(out)
@@ -311,6 +312,17 @@ def facts_of(job: Job) -> dict[str, Any]:
     if job.to is not None:
         facts |= {"to_prompt": job.to[0], "to_seed": job.to[1], "share": round(job.share, 4)}
     return facts
+
+
+def load_pipeline(config: SampleConfig) -> PokeDiffPipeline:
+    """The checkpoint that the settings name, on their device; compiled if they say so."""
+    checkpoint = config.checkpoint or DEFAULT_CHECKPOINT
+    if is_exported(checkpoint):
+        return load_exported(checkpoint)
+    pipeline = PokeDiffPipeline.from_pretrained(checkpoint).to(pick_device(config.device))
+    if config.compile:
+        pipeline.unet.compile()
+    return pipeline
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -14,6 +14,7 @@ LAYERS = [
     {"captions", "images", "recipes"},
     {"pixelart", "text", "unet"},
     {"dataset", "pipeline"},
+    {"export"},
     {"runs", "sampling", "text_distillation", "evaluation.distances", "evaluation.features", "evaluation.prompts"},
     {"evaluation.copies", "evaluation.report"},
     {"evaluation.quick", "evaluation.evaluate"},

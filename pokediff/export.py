@@ -1,0 +1,144 @@
+"""export(checkpoint, out): the network and its text encoder as ONNX, for a machine or a language without PyTorch.
+
+    unet/model.onnx          x (B, C, H, W), timestep (B,), text (B, D) -> output (B, C, H, W), float32
+    text_encoder/model.onnx  input_ids (N, L), attention_mask (N, L) int64 -> pooled (N, D), unit vectors
+
+Everything else of the checkpoint (tokenizer, noise schedule, configurations) is copied, so the folder is a checkpoint
+too: `sample.py --checkpoint FOLDER` draws with ONNX Runtime. Whether both draw the same is tried before export returns.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from diffusers.configuration_utils import FrozenDict
+from torch import nn
+
+from pokediff.errors import PokediffError
+from pokediff.pipeline import PokeDiffPipeline
+from pokediff.text import ClipTextEncoder
+
+NETWORK = Path("unet") / "model.onnx"
+OPSET = 18
+TOLERANCE = 2  # of 255: float32 adds in another order elsewhere; more means another picture
+MISSING = "is not installed: pip install 'pokediff[onnx]'"
+
+
+class TextVectors(nn.Module):
+    """What `ClipTextEncoder` does after the tokenizer, in one graph."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return nn.functional.normalize(self.model(input_ids, attention_mask).text_embeds, dim=-1)
+
+
+class OnnxUnet(nn.Module):
+    """An exported network that stands in for `unet.Unet`: the same call, float32 on the CPU, by ONNX Runtime."""
+
+    def __init__(self, path: Path, config: Any, null_text: torch.Tensor) -> None:
+        super().__init__()
+        try:
+            import onnxruntime
+        except ImportError:
+            raise PokediffError(f"onnxruntime {MISSING}") from None
+        self.config, self.dtype, self.device = config, torch.float32, torch.device("cpu")
+        self.register_buffer("null_text", null_text)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        self.session = onnxruntime.InferenceSession(path.as_posix(), options, providers=["CPUExecutionProvider"])
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor | float, text: torch.Tensor) -> torch.Tensor:
+        """As `Unet.forward`, without augmentation."""
+        timesteps = torch.as_tensor(timestep, dtype=torch.float32).expand(len(x)).contiguous()
+        values = {"x": x.contiguous(), "timestep": timesteps, "text": text.contiguous()}
+        (output,) = self.session.run(None, {name: value.float().numpy() for name, value in values.items()})
+        return torch.from_numpy(output)
+
+
+def export(checkpoint: str | Path, out: str | Path) -> dict[str, Any]:
+    """Write the exported checkpoint to `out`. Returns what was tried: {"largest_difference": 0 to 255, ...}.
+
+    Raises PokediffError when the checkpoint cannot be read, `out` is it, onnx is not installed, or the exported network
+    draws another picture (more than TOLERANCE levels apart anywhere).
+    """
+    try:
+        import onnxscript  # noqa: F401 (torch needs it and says so in many lines)
+    except ImportError:
+        raise PokediffError(f"onnxscript {MISSING}") from None
+    checkpoint, out = Path(checkpoint), Path(out)
+    if checkpoint.resolve() == out.resolve():
+        raise PokediffError(f"{out} is the checkpoint itself: choose another --out")
+    pipeline = PokeDiffPipeline.from_pretrained(checkpoint)
+    shutil.copytree(checkpoint, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("diffusion_pytorch_model*"))
+    unet = pipeline.unet.eval()
+    side, vector = pipeline.image_size, unet.null_text
+
+    batch = torch.export.Dim("batch")
+    example = (torch.zeros(2, unet.config.in_channels, side, side), torch.zeros(2), vector.expand(2, -1).contiguous())
+    _write(unet, example, ["x", "timestep", "text"], ["output"], ({0: batch},) * 3, out / NETWORK)
+    np.savetxt(out / "unet" / "null_text.txt", vector.numpy()[None])
+    if pipeline.text_encoder is not None:
+        length = pipeline.text_encoder.config.max_position_embeddings
+        ids = torch.full((2, length), pipeline.tokenizer.eos_token_id)
+        sizes = ({0: batch, 1: torch.export.Dim("tokens", min=2, max=length)},) * 2
+        target = out / "text_encoder" / "model.onnx"
+        names = ["input_ids", "attention_mask"]
+        _write(TextVectors(pipeline.text_encoder), (ids, torch.ones_like(ids)), names, ["pooled"], sizes, target)
+
+    options: dict[str, Any] = {"num_steps": 8, "precision": "fp32"}
+    prompts = ["a blue water turtle", "a red fire dragon, pixel sprite"]
+    expected = pipeline.generate(prompts, [0, 1], **options)
+    drawn = load_exported(out).generate(prompts, [0, 1], **options)
+    difference = int(np.abs(drawn.astype(int) - expected).max())
+    if difference > TOLERANCE:
+        raise PokediffError(f"{out} draws another picture than {checkpoint}: {difference} of 255 levels apart")
+    return {"largest_difference": difference, "megabytes": round((out / NETWORK).stat().st_size / 1e6, 1)}
+
+
+def _write(module: nn.Module, example: tuple, inputs: list[str], outputs: list[str], sizes: tuple, path: Path) -> None:
+    """One graph, weights inside, batch and text length free."""
+    module.eval()
+    program = torch.onnx.export(
+        module,
+        example,
+        input_names=inputs,
+        output_names=outputs,
+        dynamic_shapes=sizes,
+        opset_version=OPSET,
+        dynamo=True,
+        verbose=False,
+    )
+    if program is None:  # only without dynamo
+        raise PokediffError(f"{path} was not written")
+    program.save(path.as_posix(), external_data=False)
+
+
+def is_exported(checkpoint: str | Path) -> bool:
+    return (Path(checkpoint) / NETWORK).is_file()
+
+
+def load_exported(folder: str | Path) -> PokeDiffPipeline:
+    """The pipeline of an exported checkpoint: our loop, schedulers and text encoder around ONNX Runtime's network.
+
+    Raises PokediffError when onnxruntime is not installed.
+    """
+    folder = Path(folder)
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    config = FrozenDict(json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8")))
+    vector = torch.from_numpy(np.loadtxt(folder / "unet" / "null_text.txt", dtype=np.float32))
+    unet: Any = OnnxUnet(folder / NETWORK, config, vector)
+    scheduler = DPMSolverMultistepScheduler.from_pretrained(folder / "scheduler")
+    name = index["text_encoder_name"]
+    if name != "builtin":
+        return PokeDiffPipeline(unet, scheduler, text_encoder_name=name)
+    encoder = ClipTextEncoder.from_folder(folder, name)
+    return PokeDiffPipeline(unet, scheduler, encoder.model, encoder.tokenizer, name)

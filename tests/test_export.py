@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config
+
+from pokediff.config import SampleConfig
+from pokediff.errors import PokediffError
+from pokediff.export import export, is_exported, load_exported
+from pokediff.pipeline import PokeDiffPipeline
+from pokediff.sampling import sample
+from pokediff.training import train
+
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(data, tmp_path_factory):
+    return train(tiny_config(data, tmp_path_factory.mktemp("run") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint, tmp_path_factory):
+    out = tmp_path_factory.mktemp("exported") / "tiny"
+    tried = export(checkpoint, out)
+    assert tried["largest_difference"] <= 2
+    return out
+
+
+def test_the_exported_network_draws_the_same_pictures(checkpoint, exported):
+    options = dict(num_steps=5, precision="fp32", guidance_scale=2.0, sampler="heun")
+    prompts, seeds = ["a red dragon", "a blue cat", "a green turtle"], [1, 2, 3]
+    expected = PokeDiffPipeline.from_pretrained(checkpoint).generate(prompts, seeds, **options)
+    drawn = load_exported(exported).generate(prompts, seeds, **options)
+    assert np.abs(drawn.astype(int) - expected).max() <= 2
+
+
+def test_the_text_encoder_is_exported_too(checkpoint, exported):
+    pipeline = PokeDiffPipeline.from_pretrained(checkpoint)
+    session = onnxruntime.InferenceSession((exported / "text_encoder" / "model.onnx").as_posix())
+    for prompt in ("a cat", "official artwork of a blue water turtle creature"):
+        batch = pipeline.tokenizer([prompt], return_tensors="np")
+        values = {name: batch[name].astype(np.int64) for name in ("input_ids", "attention_mask")}
+        (vector,) = session.run(None, values)
+        torch.testing.assert_close(torch.from_numpy(vector), pipeline.encode_prompt([prompt]), rtol=1e-3, atol=1e-4)
+
+
+def test_sample_draws_with_an_exported_checkpoint(exported, tmp_path):
+    assert is_exported(exported)
+    settings = dict(prompt=("a red dragon",), checkpoint=str(exported), num_steps=3)
+    out = sample(SampleConfig(out=str(tmp_path / "a"), **settings))
+    assert (out / "0000.png").is_file()
+
+
+def test_a_checkpoint_is_not_exported_onto_itself(checkpoint):
+    with pytest.raises(PokediffError, match="itself"):
+        export(checkpoint, checkpoint)
