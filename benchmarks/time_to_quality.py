@@ -41,7 +41,7 @@ Predict = Callable[[torch.Tensor, float, torch.Tensor | None], torch.Tensor]  # 
 @torch.inference_mode()
 def denoising_error(predict: Predict, pictures: Pictures, text: torch.Tensor | None) -> dict[str, float]:
     """Error of x0 at each sigma on 256 held-out pictures, always the same noise, and their geometric mean."""
-    x0 = to_model(torch.from_numpy(pictures.pixels), "rgba")
+    x0 = to_model(torch.from_numpy(pictures.pixels[:]), "rgba")
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
     errors = {}
     for sigma in SIGMAS:

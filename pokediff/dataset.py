@@ -7,7 +7,9 @@ sees what an uninterrupted one would have seen, and several processes take their
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from pokediff.captions import captions_of, shared_captions
@@ -25,16 +28,37 @@ from pokediff.images import BadImage, fit_square, main_colors, read_image, unpre
 from pokediff.records import Record, Split, read_records, split_of
 from pokediff.text import embeddings_path, encode_captions, load_embeddings, load_text_encoder, save_embeddings
 
+MEMORY_SHARE = 0.3  # of the free memory that decoded pictures may fill; beyond that they lie in a temporary file
 BROKEN_SHARE = 0.01  # with more broken pictures than that, something else is wrong
 COLOR_SIZE = 64  # px at which colours are measured, whatever size the model has: captions must not depend on it
 
 
+class OnDisk:
+    """Some of the rows of an array that lies in a mapped file: what is asked for is read, nothing else is in memory."""
+
+    def __init__(self, rows: np.memmap, index: np.ndarray) -> None:
+        self.rows, self.index = rows, index
+        self.shape = (len(index), *rows.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, which: Any) -> Any:
+        """One row or several, as an array of their own; whoever keeps a part of many takes it by `pick`."""
+        return np.array(self.rows[self.index[which]])
+
+    def pick(self, index: Sequence[int]) -> OnDisk:
+        return OnDisk(self.rows, self.index[list(index)])
+
+
 @dataclass(frozen=True)
 class Pictures:
-    """Decoded pictures in file order, with their captions. `pixels` is premultiplied RGBA uint8 (N, S, S, 4)."""
+    """Decoded pictures in file order, with their captions. `pixels` is premultiplied RGBA uint8 (N, S, S, 4), in memory
+    or, of a set too big for it, in a temporary file.
+    """
 
     records: tuple[Record, ...]
-    pixels: np.ndarray
+    pixels: Any  # np.ndarray or OnDisk
     captions: tuple[tuple[str, ...], ...]
     digest: str  # sha256 over names, families, captions and file contents of all that was loaded
 
@@ -60,7 +84,8 @@ class Pictures:
 
     def pick(self, index: Sequence[int]) -> Pictures:
         records = tuple(self.records[i] for i in index)
-        return Pictures(records, self.pixels[list(index)], tuple(self.captions[i] for i in index), self.digest)
+        pixels = self.pixels.pick(index) if isinstance(self.pixels, OnDisk) else self.pixels[list(index)]
+        return Pictures(records, pixels, tuple(self.captions[i] for i in index), self.digest)
 
 
 def load_pictures(
@@ -97,7 +122,8 @@ def load_pictures(
         return fit_square(rgba, image_size), captions_of(record, colors), hashlib.sha256(data).digest()
 
     digest = hashlib.sha256()
-    kept: list[tuple[Record, np.ndarray, tuple[str, ...]]] = []
+    kept: list[tuple[Record, tuple[str, ...]]] = []
+    store = _room_for(len(records), image_size)
     broken: list[str] = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = progress(pool.map(load, records), total=len(records), desc="pictures", unit="")
@@ -108,13 +134,26 @@ def load_pictures(
                 continue
             pixels, captions, content = result
             digest.update(repr((record.file_name, record.family_key, captions)).encode() + content)
-            kept.append((record, pixels, captions))
+            store[len(kept)] = pixels
+            kept.append((record, captions))
     if len(broken) > BROKEN_SHARE * len(records):
         raise PokediffError(
             f"{len(broken)} of {len(records)} pictures in {folder} are broken, the first is {broken[0]}"
         )
-    chosen_records, pixels, captions = zip(*kept, strict=True)
-    return Pictures(chosen_records, np.stack(pixels), captions, digest.hexdigest())
+    chosen_records, captions = zip(*kept, strict=True)
+    stored: Any = store[: len(kept)]
+    if isinstance(store, np.memmap):
+        stored = OnDisk(store, np.arange(len(kept)))
+    return Pictures(chosen_records, stored, captions, digest.hexdigest())
+
+
+def _room_for(number: int, side: int) -> np.ndarray:
+    """An array for so many pictures: in memory, or in a file that vanishes with it where memory is short."""
+    shape = (number, side, side, 4)
+    if math.prod(shape) <= MEMORY_SHARE * psutil.virtual_memory().available:
+        return np.empty(shape, np.uint8)
+    with tempfile.TemporaryFile() as file:
+        return np.memmap(file, np.uint8, "w+", shape=shape)
 
 
 # ----------------------------------------------------------------------------------------------- vectors of captions

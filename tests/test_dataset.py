@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import write_data
 
+from pokediff import dataset
 from pokediff.config import DatasetConfig
 from pokediff.dataset import TrainingBatches, caption_vectors, draw_chances, embed, load_pictures, translate
 from pokediff.errors import PokediffError
@@ -145,3 +146,22 @@ def test_embed_writes_every_caption_and_training_uses_the_file(data, tmp_path, m
     torch.testing.assert_close(vectors.table[0], saved[""])
     row = int(vectors.rows[4][1])
     torch.testing.assert_close(vectors.table[row], saved[pictures.captions[4][1]])
+
+
+def test_a_set_too_big_for_memory_lies_on_disk_and_gives_the_same_batches(data, monkeypatch):
+    in_memory = load_pictures(data, 16)
+    monkeypatch.setattr(dataset, "MEMORY_SHARE", 0.0)
+    on_disk = load_pictures(data, 16)
+    assert isinstance(on_disk.pixels, dataset.OnDisk)
+    assert on_disk.digest == in_memory.digest
+    assert on_disk.pixels.shape == in_memory.pixels.shape
+    batches = []
+    for pictures in (in_memory, on_disk):
+        train = pictures.split("train").with_shared_captions()
+        vectors = caption_vectors(data, train, "builtin")
+        config = DatasetConfig(image_size=16)
+        batches.append(TrainingBatches(train, vectors, config, batch_size=8, caption_dropout=0.1, seed=0)[3])
+        spread = pictures.split("validation").spread(2)
+        assert isinstance(spread.pixels[:2], np.ndarray)
+    torch.testing.assert_close(batches[0].pixels, batches[1].pixels)
+    assert isinstance(on_disk.split("train").pixels, dataset.OnDisk)  # nothing was copied into memory on the way

@@ -602,7 +602,7 @@ def measure_loss(
     for name, pictures in sets.items():
         vectors = caption_vectors(config.data, pictures, pipeline.config.text_encoder_name)
         text = vectors.table[[rows[0] for rows in vectors.rows]]
-        x0 = to_model(torch.from_numpy(pictures.pixels), pipeline.channels)
+        x0 = to_model(torch.from_numpy(pictures.pixels[:]), pipeline.channels)
         losses = []
         for level in levels:
             noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(int(level)))
