@@ -156,7 +156,8 @@ class PokeDiffPipeline(DiffusionPipeline):
         if not 1 <= num_steps <= self.scheduler.config.num_train_timesteps:
             raise PokediffError(f"num_steps must be 1 to {self.scheduler.config.num_train_timesteps}, not {num_steps}")
         kind, changes = SAMPLERS[sampler] if sampler else (type(self.scheduler), {})
-        scheduler = kind.from_config(self.scheduler.config, **changes)
+        # Whatever the network predicts, the scheduler gets v (`_to_v`): some know nothing of x0 predictions.
+        scheduler = kind.from_config(self.scheduler.config, **{"prediction_type": "v_prediction", **changes})
         scheduler.set_timesteps(num_steps, device=self.device)
         return scheduler
 
@@ -225,8 +226,7 @@ class PokeDiffPipeline(DiffusionPipeline):
             if known is not None and redrawn is not None:
                 x0 = torch.where(redrawn, x0, known)
             yield Step(index, float(timestep), sigma, noisy, x0)
-            output = self._from_x0(x0, noisy, sigma)
-            x = scheduler.step(output, timestep, x, **options).prev_sample
+            x = scheduler.step(self._to_v(x0, noisy, sigma), timestep, x, **options).prev_sample
         yield Step(len(timesteps), 0.0, 0.0, x, x.clamp(-1, 1))
 
     def make_noise(self, seeds: Sequence[int]) -> tuple[list[torch.Generator], torch.Tensor]:
@@ -327,13 +327,10 @@ class PokeDiffPipeline(DiffusionPipeline):
             return alpha * x - std * output
         return (x - std * output) / alpha if kind == "epsilon" else output
 
-    def _from_x0(self, x0: torch.Tensor, x: torch.Tensor, sigma: float) -> torch.Tensor:
-        """The inverse of `_to_x0`: what the network would have put out for this x0."""
+    def _to_v(self, x0: torch.Tensor, x: torch.Tensor, sigma: float) -> torch.Tensor:
+        """The v that means this x0, alpha noise - std x0, whatever the network predicts."""
         alpha, std = 1 / (1 + sigma**2) ** 0.5, sigma / (1 + sigma**2) ** 0.5
-        kind = self.scheduler.config.prediction_type
-        if kind == "v_prediction":
-            return (alpha * x - x0) / std
-        return (x - alpha * x0) / std if kind == "epsilon" else x0
+        return (alpha * x - x0) / std
 
 
 def slerp(start: torch.Tensor, end: torch.Tensor, share: float) -> torch.Tensor:

@@ -336,3 +336,11 @@ def test_vectors_and_noise_can_stand_for_prompts_and_seeds(pipe):
     _, noise = pipe.make_noise(seeds)
     given = pipe.generate(pipe.encode_prompt(prompts), [0, 0], noise=noise, num_steps=6)
     np.testing.assert_array_equal(given, expected)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_takes_a_network_that_predicts_x0(sampler):
+    options = dict(num_steps=15, guidance_scale=1, sampler=sampler)
+    *_, expected = gaussian().denoise(["", ""], [3, 4], **options)
+    *_, last = gaussian("sample").denoise(["", ""], [3, 4], **options)
+    torch.testing.assert_close(last.x0, expected.x0, rtol=0, atol=2e-3)
