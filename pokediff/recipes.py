@@ -36,8 +36,10 @@ def recipe_for(folder: str | Path) -> TrainConfig:
         )
     size = 32 if _usual_side(folder, [record.file_name for record in records]) <= 40 else 64
     base = load_yaml(ROOT / "configs" / f"pokemon-{size}.yaml", TrainConfig)
-    shipped = ROOT / "checkpoints" / f"pokediff-{size}"
-    start = shipped.as_posix() if (shipped / "model_index.json").is_file() else None
+    shipped = [
+        ROOT / "checkpoints" / f"pokediff-{side}" for side in (size, 32)
+    ]  # of another size all but the first level
+    start = next((path.as_posix() for path in shipped if (path / "model_index.json").is_file()), None)
     steps = min(MOST_STEPS, max(FEWEST_STEPS, STEPS_PER_PICTURE * len(records)))
     return replace(
         base,

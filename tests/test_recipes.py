@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
 
-from pokediff import cli
 from pokediff.errors import PokediffError
 from pokediff.recipes import recipe_for
 from pokediff.records import read_records
@@ -50,20 +52,22 @@ def test_more_pictures_more_steps(tmp_path):
 
 
 def test_too_few_pictures_are_refused(tmp_path):
+    (empty := tmp_path / "empty").mkdir()
     with pytest.raises(PokediffError, match="has 10 pictures"):
         recipe_for(own_folder(tmp_path / "mine", number=10))
     with pytest.raises(PokediffError, match="neither"):
-        recipe_for(tmp_path / "mine" / "empty" if (tmp_path / "mine" / "empty").mkdir() is None else "")
+        recipe_for(empty)
     with pytest.raises(PokediffError, match="not found"):
         recipe_for(tmp_path / "nowhere")
 
 
-def test_a_folder_is_all_that_train_needs(tmp_path, capsys):
+def test_a_folder_is_all_that_train_needs(tmp_path):
     folder, out = own_folder(tmp_path / "mine"), tmp_path / "run"
     short = ["--max-steps", "2", "--decay-steps", "0", "--batch-size", "4", "--evaluation.every", "100"]
-    cli.train([str(folder), "--out", str(out), *short], prog="pokediff train")
+    command = [sys.executable, "-m", "pokediff", "train", str(folder), "--out", str(out), *short]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
     assert (out / "model_index.json").is_file()
-    told = capsys.readouterr().out
-    assert "steps of 4 pictures, about" in told
+    assert "steps of 4 pictures, about" in done.stdout
     if (ROOT / "checkpoints" / "pokediff-32").is_dir():
-        assert "weights taken from" in told
+        assert "weights taken from" in done.stdout
