@@ -111,11 +111,8 @@ def finish(
     rgba = harden(rgba) if hard_alpha else rgba
     if palette is None:
         return rgba
-    return apply_palette(rgba, colors) if len(colors := _colors(rgba, palette)) else rgba
-
-
-def _colors(rgba: np.ndarray, palette: int | np.ndarray) -> np.ndarray:
-    return pick_palette(rgba, palette) if isinstance(palette, int) else palette
+    colors = pick_palette(rgba, palette) if isinstance(palette, int) else palette
+    return apply_palette(rgba, colors) if len(colors) else rgba  # an empty picture has no colours
 
 
 def _require_colors(number: int) -> None:
