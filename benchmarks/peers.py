@@ -82,14 +82,18 @@ def pokediff(size: int) -> System:
     return System("pokediff", network, optimizer, loss, evaluate, config.batch_size, guidance=True)
 
 
-def lucidrains(size: int) -> System:
-    """Unet and GaussianDiffusion as in its README, dim 64 and multipliers 1-2-4, Adam at 1e-4 as in its trainer."""
+def make_lucidrains(size: int) -> tuple[Any, torch.optim.Optimizer]:
+    """GaussianDiffusion of a Unet as in its README, dim 64 and multipliers 1-2-4; Adam at 1e-4 as in its trainer."""
     from denoising_diffusion_pytorch import GaussianDiffusion
     from denoising_diffusion_pytorch import Unet as LucidUnet
 
     network = LucidUnet(dim=64, dim_mults=(1, 2, 4), channels=4).to(memory_format=torch.channels_last)
-    diffusion = GaussianDiffusion(network, image_size=size)
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, betas=(0.9, 0.99))
+    return GaussianDiffusion(network, image_size=size), torch.optim.Adam(network.parameters(), 1e-4, (0.9, 0.99))
+
+
+def lucidrains(size: int) -> System:
+    diffusion, optimizer = make_lucidrains(size)
+    network = diffusion.model
 
     def evaluate(x: torch.Tensor) -> torch.Tensor:
         return network(x, torch.full((len(x),), 500))

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peers import make_lucidrains
 from torch.optim.swa_utils import AveragedModel
 
 from pokediff import training
@@ -106,14 +107,10 @@ class Lucidrains:
     """What its Trainer does, without the sampling and saving that it does between steps."""
 
     def __init__(self, config: TrainConfig, batches: TrainingBatches, text_dim: int) -> None:
-        from denoising_diffusion_pytorch import GaussianDiffusion
-        from denoising_diffusion_pytorch import Unet as LucidUnet
         from ema_pytorch import EMA
 
         self.batches, self.done = batches, 0
-        network = LucidUnet(dim=64, dim_mults=(1, 2, 4), channels=4).to(memory_format=torch.channels_last)
-        self.diffusion = GaussianDiffusion(network, image_size=config.dataset.image_size)
-        self.optimizer = torch.optim.Adam(self.diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99))
+        self.diffusion, self.optimizer = make_lucidrains(config.dataset.image_size)
         self.average = EMA(self.diffusion, beta=0.995, update_every=10)
 
     def predict(self, x: torch.Tensor, sigma: float, text: torch.Tensor | None) -> torch.Tensor:

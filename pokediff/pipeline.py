@@ -202,7 +202,7 @@ class PokeDiffPipeline(DiffusionPipeline):
         if len(prompts) != len(seeds):
             raise PokediffError(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}")
         scheduler = self.make_scheduler(sampler, num_steps)
-        half = precision == "bf16" or (precision == "auto" and has_bf16(self.device))
+        half = self.in_bf16(precision)
         text = prompts if isinstance(prompts, torch.Tensor) else self.encode_prompt(prompts)  # (N, D)
         against = self.encode_prompt([negative_prompt]).expand_as(text)
         low, high = guidance_interval or (0.0, float("inf"))
@@ -228,6 +228,12 @@ class PokeDiffPipeline(DiffusionPipeline):
             yield Step(index, float(timestep), sigma, noisy, x0)
             x = scheduler.step(self._to_v(x0, noisy, sigma), timestep, x, **options).prev_sample
         yield Step(len(timesteps), 0.0, 0.0, x, x.clamp(-1, 1))
+
+    def in_bf16(self, precision: Literal["auto", "bf16", "fp32"]) -> bool:
+        """What `precision` means here: auto is bf16 where the device multiplies it in hardware. An exported network has
+        the precision it was exported with, float32.
+        """
+        return isinstance(self.unet, Unet) and (precision == "bf16" or (precision == "auto" and has_bf16(self.device)))
 
     def make_noise(self, seeds: Sequence[int]) -> tuple[list[torch.Generator], torch.Tensor]:
         """The noise that the seeds mean, (N, C, H, W), and the generators it came from, for what is drawn after it.

@@ -34,7 +34,7 @@ from pokediff.images import (
     read_image,
     save_animation,
 )
-from pokediff.pipeline import PokeDiffPipeline, Step, has_bf16, quiet, slerp
+from pokediff.pipeline import PokeDiffPipeline, Step, quiet, slerp
 from pokediff.pixelart import finish, read_palette
 from pokediff.records import read_text, write_whole
 
@@ -293,8 +293,7 @@ def write_facts(
     checkpoint = Path(config.checkpoint or DEFAULT_CHECKPOINT)
     weights = checkpoint / "unet" / "diffusion_pytorch_model.safetensors"
     # What "auto" meant here: another machine would choose otherwise and draw other pictures.
-    half = config.precision == "bf16" or (config.precision == "auto" and has_bf16(pipeline.device))
-    precision: Any = "bf16" if half else "fp32"
+    precision: Any = "bf16" if pipeline.in_bf16(config.precision) else "fp32"
     settings = dataclasses.replace(config, prompt=tuple(prompts), prompts_file=None, precision=precision)
     facts = {
         "settings": plain(settings),

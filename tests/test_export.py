@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -52,6 +54,14 @@ def test_sample_draws_with_an_exported_checkpoint(exported, tmp_path):
     settings = dict(prompt=("a red dragon",), checkpoint=str(exported), num_steps=3)
     out = sample(SampleConfig(out=str(tmp_path / "a"), **settings))
     assert (out / "0000.png").is_file()
+    assert json.loads((out / "sample.json").read_text())["settings"]["precision"] == "fp32"  # what it really was
+
+
+def test_a_picture_of_an_exported_network_does_not_depend_on_its_company(exported):
+    pipeline, prompts = load_exported(exported), ["a cat", "a dog", "a red dragon", "a blue turtle", "a fox"]
+    together = pipeline.generate(prompts, range(5), num_steps=4)
+    alone = [pipeline.generate([prompt], [seed], num_steps=4)[0] for seed, prompt in enumerate(prompts)]
+    np.testing.assert_array_equal(together, np.stack(alone))
 
 
 def test_a_checkpoint_is_not_exported_onto_itself(checkpoint):

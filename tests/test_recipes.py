@@ -69,5 +69,4 @@ def test_a_folder_is_all_that_train_needs(tmp_path):
     assert done.returncode == 0, done.stderr
     assert (out / "model_index.json").is_file()
     assert "steps of 4 pictures, about" in done.stdout
-    if (ROOT / "checkpoints" / "pokediff-32").is_dir():
-        assert "weights taken from" in done.stdout
+    assert "weights taken from" in done.stdout
