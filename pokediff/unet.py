@@ -76,6 +76,8 @@ class Unet(ModelMixin, ConfigMixin):
                 self.upsample.append(nn.Conv2d(widths[index], 4 * widths[index - 1], 1))
         self.out_norm = ChannelNorm(widths[0])
         self.out = _zero(nn.Conv2d(widths[0], folded, 3, padding=1))
+        if sigma_data is not None:
+            self.painted = _zero(nn.Conv2d(widths[0], folded + self.patch**2, 3, padding=1))
 
     def forward(
         self,
@@ -110,16 +112,22 @@ class Unet(ModelMixin, ConfigMixin):
                 h = block(torch.cat([h, skips.pop()], dim=1), embedding)
             if index < len(self.upsample):
                 h = F.pixel_shuffle(self.upsample[index](h), 2).contiguous(memory_format=torch.channels_last)
-        h = self.out(F.silu(self.out_norm(h)))  # (B, C*p*p, S/p, S/p)
-        h = F.pixel_shuffle(h, self.patch)
-        return h if self.config.sigma_data is None else self._precondition(h.float(), x.float(), timestep)
+        seen = F.silu(self.out_norm(h))
+        if self.config.sigma_data is None:
+            return F.pixel_shuffle(self.out(seen), self.patch)
+        carried = F.pixel_shuffle(self.out(h), self.patch).float()
+        painted, share = F.pixel_shuffle(self.painted(seen), self.patch).float().tensor_split([x.shape[1]], dim=1)
+        return torch.lerp(self._precondition(carried, x.float(), timestep), painted, share.sigmoid())
 
     def _precondition(self, h: torch.Tensor, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """x0 from the body's output: c_skip x + c_out h (Karras et al. 2022, table 1).
 
-        A body whose first level has fewer channels than the patches it sees have pixels cannot carry the noise from its
-        input to its output, as a v or noise target asks at every level: grain is left. With a small s it is asked for
-        noise only where there is little of it.
+        A body whose first level has few channels for the pixels of a patch cannot carry all the noise from its input to
+        its output, as a v or noise target asks at every level: grain is left. With a small s it is asked for noise only
+        where there is little of it. Two more things matter (docs/LOG.md, the grain at 64 px): no norm before `out`, for
+        one over channels would scale the noise that is to be taken away, everywhere otherwise; and where a picture is
+        plain, its background above all, x0 is better `painted` than carried over from the input. How much of which, the
+        network says for every pixel.
         """
         sigma = cosine_sigmas(timestep.double(), self.config.num_train_timesteps, *self.config.noise_range)
         sigma, s = sigma.float()[:, None, None, None], self.config.sigma_data

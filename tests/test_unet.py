@@ -106,9 +106,21 @@ def test_starting_from_a_network_of_smaller_pictures_takes_all_levels_below_the_
     torch.testing.assert_close(twin(x, 300.0), other(x, 300.0))
 
 
-def test_an_untrained_preconditioned_network_answers_as_the_best_linear_guess():
+def preconditioned(noise_range: tuple[float, float, float] = (0.006, 100.0, 2.0)) -> Unet:
+    return Unet(image_size=32, widths=(32,), attention=(False,), blocks=(1,), sigma_data=0.25, noise_range=noise_range)
+
+
+def paint(unet: Unet, color: float, share: float) -> None:
+    """Let it say everywhere: `color`, and how sure it is, a logit."""
+    with torch.no_grad():
+        patches = unet.painted.bias.view(5, -1)
+        patches[:4], patches[4] = color, share
+
+
+def test_what_is_carried_by_an_untrained_preconditioned_network_is_the_best_linear_guess():
     s, noise_range = 0.25, (0.006, 100.0, 2.0)
-    unet = Unet(image_size=32, widths=(32,), attention=(False,), blocks=(1,), sigma_data=s, noise_range=noise_range)
+    unet = preconditioned(noise_range)
+    paint(unet, 0.7, -30)
     timesteps = torch.tensor([0, 100, 500, 999])
     sigma = cosine_sigmas(timesteps.double(), 1000, *noise_range).float()[:, None, None, None]
     torch.manual_seed(0)
@@ -117,6 +129,17 @@ def test_an_untrained_preconditioned_network_answers_as_the_best_linear_guess():
     torch.testing.assert_close(guess, s**2 / (s**2 + sigma**2) * (x0 + sigma * noise), rtol=1e-3, atol=1e-5)
     expected = (s**2 * sigma**2 / (s**2 + sigma**2)).flatten()  # the error that is left (Wiener)
     torch.testing.assert_close(((guess - x0) ** 2).mean(dim=(1, 2, 3)), expected, rtol=0.1, atol=0)
+
+
+def test_what_is_painted_holds_nothing_of_the_noise():
+    unet = preconditioned()
+    paint(unet, 0.7, 30)
+    torch.testing.assert_close(unet(torch.randn(2, 4, 32, 32), 300.0), torch.full((2, 4, 32, 32), 0.7))
+    paint(unet, 0.7, 0)
+    x = torch.randn(1, 4, 32, 32)
+    half = unet(x, 300.0)
+    paint(unet, 0.7, -30)
+    torch.testing.assert_close(half, (unet(x, 300.0) + 0.7) / 2)
 
 
 def test_the_schedule_of_network_and_scheduler_is_one():
