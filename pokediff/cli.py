@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn, TypeVar
 
 import tyro
 
-from pokediff.config import DEFAULT_CLIP, EvaluateConfig, SampleConfig, TrainConfig, load_yaml
+from pokediff.config import DEFAULT_CLIP, DemoConfig, EvaluateConfig, SampleConfig, TrainConfig, load_yaml
 from pokediff.errors import PokediffError, one_line_errors
 
 T = TypeVar("T")
@@ -28,6 +28,7 @@ HELP = """usage: pokediff VERB [options]        pokediff VERB --help tells a ver
   evaluate measure a checkpoint, or a folder of pictures, on held-out families
   export   write the network as ONNX, for machines without PyTorch
   compare  several reports side by side
+  demo     open a web page to draw, play and look inside
   survey   ask people: make a page for raters, or collect what they answered"""
 
 
@@ -203,6 +204,14 @@ def survey(args: Sequence[str] | None = None, prog: str = "pokediff survey") -> 
         print(make_survey(command.images, command.out, command.number, command.repeats, command.seed))
 
 
+def demo(args: Sequence[str] | None = None, prog: str = "pokediff demo") -> None:
+    command = _parse(DemoConfig, args, prog)
+
+    from pokediff.demo.server import serve
+
+    serve(command)
+
+
 def scrape(args: Sequence[str] | None = None, prog: str = "pokediff scrape") -> None:
     from scraper.run import main
 
@@ -217,6 +226,7 @@ VERBS: dict[str, Callable[[Sequence[str] | None, str], None]] = {
     "evaluate": evaluate,
     "export": export,
     "compare": compare,
+    "demo": demo,
     "survey": survey,
 }
 

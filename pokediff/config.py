@@ -190,7 +190,7 @@ class SampleConfig:
     guidance_scale: float = DEFAULT_GUIDANCE  # how much the prompt counts; 1 is off
     guidance_interval: tuple[float, float] | None = None  # guide only while sigma lies between these
     negative_prompt: str = ""  # what guidance moves away from
-    image: str | None = None  # a picture to begin with instead of noise
+    image: str | None = None  # a picture to begin with instead of noise; a plain backdrop is taken away
     strength: float = 0.6  # how much of it is drawn anew, 0 to 1
     mask: str | None = None  # a picture of its shape, white where it is drawn anew (strength 1); the rest stays
     variation: float = 0.0  # how far the pictures of one prompt are from the first, 0 to 1, instead of new seeds
@@ -255,6 +255,24 @@ class EvaluateConfig:
         _require(self.kid_subsets > 1, "kid_subsets", "must be at least 2")
         _require(self.kid_subset_size > 1, "kid_subset_size", "must be at least 2")
         _require(self.batch_size > 0, "batch_size", "must be positive")
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    __pydantic_config__ = STRICT
+
+    checkpoint: tuple[str, ...] = ()  # folders made by training (default: the shipped one)
+    data: str | None = "data/bulbapedia"  # the data set they were trained on, to look up the nearest training pictures
+    reports: str = "reports"  # folder of the reports that the page shows
+    runs: str = "checkpoints"  # folder of the training runs that the page shows
+    host: str = "127.0.0.1"  # 0.0.0.0 lets other machines in
+    port: int = 7860
+    queue: int = 32  # how many may wait; who comes then is told to come again
+    open: bool = False  # open the page in a browser
+
+    def __post_init__(self) -> None:
+        _require(0 < self.port < 2**16, "port", "must be 1 to 65535")
+        _require(self.queue > 0, "queue", "must be positive")
 
 
 def _require(holds: bool, path: str, what: str) -> None:

@@ -42,16 +42,16 @@ class BadImage(PokediffError):
 # ---------------------------------------------------------------------------------------------------------- files
 
 
-def read_image(data: bytes) -> np.ndarray:
+def read_image(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decode any common picture file (PNG, WebP, JPEG, GIF; P, LA, L, RGB, RGBA, 16-bit) to straight RGBA.
 
     Returns uint8 (H, W, 4). Of an animation, the first frame. Raises BadImage when the bytes are no picture, are cut
-    or hold more than MAX_PIXELS.
+    or hold more than `max_pixels`.
     """
     try:
         with Image.open(BytesIO(data)) as file:
-            if file.width * file.height > MAX_PIXELS:
-                raise BadImage(f"{file.width}x{file.height} is beyond {MAX_PIXELS:,} pixels")
+            if file.width * file.height > max_pixels:
+                raise BadImage(f"{file.width}x{file.height} is beyond {max_pixels:,} pixels")
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I"):  # 16-bit grey: Pillow would clip it to 8 bits instead of scaling
                 grey = np.asarray(image, dtype=np.float64).clip(0, 65535) / 257
@@ -291,6 +291,13 @@ def figure_mask(rgba: np.ndarray) -> np.ndarray:
     outside = np.unique(np.concatenate([parts[0], parts[-1], parts[:, 0], parts[:, -1]]))
     backdrop = np.isin(parts, outside) & (plain > 0)
     return mask if backdrop.all() else ~backdrop
+
+
+def cut_backdrop(rgba: np.ndarray) -> np.ndarray:
+    """The figure alone, straight RGBA: an opaque picture on a plain backdrop gets transparent there, others stay."""
+    if (rgba[..., 3] < 255).any():
+        return rgba
+    return np.where(figure_mask(rgba)[..., None], rgba, 0).astype(np.uint8)
 
 
 def main_colors(rgba: np.ndarray) -> tuple[str, ...]:

@@ -161,6 +161,10 @@ class PokeDiffPipeline(DiffusionPipeline):
         scheduler.set_timesteps(num_steps, device=self.device)
         return scheduler
 
+    def sigmas(self, sampler: str | None, num_steps: int) -> list[float]:
+        """The noise at every evaluation of the network, relative to the picture's unit scale."""
+        return [self._sigma(float(timestep)) for timestep in self.make_scheduler(sampler, num_steps).timesteps]
+
     @torch.inference_mode()
     def denoise(
         self,
@@ -228,6 +232,15 @@ class PokeDiffPipeline(DiffusionPipeline):
             yield Step(index, float(timestep), sigma, noisy, x0)
             x = scheduler.step(self._to_v(x0, noisy, sigma), timestep, x, **options).prev_sample
         yield Step(len(timesteps), 0.0, 0.0, x, x.clamp(-1, 1))
+
+    @torch.inference_mode()
+    def predict_x0(self, x: torch.Tensor, timestep: float, text: torch.Tensor) -> torch.Tensor:
+        """The clean pictures that the network sees in noisy ones, without guidance: (B, C, H, W) in [-1, 1].
+
+        x (B, C, H, W) of unit variance and timestep as a `Step` holds them; text (B, D) as `encode_prompt` gives it.
+        """
+        output = self._predict(x, torch.tensor(timestep), text, self.in_bf16("auto"))
+        return self._to_x0(output, x, self._sigma(timestep)).clamp(-1, 1)
 
     def in_bf16(self, precision: Literal["auto", "bf16", "fp32"]) -> bool:
         """What `precision` means here: auto is bf16 where the device multiplies it in hardware. An exported network has

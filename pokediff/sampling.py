@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import pairwise
@@ -25,6 +25,7 @@ from pokediff.export import is_exported, load_exported
 from pokediff.images import (
     BadImage,
     composite,
+    cut_backdrop,
     encode_png,
     enlarge,
     fit_square,
@@ -34,7 +35,7 @@ from pokediff.images import (
     read_image,
     save_animation,
 )
-from pokediff.pipeline import PokeDiffPipeline, Step, quiet, slerp
+from pokediff.pipeline import PokeDiffPipeline, quiet, slerp
 from pokediff.pixelart import finish, read_palette
 from pokediff.records import read_text, write_whole
 
@@ -54,10 +55,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Frame:
-    """What is kept of one step: straight RGBA uint8 (B, H, W, 4)."""
+    """What people see of one step: straight RGBA uint8 (B, H, W, 4)."""
 
     x: np.ndarray
     x0: np.ndarray
+    sigma: float
 
 
 def sample(config: SampleConfig) -> Path:
@@ -83,8 +85,11 @@ def sample(config: SampleConfig) -> Path:
     started, interrupted = time.monotonic(), False
     try:
         for start in range(0, len(jobs), config.batch_size):
-            frames = draw(pipeline, jobs[start : start + config.batch_size], config, begin_with)
-            frames[-1] = Frame(frames[-1].x, np.stack([finishing(picture) for picture in frames[-1].x0]))
+            part = jobs[start : start + config.batch_size]
+            steps = draw(pipeline, part, config, begin_with)
+            total = count_frames(pipeline, config)
+            frames = list(tqdm(steps, total=total, desc=f"{len(part)} pictures", unit="step", leave=False))
+            frames[-1] = dataclasses.replace(frames[-1], x0=np.stack([finishing(picture) for picture in frames[-1].x0]))
             for offset, picture in enumerate(frames[-1].x0):
                 write_picture(out / f"{start + offset:04}.png", picture, config)
                 done.append(picture)
@@ -95,11 +100,7 @@ def sample(config: SampleConfig) -> Path:
     except KeyboardInterrupt:
         interrupted = True
     if done:
-        sheet = enlarge(grid(np.stack(done), sheet_columns(config, len(done)), 1), show_factor(pipeline.image_size))
-        write_whole(out / "grid.png", encode_png(composite(sheet, config.background) if config.background else sheet))
-        if config.interpolate:
-            shown = composite(enlarge(np.stack(done), show_factor(pipeline.image_size)), config.background or "white")
-            save_animation(out / "interpolation.gif", [*shown, *shown[-2:0:-1]], seconds=len(done) / 8, hold=0.25)
+        write_sheet(out, np.stack(done), config)
         seconds = time.monotonic() - started
         write_facts(out, pipeline, config, prompts, jobs[: len(done)], seconds)
         print(f"{len(done)} picture{'s' * (len(done) > 1)} in {seconds:.1f} s: {out}")
@@ -161,7 +162,7 @@ def read_beginning(config: SampleConfig, size: int) -> dict[str, Any]:
     """What --image, --mask and --strength mean to `denoise`. Raises PokediffError for what cannot be read."""
     if not config.image:
         return {}
-    image = _read(config.image)
+    image = cut_backdrop(_read(config.image))  # a creature of ours stands on nothing
     if not config.mask:
         return {"image": fit_square(image, size), "strength": config.strength}
     mask = _read(config.mask)
@@ -183,8 +184,8 @@ def _read(path: str) -> np.ndarray:
 
 def draw(
     pipeline: PokeDiffPipeline, jobs: Sequence[Job], config: SampleConfig, begin_with: dict[str, Any]
-) -> list[Frame]:
-    """Every step of one batch."""
+) -> Iterator[Frame]:
+    """Every step of one batch, the pictures last, as the network leaves them."""
     text = pipeline.encode_prompt([job.prompt for job in jobs])  # (B, D)
     seeds = [job.seed for job in jobs]
     _, noise = pipeline.make_noise(seeds)  # (B, C, H, W)
@@ -205,16 +206,24 @@ def draw(
         sampler=config.sampler,
         precision=config.precision,
     )
-    timesteps = len(pipeline.make_scheduler(config.sampler, config.num_steps).timesteps)
-    evaluations = round(timesteps * begin_with.get("strength", 1))
+    for step in steps:
+        yield Frame(from_model(step.x), from_model(step.x0), step.sigma)
 
-    def frame(step: Step) -> Frame:
-        return Frame(from_model(step.x), from_model(step.x0))
 
-    return [
-        frame(step)
-        for step in tqdm(steps, total=evaluations + 1, desc=f"{len(jobs)} pictures", unit="step", leave=False)
-    ]
+def count_frames(pipeline: PokeDiffPipeline, config: SampleConfig) -> int:
+    """How many frames `draw` yields: one for each evaluation of the network, and the pictures."""
+    evaluations = len(pipeline.make_scheduler(config.sampler, config.num_steps).timesteps)
+    return 1 + round(evaluations * (config.strength if config.image and not config.mask else 1))
+
+
+def write_sheet(out: Path, pictures: np.ndarray, config: SampleConfig) -> None:
+    """All pictures (N, H, W, 4) side by side, grid.png; the way between prompts there and back, interpolation.gif."""
+    factor = show_factor(pictures.shape[1])
+    sheet = enlarge(grid(pictures, sheet_columns(config, len(pictures)), 1), factor)
+    write_whole(out / "grid.png", encode_png(composite(sheet, config.background) if config.background else sheet))
+    if config.interpolate:
+        shown = composite(enlarge(pictures, factor), config.background or "white")
+        save_animation(out / "interpolation.gif", [*shown, *shown[-2:0:-1]], seconds=len(shown) / 8, hold=0.25)
 
 
 def animate(out: Path, frames: Sequence[Frame], config: SampleConfig) -> None:

@@ -14,11 +14,15 @@ LAYERS = [
     {"captions", "images", "recipes"},
     {"pixelart", "text", "unet"},
     {"dataset", "pipeline"},
-    {"export"},
+    {"export", "insight"},
     {"runs", "sampling", "text_distillation", "evaluation.distances", "evaluation.features", "evaluation.prompts"},
     {"evaluation.copies", "evaluation.report"},
     {"evaluation.quick", "evaluation.evaluate"},
     {"evaluation.survey", "training"},
+    {"demo.studio"},
+    {"demo.show"},
+    {"demo.page"},
+    {"demo.server"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -47,7 +51,7 @@ def test_a_module_imports_only_from_below(path):
     mine = name_of(path)
     assert mine in LEVEL, "say in LAYERS where the new module stands"
     for name in imports_of(path):
-        match = re.match(r"pokediff\.((?:evaluation\.)?\w+)", name)
+        match = re.match(r"pokediff\.((?:evaluation\.|demo\.)?\w+)", name)
         if match and match[1] in LEVEL:
             assert LEVEL[match[1]] < LEVEL[mine], f"{mine} imports {match[1]}"
 

@@ -189,7 +189,7 @@ def html(title: str, data: dict[str, Any], pictures: dict[str, tuple[str, np.nda
         title=title,
         about=about(data["settings"]),
         columns=["value"],
-        sections=_sections([data]),
+        sections=side_by_side([data]),
         plots=plots(data["curves"]),
         shown_first=first,
         shown_last=[image for image in images if image not in first],
@@ -203,7 +203,7 @@ def _page(**values: Any) -> str:
     return Environment(autoescape=True).from_string(PAGE).render(introduction=INTRODUCTION, **values)
 
 
-def _sections(reports: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+def side_by_side(reports: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
     """The rows of reports side by side; floor, ceiling, n and note are those of the first report that has the row."""
     keys = dict.fromkeys((figure["section"], figure["name"]) for data in reports for figure in data["figures"])
     found = [{(f["section"], f["name"]): f for f in data["figures"]} for data in reports]
@@ -251,7 +251,7 @@ def plots(curves: dict[str, Any]) -> list[tuple[str, str]]:
             )
         axes.set(xscale="log", xlabel="noise level sigma", ylabel="denoising loss")
         axes.legend()
-        made.append(("Loss where it matters", _plot_uri(plot)))
+        made.append(("Loss where it matters", plot_uri(plot)))
     if "copies" in curves:
         plot = Plot(figsize=(6, 3.6), layout="constrained")
         axes = plot.subplots()
@@ -263,11 +263,11 @@ def plots(curves: dict[str, Any]) -> list[tuple[str, str]]:
             xlabel="distance to the nearest over distance to the next family", ylabel="share of pictures", xlim=(0, 1)
         )
         axes.legend()
-        made.append(("Does it copy?", _plot_uri(plot)))
+        made.append(("Does it copy?", plot_uri(plot)))
     return made
 
 
-def _plot_uri(plot: Any) -> str:
+def plot_uri(plot: Any) -> str:
     buffer = io.BytesIO()
     plot.savefig(buffer, format="png", dpi=120)
     return _uri(buffer.getvalue())
@@ -291,7 +291,7 @@ def compare(folders: Sequence[Path], out: Path) -> Path:
         if len(values) > 1:
             raise PokediffError(f"these reports cannot stand side by side: {key} is {' and '.join(sorted(values))}")
     names = [folder.name for folder in folders]
-    sections = _sections(reports)
+    sections = side_by_side(reports)
     lines = ["# Comparison", "", *(line for report in reports for line in about(report["settings"])[:1]), ""]
     for section, rows in sections:
         lines += [f"## {section}", "", "| | " + " | ".join(names) + " | real |", "|" + " --- |" * (len(names) + 2)]

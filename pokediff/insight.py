@@ -1,0 +1,80 @@
+"""A look inside: which word drew what.
+
+A word's influence is what changes when it is left out (Zeiler & Fergus, "Visualizing and Understanding Convolutional
+Networks", 2014, section 4.2, who cover parts of the input). The text reaches our network as one vector, so there is no
+map of attention to a word to be shown; what is shown here is what the prediction loses with it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from pokediff.errors import PokediffError
+from pokediff.images import from_model
+from pokediff.pipeline import PokeDiffPipeline
+
+MAX_WORDS = 24
+
+
+@dataclass(frozen=True)
+class Influence:
+    """Of W words at L noise levels, the noisiest first."""
+
+    words: tuple[str, ...]
+    sigmas: tuple[float, ...]  # (L,)
+    x0: np.ndarray  # (L, H, W, 4) straight RGBA uint8: what the whole prompt lets the network see there
+    maps: np.ndarray  # (W, L, H, W) float32: how far x0 moves without the word, 0 to 2, the range of model space
+    picture: np.ndarray  # (H, W, 4) straight RGBA uint8: what comes out
+
+    @property
+    def shares(self) -> np.ndarray:
+        """(W, L): the mean of a word's map over that of all words'; 1 / W each where no word matters."""
+        means = self.maps.mean(axis=(2, 3))
+        total = means.sum(0, keepdims=True)
+        return np.where(total > 0, means / np.maximum(total, 1e-12), 1 / max(1, len(self.words)))
+
+
+def words_of(prompt: str) -> list[str]:
+    """The words of a prompt in their order; hyphens and apostrophes belong to a word."""
+    return re.findall(r"\w+(?:[-'’]\w+)*", prompt)
+
+
+def without(prompt: str, index: int) -> str:
+    """The prompt without its word number `index`, all else as it stands."""
+    word = list(re.finditer(r"\w+(?:[-'’]\w+)*", prompt))[index]
+    return re.sub(r"\s+", " ", prompt[: word.start()] + prompt[word.end() :]).strip()
+
+
+def word_influence(
+    pipeline: PokeDiffPipeline, prompt: str, seed: int, levels: Sequence[float] = (8.0, 3.0, 1.0, 0.3), **options: Any
+) -> Influence:
+    """Draw `prompt` with `seed`, and at the steps nearest to the sigmas of `levels` predict x0 again without each word.
+
+    `options` are those of `denoise`. Guidance takes part in the drawing, not in the comparison.
+    Raises PokediffError for a prompt without words or with more than MAX_WORDS of them.
+    """
+    words = words_of(prompt)
+    if not 1 <= len(words) <= MAX_WORDS:
+        raise PokediffError(f"this wants a prompt of 1 to {MAX_WORDS} words, not {len(words)}")
+    prompts = [prompt, *(without(prompt, index) for index in range(len(words)))]
+    text = pipeline.encode_prompt(prompts)  # (1 + W, D)
+    *steps, last = pipeline.denoise(text[:1], [seed], **options)
+    chosen = [min(steps, key=lambda step: abs(np.log(step.sigma / level))) for level in levels]
+    chosen = list({step.index: step for step in chosen}.values())  # few steps: two levels may share one
+    seen = torch.stack(
+        [pipeline.predict_x0(step.x.expand(len(text), -1, -1, -1), step.timestep, text) for step in chosen], dim=1
+    )  # (1 + W, L, C, H, W)
+    maps = (seen[1:] - seen[:1]).square().mean(dim=2).sqrt()
+    return Influence(
+        tuple(words),
+        tuple(step.sigma for step in chosen),
+        from_model(seen[0]),
+        maps.float().cpu().numpy(),
+        from_model(last.x0)[0],
+    )
