@@ -47,7 +47,7 @@ SKIP = gr.skip()
 PACE = 0.06  # seconds between two frames of the film at least: faster than that nobody sees it emerge
 # All that draws waits in one queue, four requests at a time take turns; what needs no network does not wait.
 TURNS = dict(concurrency_id="network", concurrency_limit=4)
-NETWORK: dict[str, Any] = dict(**TURNS, api_visibility="private")
+NETWORK: dict[str, Any] = dict(**TURNS, api_visibility="private", show_progress="minimal")
 AT_ONCE: dict[str, Any] = dict(queue=False, api_visibility="private", show_progress="hidden")
 GO_ON, REPAINT = "Go on from all of it", "Draw anew what is painted over"
 TITLE = "pokediff: creatures out of noise"
@@ -242,7 +242,7 @@ def draw_tab(studio: Studio) -> None:
         prompt, negative, number, seed, fresh, steps, guidance, sampler, low, high, size, clear, color, checkpoint
     ]  # fmt: skip
     outputs = [film, status, scrub, files, near, seed]
-    drawing = gr.on([go.click, prompt.submit], draw, inputs, outputs, show_progress="hidden", **NETWORK)
+    drawing = gr.on([go.click, prompt.submit], draw, inputs, outputs, show_progress_on=status, **NETWORK)
     stop.click(lambda: "Stopped.", None, status, cancels=[drawing], **AT_ONCE)
     dice.click(None, None, seed, js=f"() => Math.floor(Math.random() * {LIMITS.seed})", **AT_ONCE)
     dice.click(lambda: False, None, fresh, **AT_ONCE)
@@ -289,7 +289,7 @@ def batch_tab(studio: Studio) -> None:
             yield words, show.labelled(drawn, labels), offered([studio.write_zip(config, jobs, drawn)])
 
     inputs = [prompts, variations, seed, steps, guidance, checkpoint]
-    drawing = go.click(draw, inputs, [status, sheet, bundle], show_progress="hidden", **NETWORK)
+    drawing = go.click(draw, inputs, [status, sheet, bundle], show_progress_on=status, **NETWORK)
     stop.click(lambda: "Stopped; what is done stays.", None, status, cancels=[drawing], **AT_ONCE)
     upload.upload(read, upload, prompts, api_visibility="private")
 
@@ -356,8 +356,8 @@ def picture_tab(studio: Studio) -> None:
         yield SKIP, offered(studio.write(config, frames))
 
     upload.upload(take, upload, canvas, api_visibility="private")
-    go.click(draw, [canvas, prompt, way, strength, number, seed, checkpoint], [result, files], show_progress="hidden",
-             **NETWORK)  # fmt: skip
+    inputs = [canvas, prompt, way, strength, number, seed, checkpoint]
+    go.click(draw, inputs, [result, files], **NETWORK)
 
 
 def editor_parts(value: Any, repaint: bool) -> tuple[np.ndarray, np.ndarray | None]:
@@ -407,7 +407,7 @@ def between_tab(studio: Studio) -> None:
             offered([animation, bundle]),
         )
 
-    go.click(walk, [one, two, count, seed, checkpoint], [result, files], show_progress="hidden", **NETWORK)
+    go.click(walk, [one, two, count, seed, checkpoint], [result, files], **NETWORK)
 
 
 def relatives_tab(studio: Studio) -> None:
@@ -431,7 +431,7 @@ def relatives_tab(studio: Studio) -> None:
             yield show.film([frame], words), SKIP
         yield SKIP, offered(studio.write(config, frames))
 
-    go.click(draw, [prompt, far, number, seed, checkpoint], [result, files], show_progress="hidden", **NETWORK)
+    go.click(draw, [prompt, far, number, seed, checkpoint], [result, files], **NETWORK)
 
 
 def palette_tab(studio: Studio) -> None:
@@ -467,7 +467,7 @@ def palette_tab(studio: Studio) -> None:
         yield SKIP, offered([path for path in written if path.name == "0000.png"])
 
     inputs = [upload, given, prompt, colors, hard, seed, checkpoint]
-    go.click(reduce, inputs, [result, files], show_progress="hidden", **NETWORK)
+    go.click(reduce, inputs, [result, files], **NETWORK)
 
 
 # ----------------------------------------------------------------------------------------------------------- inside
@@ -531,7 +531,6 @@ def inside_tab(studio: Studio) -> None:
         side_by_side,
         [prompt, seed, guidance, checkpoint, samplers, numbers],
         compared,
-        show_progress="hidden",
         **NETWORK,
     )
 
@@ -597,8 +596,8 @@ def sprite_api(studio: Studio) -> Callable[..., Iterator[dict[str, Any]]]:
         sampler: str = "dpmpp_2m",
         checkpoint: str | None = None,
     ) -> Iterator[dict[str, Any]]:
-        """Draw one picture: for every step, and at last for the picture, {"step": k, "of": n, "png": transparent, in
-        base64, "settings": what draws it}.
+        """Draw one picture. Now and then, and at last for the finished one, {"step": k, "of": n, "png": a transparent
+        picture in base64, "settings": what draws it}.
         """
         config = studio.settings(
             checkpoint, prompt=(prompt,), seed=seed, negative_prompt=negative_prompt, num_steps=num_steps,
@@ -607,8 +606,11 @@ def sprite_api(studio: Studio) -> Callable[..., Iterator[dict[str, Any]]]:
         settings: dict[str, Any] = {"prompt": prompt, "seed": config.seed, "checkpoint": studio.name_of(config)}
         for name in ("negative_prompt", "num_steps", "guidance_scale", "sampler"):
             settings[name] = getattr(config, name)
+        shown, total = time.monotonic(), studio.frames(config)
         for step, frame in enumerate(studio.draw(config), 1):
-            png = show.uri(frame.x0[0]).partition(",")[2]
-            yield {"step": step, "of": studio.frames(config), "png": png, "settings": settings}
+            if step == total or time.monotonic() > shown + PACE:
+                png = show.uri(frame.x0[0]).partition(",")[2]
+                yield {"step": step, "of": total, "png": png, "settings": settings}
+                shown = time.monotonic()
 
     return sprite

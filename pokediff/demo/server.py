@@ -78,6 +78,7 @@ def prepare(config: DemoConfig) -> tuple[Any, dict[str, Any], Path]:
         show_error=True,
         ssr_mode=False,
         enable_monitoring=False,
+        state_session_capacity=64,  # every program that asks is a session of .4 MB; the page keeps nothing in them
         max_file_size=LIMITS.upload_mb * 2**20,
         theme=gr.themes.Soft(primary_hue="violet", font=font, font_mono=["ui-monospace", "monospace"]).set(
             button_primary_background_fill_hover="*primary_700",
