@@ -437,6 +437,15 @@ def test_type_click_and_watch_it_emerge(page, tmp_path):
     page.wait_for_selector("#near .verdict-new, #near .verdict-close, #near .verdict-copy")
 
 
+def test_who_waits_sees_the_place(page, server):
+    url, _ = server
+    for seed in range(6):
+        assert join(url, seed, 100).status_code == 200
+    page.click("#draw")
+    page.get_by_text("queue: 3/3").wait_for()
+    page.wait_for_function(DONE)
+
+
 def test_the_keyboard_is_enough(page):
     page.focus("#prompt textarea")
     page.keyboard.press("Control+A")

@@ -47,7 +47,7 @@ SKIP = gr.skip()
 PACE = 0.06  # seconds between two frames of the film at least: faster than that nobody sees it emerge
 # All that draws waits in one queue, four requests at a time take turns; what needs no network does not wait.
 TURNS = dict(concurrency_id="network", concurrency_limit=4)
-NETWORK: dict[str, Any] = dict(**TURNS, api_visibility="private", show_progress="minimal")
+NETWORK: dict[str, Any] = dict(**TURNS, api_visibility="private", show_progress="full")
 AT_ONCE: dict[str, Any] = dict(queue=False, api_visibility="private", show_progress="hidden")
 GO_ON, REPAINT = "Go on from all of it", "Draw anew what is painted over"
 TITLE = "pokediff: creatures out of noise"
@@ -242,7 +242,7 @@ def draw_tab(studio: Studio) -> None:
         prompt, negative, number, seed, fresh, steps, guidance, sampler, low, high, size, clear, color, checkpoint
     ]  # fmt: skip
     outputs = [film, status, scrub, files, near, seed]
-    drawing = gr.on([go.click, prompt.submit], draw, inputs, outputs, show_progress_on=status, **NETWORK)
+    drawing = gr.on([go.click, prompt.submit], draw, inputs, outputs, show_progress_on=film, **NETWORK)
     stop.click(lambda: "Stopped.", None, status, cancels=[drawing], **AT_ONCE)
     dice.click(None, None, seed, js=f"() => Math.floor(Math.random() * {LIMITS.seed})", **AT_ONCE)
     dice.click(lambda: False, None, fresh, **AT_ONCE)
@@ -289,7 +289,7 @@ def batch_tab(studio: Studio) -> None:
             yield words, show.labelled(drawn, labels), offered([studio.write_zip(config, jobs, drawn)])
 
     inputs = [prompts, variations, seed, steps, guidance, checkpoint]
-    drawing = go.click(draw, inputs, [status, sheet, bundle], show_progress_on=status, **NETWORK)
+    drawing = go.click(draw, inputs, [status, sheet, bundle], show_progress_on=sheet, **NETWORK)
     stop.click(lambda: "Stopped; what is done stays.", None, status, cancels=[drawing], **AT_ONCE)
     upload.upload(read, upload, prompts, api_visibility="private")
 
@@ -357,7 +357,7 @@ def picture_tab(studio: Studio) -> None:
 
     upload.upload(take, upload, canvas, api_visibility="private")
     inputs = [canvas, prompt, way, strength, number, seed, checkpoint]
-    go.click(draw, inputs, [result, files], **NETWORK)
+    go.click(draw, inputs, [result, files], show_progress_on=result, **NETWORK)
 
 
 def editor_parts(value: Any, repaint: bool) -> tuple[np.ndarray, np.ndarray | None]:
@@ -407,7 +407,7 @@ def between_tab(studio: Studio) -> None:
             offered([animation, bundle]),
         )
 
-    go.click(walk, [one, two, count, seed, checkpoint], [result, files], **NETWORK)
+    go.click(walk, [one, two, count, seed, checkpoint], [result, files], show_progress_on=result, **NETWORK)
 
 
 def relatives_tab(studio: Studio) -> None:
@@ -431,7 +431,7 @@ def relatives_tab(studio: Studio) -> None:
             yield show.film([frame], words), SKIP
         yield SKIP, offered(studio.write(config, frames))
 
-    go.click(draw, [prompt, far, number, seed, checkpoint], [result, files], **NETWORK)
+    go.click(draw, [prompt, far, number, seed, checkpoint], [result, files], show_progress_on=result, **NETWORK)
 
 
 def palette_tab(studio: Studio) -> None:
@@ -467,7 +467,7 @@ def palette_tab(studio: Studio) -> None:
         yield SKIP, offered([path for path in written if path.name == "0000.png"])
 
     inputs = [upload, given, prompt, colors, hard, seed, checkpoint]
-    go.click(reduce, inputs, [result, files], **NETWORK)
+    go.click(reduce, inputs, [result, files], show_progress_on=result, **NETWORK)
 
 
 # ----------------------------------------------------------------------------------------------------------- inside
@@ -574,7 +574,7 @@ def measures_tab(page: gr.Blocks, reports: Path, runs: Path) -> None:
     def look() -> tuple[Any, Any]:
         return gr.CheckboxGroup(choices=found(reports, "report.json")), gr.Dropdown(choices=found(runs, "log.jsonl"))
 
-    light: dict[str, Any] = dict(api_visibility="private", concurrency_limit=4)
+    light: dict[str, Any] = dict(api_visibility="private", queue=False)
     gr.on([choice.change, again.click, page.load], show_reports, choice, table, **light)
     gr.on([run.change, again.click], show_run, run, curves, **light)
     again.click(look, None, [choice, run], **light)
