@@ -73,7 +73,7 @@ def pokediff(size: int) -> System:
     def loss(x0: torch.Tensor) -> torch.Tensor:
         text = F.normalize(torch.randn(len(x0), TEXT_DIM), dim=1)
         timesteps = torch.randint(1000, (len(x0),))
-        return diffusion_loss(network, schedule, x0, torch.randn_like(x0), timesteps, text).mean()
+        return diffusion_loss(schedule, network, x0, torch.randn_like(x0), timesteps, text).mean()
 
     def evaluate(x: torch.Tensor) -> torch.Tensor:
         return network(x, 500, F.normalize(torch.ones(len(x), TEXT_DIM), dim=1))

@@ -94,7 +94,7 @@ class Ours:
         timesteps = torch.randint(len(self.schedule), (len(x0),))
         with torch.autocast("cpu", torch.bfloat16):
             noise = torch.randn_like(x0)
-            loss = diffusion_loss(self.network, self.schedule, x0, noise, timesteps, batch.text, batch.augment).mean()
+            loss = diffusion_loss(self.schedule, self.network, x0, noise, timesteps, batch.text, batch.augment).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.max_grad_norm)
         self.optimizer.step()

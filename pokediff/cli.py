@@ -24,6 +24,7 @@ HELP = """usage: pokediff VERB [options]        pokediff VERB --help tells a ver
   scrape   build a data set from Bulbapedia: pictures, metadata.jsonl, text embeddings
   embed    write the text embeddings of a data set's captions
   train    train a model on a data set; `train FOLDER` chooses the settings for your own pictures
+  distill  teach a network to draw in four, two or one step instead of twenty
   sample   draw pictures from prompts
   evaluate measure a checkpoint, or a folder of pictures, on held-out families
   export   write the network as ONNX, for machines without PyTorch
@@ -41,6 +42,16 @@ class TrainCommand:
     settings: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
     config: Path | None = None  # a YAML file, see configs/
     resume: str = "never"  # auto: go on from the newest state, or start; never; or a folder .../state/step-N
+
+
+@dataclass(frozen=True)
+class DistillCommand:
+    """Teach a network of the same shape to draw in few steps: a training, with all its options in `settings`."""
+
+    settings: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+    checkpoint: Path | None = None  # the teacher (default: the shipped one)
+    steps: int = 4  # in which the student draws
+    resume: str = "never"  # as in train
 
 
 @dataclass(frozen=True)
@@ -104,6 +115,19 @@ def train(args: Sequence[str] | None = None, prog: str = "train.py") -> None:
 
     from pokediff.training import train
 
+    train(command.settings, command.resume)
+
+
+def distill(args: Sequence[str] | None = None, prog: str = "pokediff distill") -> None:
+    from pokediff.distillation import recipe
+    from pokediff.sampling import DEFAULT_CHECKPOINT
+    from pokediff.training import train
+
+    checkpoint, steps = _early(args, "--checkpoint") or DEFAULT_CHECKPOINT, _early(args, "--steps") or "4"
+    if not steps.isdigit() or int(steps) < 1:
+        raise PokediffError(f"--steps {steps}: a whole number from 1")
+    base = recipe(checkpoint, int(steps), TrainConfig().data)
+    command = _parse(DistillCommand, args, prog, DistillCommand(base))
     train(command.settings, command.resume)
 
 
@@ -222,6 +246,7 @@ VERBS: dict[str, Callable[[Sequence[str] | None, str], None]] = {
     "scrape": scrape,
     "embed": embed,
     "train": train,
+    "distill": distill,
     "sample": sample,
     "evaluate": evaluate,
     "export": export,

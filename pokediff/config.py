@@ -15,6 +15,7 @@ from pokediff.errors import PokediffError
 T = TypeVar("T")
 DEFAULT_CLIP = "open_clip:ViT-B-32:laion2b_s34b_b79k"  # what the scraper embeds captions with
 DEFAULT_STEPS, DEFAULT_GUIDANCE = 20, 1.5  # more of either costs: docs/LOG.md, guidance and steps
+Sampler = Literal["ddpm", "ddim", "dpmpp_2m", "unipc", "heun", "euler", "euler_a"]
 STRICT = {"extra": "forbid"}  # for pydantic, which reads the dataclasses at the border
 
 
@@ -77,6 +78,16 @@ class QuickLookConfig:
 
 
 @dataclass(frozen=True)
+class DistillConfig:
+    __pydantic_config__ = STRICT
+
+    teacher: str = "checkpoints/pokediff-32"  # the checkpoint to learn from; the student starts as it
+    steps: int = 4  # evaluations that the student draws with
+    substeps: int = 4  # of the teacher for one of the student's
+    guidance_scale: float = DEFAULT_GUIDANCE  # of the teacher; the student needs none
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     __pydantic_config__ = STRICT
 
@@ -90,6 +101,9 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     evaluation: QuickLookConfig = field(default_factory=QuickLookConfig)
+    distill: DistillConfig | None = (
+        None  # learn from a checkpoint to draw in few steps, instead of from pictures to draw
+    )
 
     max_steps: int = 20_000  # optimizer steps
     max_minutes: float | None = None  # stop after so many minutes, with a checkpoint
@@ -141,6 +155,13 @@ class TrainConfig:
             "diffusion.noise_shift",
             "must lie between the sigmas",
         )
+        if self.distill is not None:
+            _require(self.distill.steps > 0, "distill.steps", "must be positive")
+            _require(
+                self.distill.substeps > 1, "distill.substeps", "must be at least 2: there is nothing to learn else"
+            )
+            fits = self.distill.steps * self.distill.substeps <= noise.num_train_timesteps
+            _require(fits, "distill.substeps", "must leave the teacher no more steps than there are timesteps")
         every = ("log_every", "validate_every", "preview_every", "checkpoint_every")
         for name in ("batch_size", "max_steps", "learning_rate", "max_grad_norm", *every):
             _require(getattr(self, name) > 0, name, "must be positive")
@@ -186,8 +207,8 @@ class SampleConfig:
     out: str | None = None  # folder for what is written (default: outputs/<the first prompt>)
     num_images: int = 1  # pictures for each prompt
     seed: int = 0  # of the first picture; the k-th picture has seed + k
-    num_steps: int = DEFAULT_STEPS  # steps of the sampler
-    guidance_scale: float = DEFAULT_GUIDANCE  # how much the prompt counts; 1 is off
+    num_steps: int | None = None  # steps of the sampler (default: the checkpoint's own, 20 if it was not distilled)
+    guidance_scale: float | None = None  # how much the prompt counts; 1 is off (default: the checkpoint's own, 1.5)
     guidance_interval: tuple[float, float] | None = None  # guide only while sigma lies between these
     negative_prompt: str = ""  # what guidance moves away from
     image: str | None = None  # a picture to begin with instead of noise; a plain backdrop is taken away
@@ -195,7 +216,7 @@ class SampleConfig:
     mask: str | None = None  # a picture of its shape, white where it is drawn anew (strength 1); the rest stays
     variation: float = 0.0  # how far the pictures of one prompt are from the first, 0 to 1, instead of new seeds
     interpolate: int = 0  # so many pictures on the way from one prompt to the next, and interpolation.gif
-    sampler: Literal["ddpm", "ddim", "dpmpp_2m", "unipc", "heun", "euler", "euler_a"] = "dpmpp_2m"
+    sampler: Sampler | None = None  # how the way from noise is walked (default: the checkpoint's own, dpmpp_2m)
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the processor has it
     batch_size: int = 16  # pictures drawn at once; changes speed and memory, not the pictures
     palette: str | None = None  # a number of colours for each picture, or a .gpl or .hex file with the colours
@@ -210,7 +231,7 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         _require(self.num_images > 0, "num_images", "must be positive")
-        _require(self.num_steps > 0, "num_steps", "must be positive")
+        _require(self.num_steps is None or self.num_steps > 0, "num_steps", "must be positive")
         _require(self.batch_size > 0, "batch_size", "must be positive")
         _require(1 <= self.enlarge <= 64, "enlarge", "must be 1 to 64")
         _require(self.save_frames >= 0, "save_frames", "must not be negative")
@@ -242,9 +263,9 @@ class EvaluateConfig:
     kid_subsets: int = 100  # random subsets for the mean and standard deviation that papers give
     kid_subset_size: int = 100  # at most as many as there are pictures
     seed: int = 0  # of resampling
-    num_steps: int = DEFAULT_STEPS
-    guidance_scale: float = DEFAULT_GUIDANCE
-    sampler: Literal["ddpm", "ddim", "dpmpp_2m", "unipc", "heun", "euler", "euler_a"] = "dpmpp_2m"
+    num_steps: int | None = None  # these three: the checkpoint's own by default
+    guidance_scale: float | None = None
+    sampler: Sampler | None = None
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the processor has it
     batch_size: int = 16
     device: str | None = None  # cpu, cuda, mps (default: the fastest there is)

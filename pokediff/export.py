@@ -14,9 +14,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import DPMSolverMultistepScheduler
 from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
@@ -136,9 +136,9 @@ def load_exported(folder: str | Path) -> PokeDiffPipeline:
     config = FrozenDict(json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8")))
     vector = torch.from_numpy(np.loadtxt(folder / "unet" / "null_text.txt", dtype=np.float32))
     unet: Any = OnnxUnet(folder / NETWORK, config, vector)
-    scheduler = DPMSolverMultistepScheduler.from_pretrained(folder / "scheduler")
-    name = index["text_encoder_name"]
-    if name != "builtin":
-        return PokeDiffPipeline(unet, scheduler, text_encoder_name=name)
+    scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(folder / "scheduler")
+    settings = {name: index[name] for name in PokeDiffPipeline.settings if name in index}
+    if (name := index["text_encoder_name"]) != "builtin":
+        return PokeDiffPipeline(unet, scheduler, **settings)
     encoder = ClipTextEncoder.from_folder(folder, name)
-    return PokeDiffPipeline(unet, scheduler, encoder.model, encoder.tokenizer, name)
+    return PokeDiffPipeline(unet, scheduler, encoder.model, encoder.tokenizer, **settings)

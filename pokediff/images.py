@@ -42,12 +42,13 @@ class BadImage(PokediffError):
 # ---------------------------------------------------------------------------------------------------------- files
 
 
-def read_image(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def read_image(data: bytes, max_pixels: int | None = None) -> np.ndarray:
     """Decode any common picture file (PNG, WebP, JPEG, GIF; P, LA, L, RGB, RGBA, 16-bit) to straight RGBA.
 
     Returns uint8 (H, W, 4). Of an animation, the first frame. Raises BadImage when the bytes are no picture, are cut
-    or hold more than `max_pixels`.
+    or hold more than `max_pixels` (default MAX_PIXELS).
     """
+    max_pixels = MAX_PIXELS if max_pixels is None else max_pixels
     try:
         with Image.open(BytesIO(data)) as file:
             if file.width * file.height > max_pixels:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ from pokediff.images import CHANNELS, Channels, from_model, to_model
 from pokediff.text import ClipTextEncoder, TextEncoder, cached_or_downloaded, load_text_encoder
 from pokediff.unet import Unet
 
+Settings = TypeVar("Settings", bound=Any)
 # name: a diffusers scheduler and what is changed of its configuration. A new sampler is a new line.
 SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
     "ddpm": (DDPMScheduler, {}),
@@ -80,9 +81,11 @@ class PokeDiffPipeline(DiffusionPipeline):
     `unet` and `scheduler` belong to each other by the scheduler's noise schedule and prediction type; any diffusers
     scheduler made `from_config` of this one may take its place. `text_encoder` and `tokenizer` are there when the
     encoder lives in the checkpoint ("builtin"); otherwise `text_encoder_name` is loaded when it is first needed.
+    `num_steps` and `guidance_scale` are what the network is at its best with; a distilled one wants few and none.
     """
 
     model_cpu_offload_seq = "text_encoder->unet"
+    settings = ("text_encoder_name", "num_steps", "guidance_scale")  # what model_index.json holds beside the parts
     _optional_components = ["text_encoder", "tokenizer"]  # noqa: RUF012 (diffusers' own form)
 
     def __init__(
@@ -92,10 +95,12 @@ class PokeDiffPipeline(DiffusionPipeline):
         text_encoder: Any = None,
         tokenizer: Any = None,
         text_encoder_name: str = "builtin",
+        num_steps: int = DEFAULT_STEPS,
+        guidance_scale: float = DEFAULT_GUIDANCE,
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer)
-        self.register_to_config(text_encoder_name=text_encoder_name)
+        self.register_to_config(text_encoder_name=text_encoder_name, num_steps=num_steps, guidance_scale=guidance_scale)
         self._encode: TextEncoder | None = None
 
     @classmethod
@@ -149,8 +154,15 @@ class PokeDiffPipeline(DiffusionPipeline):
             self._encode = encode
         return self._encode
 
-    def make_scheduler(self, sampler: str | None, num_steps: int) -> SchedulerMixin:
+    @property
+    def sampler(self) -> str:
+        """The name of the pipeline's own scheduler in SAMPLERS, or of its class."""
+        kind = type(self.scheduler)
+        return next((name for name, (known, _) in SAMPLERS.items() if known is kind), kind.__name__)
+
+    def make_scheduler(self, sampler: str | None = None, num_steps: int | None = None) -> SchedulerMixin:
         """A fresh scheduler set to `num_steps`: the one called `sampler`, or a copy of the pipeline's own."""
+        num_steps = self.config.num_steps if num_steps is None else num_steps
         if sampler is not None and sampler not in SAMPLERS:
             raise PokediffError(f"unknown sampler {sampler!r}, there are {', '.join(SAMPLERS)}")
         if not 1 <= num_steps <= self.scheduler.config.num_train_timesteps:
@@ -161,7 +173,7 @@ class PokeDiffPipeline(DiffusionPipeline):
         scheduler.set_timesteps(num_steps, device=self.device)
         return scheduler
 
-    def sigmas(self, sampler: str | None, num_steps: int) -> list[float]:
+    def sigmas(self, sampler: str | None = None, num_steps: int | None = None) -> list[float]:
         """The noise at every evaluation of the network, relative to the picture's unit scale."""
         return [self._sigma(float(timestep)) for timestep in self.make_scheduler(sampler, num_steps).timesteps]
 
@@ -175,8 +187,8 @@ class PokeDiffPipeline(DiffusionPipeline):
         strength: float = 1.0,
         mask: np.ndarray | None = None,
         noise: torch.Tensor | None = None,
-        num_steps: int = DEFAULT_STEPS,
-        guidance_scale: float = DEFAULT_GUIDANCE,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         negative_prompt: str = "",
         sampler: str | None = None,
@@ -193,8 +205,9 @@ class PokeDiffPipeline(DiffusionPipeline):
             mask: (H, W) or (N, H, W) bool, true where `image` is drawn anew; elsewhere every predicted x0 is set to
                 `image`, so that what is new grows onto what is there (DDNM, Wang et al. 2023, section 3.2).
             noise: the first noise (N, C, H, W) instead of what the seeds mean.
-            num_steps: steps of the sampler (heun evaluates the network twice a step).
-            guidance_scale: 1 is off; x0 is moved away from the negative prompt's by this factor (Ho & Salimans 2022).
+            num_steps: steps of the sampler (heun evaluates the network twice in each); None: what suits the network.
+            guidance_scale: 1 is off, None what suits the network; x0 is moved away from the negative prompt's by this
+                factor (Ho & Salimans 2022).
             guidance_interval: guide only while sigma lies in it (Kynkäänniemi et al. 2024); None is always.
             negative_prompt: what guidance moves away from; "" is the null condition.
             sampler: a name in SAMPLERS; None is the pipeline's own scheduler.
@@ -206,6 +219,7 @@ class PokeDiffPipeline(DiffusionPipeline):
         if len(prompts) != len(seeds):
             raise PokediffError(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}")
         scheduler = self.make_scheduler(sampler, num_steps)
+        guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         half = self.in_bf16(precision)
         text = prompts if isinstance(prompts, torch.Tensor) else self.encode_prompt(prompts)  # (N, D)
         against = self.encode_prompt([negative_prompt]).expand_as(text)
@@ -226,7 +240,9 @@ class PokeDiffPipeline(DiffusionPipeline):
                 both = self._predict(noisy.repeat(2, 1, 1, 1), timestep, torch.cat([text, against]), half)
                 guided, away = both.chunk(2)
                 output = away + guidance_scale * (guided - away)
-            x0 = self._to_x0(output, noisy, sigma).clamp(-1, 1)  # guidance overshoots; a picture cannot
+            x0 = to_x0(self.scheduler.config.prediction_type, output, noisy, sigma).clamp(
+                -1, 1
+            )  # guidance overshoots; a picture cannot
             if known is not None and redrawn is not None:
                 x0 = torch.where(redrawn, x0, known)
             yield Step(index, float(timestep), sigma, noisy, x0)
@@ -240,7 +256,7 @@ class PokeDiffPipeline(DiffusionPipeline):
         x (B, C, H, W) of unit variance and timestep as a `Step` holds them; text (B, D) as `encode_prompt` gives it.
         """
         output = self._predict(x, torch.tensor(timestep), text, self.in_bf16("auto"))
-        return self._to_x0(output, x, self._sigma(timestep)).clamp(-1, 1)
+        return to_x0(self.scheduler.config.prediction_type, output, x, self._sigma(timestep)).clamp(-1, 1)
 
     def in_bf16(self, precision: Literal["auto", "bf16", "fp32"]) -> bool:
         """What `precision` means here: auto is bf16 where the device multiplies it in hardware. An exported network has
@@ -338,18 +354,26 @@ class PokeDiffPipeline(DiffusionPipeline):
         log_sigmas = ((1 - alphas) / alphas).log() / 2
         return float(np.exp(np.interp(timestep, np.arange(len(alphas)), log_sigmas.cpu().numpy())))
 
-    def _to_x0(self, output: torch.Tensor, x: torch.Tensor, sigma: float) -> torch.Tensor:
-        """The output as x0, where x = alpha x0 + std noise, alpha^2 + std^2 = 1 (Salimans & Ho 2022, appendix D)."""
-        alpha, std = 1 / (1 + sigma**2) ** 0.5, sigma / (1 + sigma**2) ** 0.5
-        kind = self.scheduler.config.prediction_type
-        if kind == "v_prediction":
-            return alpha * x - std * output
-        return (x - std * output) / alpha if kind == "epsilon" else output
-
     def _to_v(self, x0: torch.Tensor, x: torch.Tensor, sigma: float) -> torch.Tensor:
         """The v that means this x0, alpha noise - std x0, whatever the network predicts."""
         alpha, std = 1 / (1 + sigma**2) ** 0.5, sigma / (1 + sigma**2) ** 0.5
         return (alpha * x - x0) / std
+
+
+def settled(config: Settings, pipeline: PokeDiffPipeline) -> Settings:
+    """`config`, a dataclass, with the checkpoint's own steps, guidance and sampler where it leaves them open."""
+    own = {name: pipeline.config[name] for name in ("num_steps", "guidance_scale")} | {"sampler": pipeline.sampler}
+    return replace(config, **{name: value for name, value in own.items() if getattr(config, name) is None})
+
+
+def to_x0(prediction_type: str, output: torch.Tensor, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+    """A network's output as x0, where x = alpha x0 + std noise, sigma = std / alpha, alpha^2 + std^2 = 1
+    (Salimans & Ho 2022, appendix D).
+    """
+    alpha, std = 1 / (1 + sigma**2) ** 0.5, sigma / (1 + sigma**2) ** 0.5
+    if prediction_type == "v_prediction":
+        return alpha * x - std * output
+    return (x - std * output) / alpha if prediction_type == "epsilon" else output
 
 
 def slerp(start: torch.Tensor, end: torch.Tensor, share: float) -> torch.Tensor:
@@ -367,8 +391,8 @@ def slerp(start: torch.Tensor, end: torch.Tensor, share: float) -> torch.Tensor:
 
 
 def diffusion_loss(
-    unet: Any,
     schedule: DDPMScheduler,
+    unet: Any,
     x0: torch.Tensor,
     noise: torch.Tensor,
     timesteps: torch.Tensor,

@@ -184,7 +184,7 @@ def publish(pipeline: PokeDiffPipeline, folder: Path, card: str) -> None:
         name: copy.deepcopy(part).half() if isinstance(part, nn.Module) else part
         for name, part in pipeline.components.items()
     }
-    half = PokeDiffPipeline(**parts, text_encoder_name=pipeline.config.text_encoder_name)
+    half = PokeDiffPipeline(**parts, **{name: pipeline.config[name] for name in PokeDiffPipeline.settings})
     half.save_pretrained(temporary)
     write_whole(temporary / "README.md", card)
     files = [path for path in temporary.rglob("*") if path.is_file()]

@@ -35,7 +35,7 @@ from pokediff.images import (
     read_image,
     save_animation,
 )
-from pokediff.pipeline import PokeDiffPipeline, quiet, slerp
+from pokediff.pipeline import PokeDiffPipeline, quiet, settled, slerp
 from pokediff.pixelart import finish, read_palette
 from pokediff.records import read_text, write_whole
 
@@ -76,6 +76,7 @@ def sample(config: SampleConfig) -> Path:
         parse_color(config.background)
     finishing = make_finish(config)
     pipeline = load_pipeline(config)
+    config = settled(config, pipeline)
     out = Path(config.out or Path("outputs") / slug(prompts[0]))
     out.mkdir(parents=True, exist_ok=True)
     clear_earlier(out)

@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,13 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from pokediff import runs
 from pokediff.config import TrainConfig, plain
 from pokediff.dataset import Batch, CaptionVectors, Pictures, TrainingBatches, caption_vectors, load_pictures
+from pokediff.distillation import Distillation
 from pokediff.errors import PokediffError
 from pokediff.evaluation.quick import COPYING, QuickLook
 from pokediff.images import CHANNELS, composite, encode_png, enlarge, from_model, grid, save_animation, to_model
@@ -36,6 +38,7 @@ from pokediff.runs import Progress
 from pokediff.text import ClipTextEncoder, load_text_encoder
 from pokediff.unet import Unet, cosine_sigmas, flops_per_image
 
+Objective = Callable[..., torch.Tensor]  # (unet, x0, noise, timesteps, text, augment) to the loss of each picture
 BAD_STEPS = 3  # that many non-finite steps in a row end the run
 VALIDATION_PICTURES = 512
 
@@ -84,14 +87,15 @@ def train(config: TrainConfig, resume: str = "never") -> Path:
     # ---- network, its average, optimizer
     torch.manual_seed(config.seed)
     network = make_unet(config, text_dim=vectors.table.shape[1])
-    if config.start_from:
-        taken = network.start_from(load_start(config.start_from))
-        say(f"{taken / 1e6:.2f} M weights taken from {config.start_from}")
+    if start := config.start_from or (config.distill and config.distill.teacher):
+        taken = network.start_from(load_start(start))
+        say(f"{taken / 1e6:.2f} M weights taken from {start}")
     network.null_text.copy_(vectors.table[0])
     network = network.to(memory_format=torch.channels_last)
     average = AveragedModel(network, multi_avg_fn=ema_with_warmup(config.ema_decay)).to(accelerator.device)
     schedule = make_noise_schedule(config)
-    pipeline = make_pipeline(average.module, schedule, config.text_encoder)
+    objective = make_objective(config, schedule, accelerator.device)
+    pipeline = make_pipeline(average.module, schedule, config)
     unet, optimizer = accelerator.prepare(network, make_optimizer(network, config))
     progress = Progress()
     if state_folder:
@@ -110,7 +114,7 @@ def train(config: TrainConfig, resume: str = "never") -> Path:
         runs.describe(out, config, accelerator, facts)
         left, seconds = (
             config.max_steps - progress.step,
-            seconds_per_step(accelerator, network, schedule, batches, config),
+            seconds_per_step(accelerator, network, objective, batches, config),
         )
         say(
             f"{facts['parameters'] / 1e6:.2f} M parameters, {facts['flops_per_image_forward'] / 1e9:.2f} GFLOP "
@@ -140,7 +144,7 @@ def train(config: TrainConfig, resume: str = "never") -> Path:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
             torch.manual_seed(mix(config.seed, step, 1 + accelerator.process_index))  # dropout
-            loss = training_loss(unet, schedule, batch, accelerator, config, step)
+            loss = training_loss(unet, objective, batch, accelerator, config, step)
             accelerator.backward(loss)
             norm = accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
             if torch.isfinite(norm):
@@ -172,7 +176,7 @@ def train(config: TrainConfig, resume: str = "never") -> Path:
                 steps_bar.set_postfix(loss=f"{values.get('loss', math.nan):.4f}", img_s=f"{values['images_per_s']:.0f}")
                 accelerator.log(values, step=now)
             if main and (stop or now % config.validate_every == 0):
-                losses = validate(average.module, schedule, validation, validation_vectors, config, accelerator)
+                losses = validate(average.module, objective, validation, validation_vectors, config, accelerator)
                 accelerator.log({**losses, "images_seen": progress.images_seen}, step=now)
                 progress.note(training_loss_now, losses["validation_loss"])
                 if (lowest := progress.overfitting_since()) is not None:
@@ -248,12 +252,20 @@ def make_optimizer(unet: Unet, config: TrainConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
 
 
-def make_pipeline(unet: Any, schedule: DDPMScheduler, text_encoder: str) -> PokeDiffPipeline:
+def make_objective(config: TrainConfig, schedule: DDPMScheduler, device: torch.device) -> Objective:
+    """What is minimised: the denoising error, or the distance to a teacher."""
+    return Distillation(config.distill, schedule, device) if config.distill else partial(diffusion_loss, schedule)
+
+
+def make_pipeline(unet: Any, schedule: DDPMScheduler, config: TrainConfig) -> PokeDiffPipeline:
     """The pipeline that is previewed and saved. Only the built-in encoder travels in it; others are loaded by name."""
-    encoder = load_text_encoder(text_encoder) if text_encoder == "builtin" else None
+    encoder = load_text_encoder(config.text_encoder) if config.text_encoder == "builtin" else None
     model, tokenizer = (encoder.model, encoder.tokenizer) if isinstance(encoder, ClipTextEncoder) else (None, None)
+    if config.distill:  # what it was taught: so many DDIM steps, and the teacher's guidance with them
+        sampler = DDIMScheduler.from_config(schedule.config)
+        return PokeDiffPipeline(unet, sampler, model, tokenizer, config.text_encoder, config.distill.steps, 1.0)
     sampler = DPMSolverMultistepScheduler.from_config(schedule.config)
-    return PokeDiffPipeline(unet, sampler, model, tokenizer, text_encoder)
+    return PokeDiffPipeline(unet, sampler, model, tokenizer, config.text_encoder)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -295,25 +307,25 @@ def mix(*numbers: int) -> int:
 
 
 def training_loss(
-    unet: Any, schedule: DDPMScheduler, batch: Batch, accelerator: Accelerator, config: TrainConfig, step: int
+    unet: Any, objective: Objective, batch: Batch, accelerator: Accelerator, config: TrainConfig, step: int
 ) -> torch.Tensor:
     """Mean loss of this process's slice of the step's batch."""
     x0 = to_model(batch.pixels.to(accelerator.device), config.dataset.channels)
     generator = torch.Generator(accelerator.device).manual_seed(mix(config.seed, step, 0))
     # Noise and timesteps are drawn for all processes together, then sliced: any number of them trains the same model.
     total = (accelerator.num_processes * x0.shape[0],)
-    timesteps = torch.randint(0, len(schedule), total, generator=generator, device=x0.device)
+    timesteps = torch.randint(0, config.diffusion.num_train_timesteps, total, generator=generator, device=x0.device)
     noise = torch.randn(total + x0.shape[1:], generator=generator, device=x0.device)
     first = accelerator.process_index * x0.shape[0]
     mine = slice(first, first + x0.shape[0])
     text, augment = batch.text.to(x0.device), batch.augment.to(x0.device)
-    return diffusion_loss(unet, schedule, x0, noise[mine], timesteps[mine], text, augment).mean()
+    return objective(unet, x0, noise[mine], timesteps[mine], text, augment).mean()
 
 
 @torch.inference_mode()
 def validate(
     unet: Any,
-    schedule: DDPMScheduler,
+    objective: Objective,
     pictures: Pictures,
     vectors: CaptionVectors,
     config: TrainConfig,
@@ -322,7 +334,7 @@ def validate(
     """Mean loss on the validation families, and by thirds of the timesteps; always the same noise and timesteps."""
     unet.eval()
     generator = torch.Generator().manual_seed(0)
-    number, total = len(pictures), len(schedule)
+    number, total = len(pictures), config.diffusion.num_train_timesteps
     timesteps = ((torch.arange(number) + 0.5) / number * total).long()[torch.randperm(number, generator=generator)]
     losses = []
     for start in range(0, number, 64):
@@ -332,7 +344,7 @@ def validate(
         text = vectors.table[[rows[0] for rows in vectors.rows[part]]]
         tensors = (tensor.to(accelerator.device) for tensor in (x0, noise, timesteps[part], text))
         with accelerator.autocast():
-            losses.append(diffusion_loss(unet, schedule, *tensors).cpu())
+            losses.append(objective(unet, *tensors).cpu())
     loss = torch.cat(losses)
     result = {"validation_loss": loss.mean().item()}
     for third, name in enumerate(("low_noise", "mid_noise", "high_noise")):
@@ -429,14 +441,14 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 
 def seconds_per_step(
-    accelerator: Accelerator, unet: Unet, schedule: DDPMScheduler, batches: TrainingBatches, config: TrainConfig
+    accelerator: Accelerator, unet: Unet, objective: Objective, batches: TrainingBatches, config: TrainConfig
 ) -> float:
     """How long a step takes here, tried on a copy of the network; the third try counts, the first ones warm up."""
     trial, seconds = copy.deepcopy(unet), 0.0
     for step in range(3):
         begin = time.monotonic()
         with accelerator.autocast():
-            training_loss(trial, schedule, batches[step], accelerator, config, step).backward()
+            training_loss(trial, objective, batches[step], accelerator, config, step).backward()
         if accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.monotonic() - begin

@@ -14,7 +14,7 @@ LAYERS = [
     {"captions", "images", "recipes"},
     {"pixelart", "text", "unet"},
     {"dataset", "pipeline"},
-    {"export", "insight"},
+    {"distillation", "export", "insight"},
     {"runs", "sampling", "text_distillation", "evaluation.distances", "evaluation.features", "evaluation.prompts"},
     {"evaluation.copies", "evaluation.report"},
     {"evaluation.quick", "evaluation.evaluate"},

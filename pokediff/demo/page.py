@@ -202,30 +202,26 @@ def draw_tab(studio: Studio) -> None:
             files = download("PNG, GIF, MP4, and the settings for sample.py --from-json")
             near = gr.HTML(elem_id="near")
 
+    as_they_are = dict(  # by their names in SampleConfig
+        checkpoint=checkpoint,
+        negative_prompt=negative,
+        num_images=number,
+        num_steps=steps,
+        guidance_scale=guidance,
+        sampler=sampler,
+        enlarge=size,
+    )
+
     @spoken
-    def draw(*given: Any) -> Iterator[tuple[Any, ...]]:
-        (
-            words,
-            against,
-            count,
-            start,
-            anew,
-            number_steps,
-            scale,
-            sampler,
-            lowest,
-            highest,
-            factor,
-            bare,
-            behind,
-            name,
-        ) = given
-        interval = None if (lowest, highest) == (0, 100) else (lowest, highest)
+    def draw(given: dict[Any, Any]) -> Iterator[tuple[Any, ...]]:
+        interval = (given[low], given[high])
         config = studio.settings(
-            name, prompt=(words,), negative_prompt=against, num_images=count, seed=new_seed() if anew else start,
-            num_steps=number_steps, guidance_scale=scale, sampler=sampler, guidance_interval=interval, enlarge=factor,
-            background=None if bare else behind,
-        )  # fmt: skip
+            **{name: given[control] for name, control in as_they_are.items()},
+            prompt=(given[prompt],),
+            seed=new_seed() if given[fresh] else given[seed],
+            guidance_interval=None if interval == (0, 100) else interval,
+            background=None if given[clear] else given[color],
+        )
         frames: list[Frame] = []
         total = studio.frames(config)
         for frame in paced(studio.draw(config)):
@@ -238,9 +234,7 @@ def draw_tab(studio: Studio) -> None:
         yield SKIP, SKIP, SKIP, offered(studio.write(config, frames)), SKIP, SKIP
         yield SKIP, SKIP, SKIP, SKIP, show.neighbours(frames[-1].x0, studio.neighbours(frames[-1].x0)), SKIP
 
-    inputs = [
-        prompt, negative, number, seed, fresh, steps, guidance, sampler, low, high, size, clear, color, checkpoint
-    ]  # fmt: skip
+    inputs = {prompt, seed, fresh, low, high, clear, color, *as_they_are.values()}
     outputs = [film, status, scrub, files, near, seed]
     drawing = gr.on([go.click, prompt.submit], draw, inputs, outputs, show_progress_on=film, **NETWORK)
     stop.click(lambda: "Stopped.", None, status, cancels=[drawing], **AT_ONCE)

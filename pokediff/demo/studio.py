@@ -26,7 +26,7 @@ from pokediff.errors import PokediffError
 from pokediff.evaluation.copies import nearest_in_pixels
 from pokediff.images import BadImage, composite, encode_png, enlarge, premultiply, read_image, unpremultiply
 from pokediff.insight import Influence, word_influence
-from pokediff.pipeline import SAMPLERS, PokeDiffPipeline, quiet
+from pokediff.pipeline import SAMPLERS, PokeDiffPipeline, quiet, settled
 from pokediff.records import Record, write_whole
 from pokediff.sampling import Frame, Job
 
@@ -114,17 +114,19 @@ class Studio:
         """
         name = checkpoint or next(iter(self.checkpoints))
         self.pipeline(name)
-        values = {name: value for name, value in values.items() if value is not None}
+        values = {key: value for key, value in values.items() if value is not None}
         config = from_values({**values, "checkpoint": self.checkpoints[name]}, SampleConfig, "settings")
         if not config.prompt or not any(prompt.strip() for prompt in config.prompt):
             raise PokediffError("Write what to draw first.")
+        config = settled(config, self.pipeline(name))
+        guidance = 1.0 if config.guidance_scale is None else config.guidance_scale
         bounded = {
             "prompts": (len(config.prompt), LIMITS.prompts),
             "characters in a prompt": (max(map(len, (*config.prompt, config.negative_prompt))), LIMITS.prompt),
             "pictures of a prompt": (config.num_images, LIMITS.pictures),
             "pictures": (len(config.prompt) * config.num_images, LIMITS.batch),
-            "steps": (config.num_steps, LIMITS.steps),
-            "guidance": (config.guidance_scale, LIMITS.guidance),
+            "steps": (config.num_steps or 0, LIMITS.steps),
+            "guidance": (guidance, LIMITS.guidance),
             "seed": (config.seed, LIMITS.seed),
             "times enlarged": (config.enlarge, LIMITS.enlarge),
             "pictures on the way": (config.interpolate, LIMITS.way),
@@ -132,7 +134,7 @@ class Studio:
         for what, (value, most) in bounded.items():
             if not value <= most:  # so that a value that is no number fails too
                 raise PokediffError(f"At most {most} {what}, not {value}.")
-        if not config.guidance_scale >= 0:
+        if not guidance >= 0:
             raise PokediffError("Guidance must not be negative.")
         if config.background:
             sampling.parse_color(config.background)

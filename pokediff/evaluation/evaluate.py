@@ -35,7 +35,7 @@ from pokediff.evaluation.distances import (
 from pokediff.evaluation.features import FeatureNet, Lpips, clip_similarity, load_features
 from pokediff.evaluation.report import Report, write_report
 from pokediff.images import composite, encode_png, read_image, unpremultiply
-from pokediff.pipeline import PokeDiffPipeline, diffusion_loss, quiet
+from pokediff.pipeline import PokeDiffPipeline, diffusion_loss, quiet, settled
 from pokediff.records import write_whole
 from pokediff.unet import flops_per_image
 
@@ -191,6 +191,7 @@ class Generator:
 
         folder = config.checkpoint or str(DEFAULT_CHECKPOINT)
         pipeline = PokeDiffPipeline.from_pretrained(folder).to(pick_device(config.device or str(PartialState().device)))
+        config = settled(config, pipeline)
         weights = Path(folder) / "unet" / "diffusion_pytorch_model.safetensors"
         sha256 = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None
         return cls(pipeline, config, {"checkpoint": Path(folder).name, "weights_sha256": sha256})
@@ -609,7 +610,7 @@ def measure_loss(
             steps = torch.full((len(x0),), int(level))
             with torch.inference_mode():
                 parts = [
-                    diffusion_loss(pipeline.unet, schedule, x0[i], noise[i], steps[i], text[i])
+                    diffusion_loss(schedule, pipeline.unet, x0[i], noise[i], steps[i], text[i])
                     for i in torch.arange(len(x0)).split(32)
                 ]
             losses.append(torch.cat(parts).double().numpy())
