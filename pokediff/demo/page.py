@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from pokediff.captions import SHAPES, STYLES
-from pokediff.config import DEFAULT_GUIDANCE, DEFAULT_STEPS
+from pokediff.config import SampleConfig
 from pokediff.demo import show
 from pokediff.demo.studio import LIMITS, Studio, new_seed
 from pokediff.errors import PokediffError
@@ -49,6 +49,7 @@ PACE = 0.06  # seconds between two frames of the film at least: faster than that
 TURNS = dict(concurrency_id="network", concurrency_limit=4)
 NETWORK: dict[str, Any] = dict(**TURNS, api_visibility="private", show_progress="full")
 AT_ONCE: dict[str, Any] = dict(queue=False, api_visibility="private", show_progress="hidden")
+OWN = "the model's own"
 GO_ON, REPAINT = "Go on from all of it", "Draw anew what is painted over"
 TITLE = "pokediff: creatures out of noise"
 
@@ -110,26 +111,30 @@ def seed_box() -> gr.Number:
     )  # fmt: skip
 
 
-def steps_slider() -> gr.Slider:
-    return gr.Slider(
-        2, LIMITS.steps, DEFAULT_STEPS, step=1, label="Steps", info="More are slower; from 12 on little changes."
-    )
+def steps_slider(studio: Studio) -> gr.Slider:
+    value, _ = studio.suited(next(iter(studio.checkpoints)))
+    return gr.Slider(1, LIMITS.steps, value, step=1, label="Steps", info="More are slower; from 12 on little changes.")
 
 
-def guidance_slider() -> gr.Slider:
+def guidance_slider(studio: Studio) -> gr.Slider:
+    _, value = studio.suited(next(iter(studio.checkpoints)))
     return gr.Slider(
-        1, LIMITS.guidance, DEFAULT_GUIDANCE, step=0.1, label="Guidance",
+        1, LIMITS.guidance, value, step=0.1, label="Guidance",
         info="How much the prompt counts. 1 is off; much smooths and narrows.",
     )  # fmt: skip
 
 
-def sampler_choice(value: str = "dpmpp_2m") -> gr.Dropdown:
-    return gr.Dropdown(list(SAMPLERS), value=value, label="Sampler", info="How the way from noise is walked.")
+def sampler_choice() -> gr.Dropdown:
+    return gr.Dropdown([OWN, *SAMPLERS], value=OWN, label="Sampler", info="How the way from noise is walked.")
 
 
-def checkpoint_choice(studio: Studio) -> gr.Dropdown:
+def checkpoint_choice(studio: Studio, steps: gr.Slider | None = None, guidance: gr.Slider | None = None) -> gr.Dropdown:
+    """Which model draws; chosen, it sets steps and guidance to what suits it."""
     names = list(studio.checkpoints)
-    return gr.Dropdown(names, value=names[0], label="Model", info="The checkpoint that draws.", visible=len(names) > 1)
+    choice = gr.Dropdown(names, value=names[0], label="Model", info="The checkpoint.", visible=len(names) > 1)
+    if steps is not None and guidance is not None:
+        choice.change(spoken(studio.suited), choice, [steps, guidance], **AT_ONCE)
+    return choice
 
 
 def download(words: str) -> gr.File:
@@ -148,6 +153,15 @@ def paced(frames: Iterable[Frame]) -> Iterator[Frame]:
         time.sleep(max(0.0, shown + PACE - time.monotonic()))
         shown = time.monotonic()
         yield frame
+
+
+def film_and_files(studio: Studio, config: SampleConfig) -> Iterator[tuple[Any, Any]]:
+    """Updates of a film and its downloads, while it is drawn."""
+    frames = []
+    for frame in paced(studio.draw(config)):
+        frames.append(frame)
+        yield show.film([frame], config.prompt[0]), SKIP
+    yield SKIP, offered(studio.write(config, frames))
 
 
 # ------------------------------------------------------------------------------------------------------------- draw
@@ -182,7 +196,7 @@ def draw_tab(studio: Studio) -> None:
                 fresh = gr.Checkbox(
                     True, label="A new seed for every drawing", info="Off: the seed above is used again."
                 )
-                steps, guidance, sampler = steps_slider(), guidance_slider(), sampler_choice()
+                steps, guidance, sampler = steps_slider(studio), guidance_slider(studio), sampler_choice()
                 with gr.Row():
                     low = gr.Number(0, label="Guide from sigma", info="Guidance acts only above this noise.", minimum=0)
                     high = gr.Number(100, label="to sigma", info="and below this. 0 to 100 is always.", minimum=0)
@@ -191,7 +205,7 @@ def draw_tab(studio: Studio) -> None:
                 color = gr.ColorPicker(
                     "#ffffff", label="Background", info="Used when the background is not transparent."
                 )
-                checkpoint = checkpoint_choice(studio)
+                checkpoint = checkpoint_choice(studio, steps, guidance)
         with gr.Column(scale=6):
             film = gr.HTML(show.empty("Your creature appears here."), elem_id="film")
             status = gr.Markdown("Ready.", elem_id="status")
@@ -208,7 +222,6 @@ def draw_tab(studio: Studio) -> None:
         num_images=number,
         num_steps=steps,
         guidance_scale=guidance,
-        sampler=sampler,
         enlarge=size,
     )
 
@@ -218,6 +231,7 @@ def draw_tab(studio: Studio) -> None:
         config = studio.settings(
             **{name: given[control] for name, control in as_they_are.items()},
             prompt=(given[prompt],),
+            sampler=None if given[sampler] == OWN else given[sampler],
             seed=new_seed() if given[fresh] else given[seed],
             guidance_interval=None if interval == (0, 100) else interval,
             background=None if given[clear] else given[color],
@@ -234,7 +248,7 @@ def draw_tab(studio: Studio) -> None:
         yield SKIP, SKIP, SKIP, offered(studio.write(config, frames)), SKIP, SKIP
         yield SKIP, SKIP, SKIP, SKIP, show.neighbours(frames[-1].x0, studio.neighbours(frames[-1].x0)), SKIP
 
-    inputs = {prompt, seed, fresh, low, high, clear, color, *as_they_are.values()}
+    inputs = {prompt, sampler, seed, fresh, low, high, clear, color, *as_they_are.values()}
     outputs = [film, status, scrub, files, near, seed]
     drawing = gr.on([go.click, prompt.submit], draw, inputs, outputs, show_progress_on=film, **NETWORK)
     stop.click(lambda: "Stopped.", None, status, cancels=[drawing], **AT_ONCE)
@@ -255,7 +269,8 @@ def batch_tab(studio: Studio) -> None:
     upload = gr.UploadButton("Read prompts from a text file", file_types=[".txt"], file_count="single")
     with gr.Row():
         variations = gr.Slider(1, 8, 2, step=1, label="Pictures of each", info="Seed, seed + 1, and so on.")
-        seed, steps, guidance, checkpoint = seed_box(), steps_slider(), guidance_slider(), checkpoint_choice(studio)
+        seed, steps, guidance = seed_box(), steps_slider(studio), guidance_slider(studio)
+        checkpoint = checkpoint_choice(studio, steps, guidance)
     with gr.Row():
         go = gr.Button("Draw them all", variant="primary", elem_id="draw-all")
         stop = gr.Button("Stop", variant="stop")
@@ -343,11 +358,7 @@ def picture_tab(studio: Studio) -> None:
             name, prompt=(words,), num_images=count, seed=start, strength=far, image=str(image),
             mask=str(cover) if cover else None, enlarge=8,
         )  # fmt: skip
-        frames = []
-        for frame in paced(studio.draw(config)):
-            frames.append(frame)
-            yield show.film([frame], words), SKIP
-        yield SKIP, offered(studio.write(config, frames))
+        yield from film_and_files(studio, config)
 
     upload.upload(take, upload, canvas, api_visibility="private")
     inputs = [canvas, prompt, way, strength, number, seed, checkpoint]
@@ -419,11 +430,7 @@ def relatives_tab(studio: Studio) -> None:
     @spoken
     def draw(words: str, distance: float, count: int, start: int, name: str) -> Iterator[tuple[Any, ...]]:
         config = studio.settings(name, prompt=(words,), num_images=count, seed=start, variation=distance, enlarge=8)
-        frames = []
-        for frame in paced(studio.draw(config)):
-            frames.append(frame)
-            yield show.film([frame], words), SKIP
-        yield SKIP, offered(studio.write(config, frames))
+        yield from film_and_files(studio, config)
 
     go.click(draw, [prompt, far, number, seed, checkpoint], [result, files], show_progress_on=result, **NETWORK)
 
@@ -470,7 +477,8 @@ def palette_tab(studio: Studio) -> None:
 def inside_tab(studio: Studio) -> None:
     prompt = prompt_box()
     with gr.Row():
-        seed, steps, guidance, checkpoint = seed_box(), steps_slider(), guidance_slider(), checkpoint_choice(studio)
+        seed, steps, guidance = seed_box(), steps_slider(studio), guidance_slider(studio)
+        checkpoint = checkpoint_choice(studio, steps, guidance)
     with gr.Accordion("Which word drew what"):
         gr.Markdown(
             "The prompt is drawn, then each word is left out: where the picture that the network has in mind changes, "
@@ -502,7 +510,8 @@ def inside_tab(studio: Studio) -> None:
     def schedule(
         text: str, start: int, number: int, scale: float, name: str, kind: str, lowest: float, highest: float
     ) -> str:
-        config = studio.settings(name, prompt=(text,), num_steps=number, guidance_scale=scale, sampler=kind)
+        sampler = None if kind == OWN else kind
+        config = studio.settings(name, prompt=(text,), num_steps=number, guidance_scale=scale, sampler=sampler)
         return show.schedule(studio.sigmas(config), lowest, highest)
 
     @spoken
@@ -585,9 +594,9 @@ def sprite_api(studio: Studio) -> Callable[..., Iterator[dict[str, Any]]]:
         prompt: str,
         seed: int = 0,
         negative_prompt: str = "",
-        num_steps: int = DEFAULT_STEPS,
-        guidance_scale: float = DEFAULT_GUIDANCE,
-        sampler: str = "dpmpp_2m",
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
+        sampler: str | None = None,
         checkpoint: str | None = None,
     ) -> Iterator[dict[str, Any]]:
         """Draw one picture. Now and then, and at last for the finished one, {"step": k, "of": n, "png": a transparent

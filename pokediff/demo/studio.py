@@ -74,7 +74,11 @@ class Studio:
     def __init__(self, checkpoints: Sequence[str | Path], folder: Path, data: str | Path | None = None) -> None:
         quiet()
         self.folder = folder
-        self.checkpoints = {Path(path).name or str(path): str(path) for path in checkpoints}
+        names = [Path(path).name for path in checkpoints]
+        self.checkpoints = {
+            name if names.count(name) == 1 else str(path): str(path)
+            for name, path in zip(names, checkpoints, strict=True)
+        }
         # Networks run in this thread alone: torch keeps a pool of helpers for every thread that ever asked.
         self._thread = ThreadPoolExecutor(1, "network")
         self._pipelines: dict[str, PokeDiffPipeline] = {}
@@ -104,6 +108,11 @@ class Studio:
         if name not in self._pipelines:
             self._pipelines[name] = sampling.load_pipeline(SampleConfig(checkpoint=self.checkpoints[name]))
         return self._pipelines[name]
+
+    def suited(self, name: str) -> tuple[int, float]:
+        """The number of steps and the guidance that suit a checkpoint."""
+        config = self.pipeline(name).config
+        return config.num_steps, config.guidance_scale
 
     # ------------------------------------------------------------------------------------------------- requests
 
