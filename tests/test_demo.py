@@ -243,6 +243,7 @@ def server(data, tmp_path_factory):
         process.terminate()
         process.wait(20)
         log.close()
+    assert not list(temporary.glob("pokediff-demo-*"))  # it tidies up
 
 
 def test_it_listens_to_this_machine_alone_unless_told_otherwise():
@@ -382,6 +383,7 @@ def page(browser, server):
     """The page, freshly opened; it must not ask for anything elsewhere, nor complain."""
     context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
     page = context.new_page()
+    page.set_default_timeout(120_000)  # a slow machine is no failure
     elsewhere, broken = [], []
     own = (server[0], "data:", "blob:")
     page.on("request", lambda request: None if request.url.startswith(own) else elsewhere.append(request.url))
@@ -545,3 +547,38 @@ def test_a_phone_in_the_dark(browser, server):
         )
         assert control.evaluate(named), control.evaluate("e => e.outerHTML")
     page.close()
+
+
+def test_a_sketch_and_a_repainting(page, tmp_path):
+    page.get_by_role("tab", name="Play", exact=True).click()
+    page.wait_for_selector("#canvas canvas")
+
+    def paint(top: int, bottom: int) -> None:
+        page.click('#canvas button[aria-label="Brush"]')
+        box = page.locator("#canvas canvas").first.bounding_box()
+        middle, center = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        for down in range(top, bottom, 12):
+            page.mouse.move(middle - 50, center + down)
+            page.mouse.down()
+            page.mouse.move(middle + 50, center + down, steps=8)
+            page.mouse.up()
+        page.wait_for_timeout(500)
+
+    paint(-40, 41)
+    page.click("#draw-from")
+    page.wait_for_selector('a[download="image.png"]')
+    sketch = np.asarray(Image.open(save(page, "image.png", tmp_path)).convert("RGB")).reshape(-1, 3)
+    assert (np.abs(sketch.astype(int) - (0x3B, 0x82, 0xF6)).max(1) < 8).mean() > 0.1
+    picture = tmp_path / "picture.png"
+    Image.fromarray(np.full((128, 128, 4), (200, 30, 30, 255), np.uint8)).save(picture)
+    with page.expect_file_chooser() as chooser:
+        page.click("#upload")
+    chooser.value.set_files(picture)
+    page.get_by_label("Draw anew what is painted over").click()
+    page.wait_for_timeout(1000)
+    paint(-60, -20)
+    page.click("#draw-from")
+    page.wait_for_selector('a[download="mask.png"]')
+    mask = np.asarray(Image.open(save(page, "mask.png", tmp_path)).convert("L")) > 0
+    assert 0.05 < mask.mean() < 0.6
+    assert not mask[-30:].any()

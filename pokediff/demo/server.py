@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -34,6 +36,7 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 def serve(config: DemoConfig) -> None:
     """Load the model, open the page, and stay until Ctrl-C. Raises PokediffError when it cannot be served."""
     page, options, folder = prepare(config)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder goes then too
     print(f"pokediff demo: http://{config.host}:{config.port} (Ctrl-C ends it)")
     try:
         page.launch(**options)
