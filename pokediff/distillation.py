@@ -23,12 +23,15 @@ from pokediff.pipeline import PokeDiffPipeline, to_x0
 class Distillation:
     """What a student's prediction is measured by; called as `pipeline.diffusion_loss` without its schedule.
 
-    Student and teacher must have the same noise schedule, picture size and channels.
+    Raises PokediffError for a teacher of other noise, picture size or channels than the student.
     """
 
     def __init__(self, config: DistillConfig, schedule: DDPMScheduler, device: torch.device) -> None:
         self.config, self.kind = config, schedule.config.prediction_type
         teacher = PokeDiffPipeline.from_pretrained(config.teacher, text_encoder=None, tokenizer=None).to(device)
+        ours, known = (scheduler.alphas_cumprod.cpu() for scheduler in (schedule, teacher.scheduler))
+        if ours.shape != known.shape or not torch.allclose(ours, known, atol=1e-4):
+            raise PokediffError(f"distill.teacher: {config.teacher} has another noise schedule (diffusion.*)")
         self.teacher = teacher
         self.teacher.unet.to(memory_format=torch.channels_last).requires_grad_(False).eval()
         self.half = teacher.in_bf16("auto")
@@ -50,6 +53,8 @@ class Distillation:
         """(B,) squared errors of x0, weighted max(1, alpha^2 / std^2) (equation 9). `timesteps` (B,) say where on the
         student's way: each is rounded up to the beginning of the step that it lies in.
         """
+        if self.teacher.unet.config.image_size != x0.shape[-1] or self.teacher.unet.config.in_channels != x0.shape[1]:
+            raise PokediffError(f"distill.teacher: {self.config.teacher} draws other sizes or channels (dataset.*)")
         total = int(self.timesteps[0]) + 1
         first = (
             self.config.steps * (total - 1 - timesteps) // total

@@ -8,7 +8,7 @@ map of attention to a word to be shown; what is shown here is what the predictio
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from pokediff.images import from_model
 from pokediff.pipeline import PokeDiffPipeline
 
 MAX_WORDS = 24
+LEVELS = (8.0, 3.0, 1.0, 0.3)  # sigmas at which the words are left out
 
 
 @dataclass(frozen=True)
@@ -51,27 +52,38 @@ def without(prompt: str, index: int) -> str:
     return re.sub(r"\s+", " ", prompt[: word.start()] + prompt[word.end() :]).strip()
 
 
-def word_influence(
-    pipeline: PokeDiffPipeline, prompt: str, seed: int, levels: Sequence[float] = (8.0, 3.0, 1.0, 0.3), **options: Any
-) -> Influence:
-    """Draw `prompt` with `seed`, and at the steps nearest to the sigmas of `levels` predict x0 again without each word.
+def word_influence(pipeline: PokeDiffPipeline, prompt: str, seed: int, **options: Any) -> Influence:
+    """Draw `prompt` with `seed`, and at the steps nearest to the sigmas of LEVELS predict x0 again without each word.
 
     `options` are those of `denoise`. Guidance takes part in the drawing, not in the comparison.
     Raises PokediffError for a prompt without words or with more than MAX_WORDS of them.
     """
+    *_, found = watch_words(pipeline, prompt, seed, **options)
+    assert found is not None  # the last one
+    return found
+
+
+def watch_words(pipeline: PokeDiffPipeline, prompt: str, seed: int, **options: Any) -> Iterator[Influence | None]:
+    """`word_influence` in small parts: None after every evaluation, so that others may go between, then the result."""
     words = words_of(prompt)
     if not 1 <= len(words) <= MAX_WORDS:
         raise PokediffError(f"this wants a prompt of 1 to {MAX_WORDS} words, not {len(words)}")
     prompts = [prompt, *(without(prompt, index) for index in range(len(words)))]
     text = pipeline.encode_prompt(prompts)  # (1 + W, D)
-    *steps, last = pipeline.denoise(text[:1], [seed], **options)
-    chosen = [min(steps, key=lambda step: abs(np.log(step.sigma / level))) for level in levels]
+    steps = []
+    for step in pipeline.denoise(text[:1], [seed], **options):
+        steps.append(step)
+        yield None
+    last = steps.pop()
+    chosen = [min(steps, key=lambda step: abs(np.log(step.sigma / level))) for level in LEVELS]
     chosen = list({step.index: step for step in chosen}.values())  # few steps: two levels may share one
-    seen = torch.stack(
-        [pipeline.predict_x0(step.x.expand(len(text), -1, -1, -1), step.timestep, text) for step in chosen], dim=1
-    )  # (1 + W, L, C, H, W)
+    predicted = []
+    for step in chosen:
+        predicted.append(pipeline.predict_x0(step.x.expand(len(text), -1, -1, -1), step.timestep, text))
+        yield None
+    seen = torch.stack(predicted, dim=1)  # (1 + W, L, C, H, W)
     maps = (seen[1:] - seen[:1]).square().mean(dim=2).sqrt()
-    return Influence(
+    yield Influence(
         tuple(words),
         tuple(step.sigma for step in chosen),
         from_model(seen[0]),

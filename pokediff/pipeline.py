@@ -155,10 +155,13 @@ class PokeDiffPipeline(DiffusionPipeline):
         return self._encode
 
     @property
-    def sampler(self) -> str:
-        """The name of the pipeline's own scheduler in SAMPLERS, or of its class."""
-        kind = type(self.scheduler)
-        return next((name for name, (known, _) in SAMPLERS.items() if known is kind), kind.__name__)
+    def sampler(self) -> str | None:
+        """The name of the pipeline's own scheduler in SAMPLERS; None for another one, or one that is set otherwise."""
+        for name, (kind, changes) in SAMPLERS.items():
+            own = self.scheduler.config
+            if type(self.scheduler) is kind and all(own.get(key) == value for key, value in changes.items()):
+                return name
+        return None
 
     def make_scheduler(self, sampler: str | None = None, num_steps: int | None = None) -> SchedulerMixin:
         """A fresh scheduler set to `num_steps`: the one called `sampler`, or a copy of the pipeline's own."""
@@ -172,6 +175,11 @@ class PokeDiffPipeline(DiffusionPipeline):
         scheduler = kind.from_config(self.scheduler.config, **{"prediction_type": "v_prediction", **changes})
         scheduler.set_timesteps(num_steps, device=self.device)
         return scheduler
+
+    def count_steps(self, sampler: str | None = None, num_steps: int | None = None, strength: float = 1.0) -> int:
+        """How many steps `denoise` yields: one for each evaluation of the network, and the pictures."""
+        scheduler = self.make_scheduler(sampler, num_steps)
+        return 1 + len(scheduler.timesteps) - (_skipped(scheduler, strength) if strength < 1 else 0)
 
     def sigmas(self, sampler: str | None = None, num_steps: int | None = None) -> list[float]:
         """The noise at every evaluation of the network, relative to the picture's unit scale."""
@@ -299,9 +307,7 @@ class PokeDiffPipeline(DiffusionPipeline):
             raise PokediffError(f"strength must be above 0 and at most 1, not {strength}")
         if known is None or strength == 1:
             return noise * scheduler.init_noise_sigma, scheduler.timesteps
-        order = scheduler.order  # heun: two timesteps a step, and it must begin with the first of the two
-        steps = -(-len(scheduler.timesteps) // order)
-        skipped = order * (steps - max(1, round(strength * steps)))
+        skipped = _skipped(scheduler, strength)
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(skipped)
         timesteps = scheduler.timesteps[skipped:]
@@ -374,6 +380,13 @@ def to_x0(prediction_type: str, output: torch.Tensor, x: torch.Tensor, sigma: fl
     if prediction_type == "v_prediction":
         return alpha * x - std * output
     return (x - std * output) / alpha if prediction_type == "epsilon" else output
+
+
+def _skipped(scheduler: Any, strength: float) -> int:
+    """How many of a scheduler's timesteps are left out when so much of the way is gone; one step is always left."""
+    order = scheduler.order  # heun: two timesteps a step, and it must begin with the first of the two
+    steps = -(-len(scheduler.timesteps) // order)
+    return order * (steps - max(1, round(strength * steps)))
 
 
 def slerp(start: torch.Tensor, end: torch.Tensor, share: float) -> torch.Tensor:

@@ -212,9 +212,9 @@ def draw(
 
 
 def count_frames(pipeline: PokeDiffPipeline, config: SampleConfig) -> int:
-    """How many frames `draw` yields: one for each evaluation of the network, and the pictures."""
-    evaluations = len(pipeline.make_scheduler(config.sampler, config.num_steps).timesteps)
-    return 1 + round(evaluations * (config.strength if config.image and not config.mask else 1))
+    """How many frames `draw` yields."""
+    strength = config.strength if config.image and not config.mask else 1.0
+    return pipeline.count_steps(config.sampler, config.num_steps, strength)
 
 
 def write_sheet(out: Path, pictures: np.ndarray, config: SampleConfig) -> None:

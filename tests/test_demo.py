@@ -111,14 +111,28 @@ def test_a_drawing_from_a_picture_carries_it_along(studio, tmp_path, monkeypatch
     assert (again / "0000.png").read_bytes() == (out / "0000.png").read_bytes()
 
 
+@pytest.mark.parametrize(("sampler", "steps", "strength"), [("ddim", 4, 0.05), ("heun", 20, 0.3), ("heun", 3, 0.9)])
+def test_whatever_the_strength_the_last_frame_is_the_finished_one(studio, tmp_path, sampler, steps, strength):
+    picture = np.zeros((32, 32, 4), np.uint8)
+    picture[8:24, 8:24] = (200, 30, 30, 255)
+    image, _ = studio.keep_input(picture)
+    config = studio.settings(
+        prompt=("a cat",), image=str(image), sampler=sampler, num_steps=steps, strength=strength, hard_alpha=True
+    )
+    frames = list(studio.draw(config))
+    assert len(frames) == studio.frames(config)
+    assert set(np.unique(frames[-1].x0[..., 3])) <= {0, 255}
+
+
 def test_many_pictures_as_one_zip(studio):
     config = studio.settings(prompt=("a red dragon", "a blue turtle"), num_images=3, num_steps=2)
     parts = list(studio.draw_all(config, batch_size=4))
-    assert [len(jobs) for jobs, _ in parts] == [4, 6]
+    assert [len(part[0]) for part in parts if part] == [4, 6]
+    assert parts.count(None) == 6  # at every step one may stop
     with zipfile.ZipFile(studio.write_zip(config, *parts[-1])) as bundle:
-        names = bundle.namelist()
-        assert "0000-a-red-dragon.png" in names
-        assert "0005-a-blue-turtle.png" in names
+        rows = json.loads(bundle.read("sample.json"))["pictures"]
+        assert {row["file"] for row in rows} <= set(bundle.namelist())
+        assert [row["prompt"] for row in rows] == ["a red dragon"] * 3 + ["a blue turtle"] * 3
         sheet = Image.open(io.BytesIO(bundle.read("sheet.png")))
     assert sheet.size == (4 * 168, 2 * 208)
 
@@ -273,6 +287,8 @@ def test_it_serves_no_file_but_its_own(server, tmp_path):
         str(ROOT / "setup.cfg"),
         str(CHECKPOINT / "model_index.json"),
         "http://127.0.0.1:1/",
+        "/%00",
+        f"{folder}/{'x' * 5000}",
         "file:///etc/passwd",
     ):
         request = requests.Request("GET", url).prepare()
@@ -282,6 +298,44 @@ def test_it_serves_no_file_but_its_own(server, tmp_path):
         assert found.status_code in (400, 403, 404), wanted
         assert b"root:" not in found.content
         assert found.content != secret.read_bytes(), wanted
+
+
+def test_it_fetches_nothing_for_others(server):
+    """A client may send an address where a file is expected; the library would download it."""
+    url, folder = server
+    config = requests.get(f"{url}/config", timeout=10).json()
+    reports = next(d for d in config["dependencies"] if "reports" in d["api_name"])
+    address = {"path": "https://example.com/x.png", "meta": {"_type": "gradio.FileData"}}
+    before = set(folder.rglob("*"))
+    body = {"data": [address], "fn_index": reports["id"], "session_hash": "x"}
+    answer = requests.post(f"{url}/gradio_api/run/predict", json=body, timeout=20)
+    assert answer.status_code >= 400
+    assert "not fetched" in answer.text
+    assert set(folder.rglob("*")) == before
+    for page in ("deep_link", "run-history/x", "proxy=http://127.0.0.1:1/"):
+        assert requests.get(f"{url}/gradio_api/{page}", timeout=10).status_code in (403, 404)
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        (dict(background=b"no picture"), "not a picture"),
+        (dict(background=png_of(5000, 5000)), "beyond"),
+        (dict(layers=[encode_png(np.zeros((4, 4, 4), np.uint8))] * 9), "Too many layers"),
+    ],
+    ids=["text", "bomb", "layers"],
+)
+def test_a_canvas_passes_the_same_gate_as_an_upload(parts, words):
+    from gradio.components.image_editor import EditorDataBlobs
+
+    from pokediff.demo.page import Canvas, editor_parts
+
+    canvas = Canvas()
+    canvas.blob_storage["x"] = EditorDataBlobs(**{"background": None, "layers": [], "composite": None, **parts})
+    value = canvas.preprocess(type("Payload", (), {"id": "x"})())
+    with pytest.raises(PokediffError, match=words):
+        editor_parts(value, repaint=False)
+    assert not canvas.blob_storage
 
 
 def test_a_program_draws_and_is_told_what_it_did_wrong(server):
@@ -505,7 +559,8 @@ def test_a_batch_arrives_as_a_zip(page, tmp_path):
     page.wait_for_function("document.querySelector('#batch-status').innerText.includes('Done')")
     page.wait_for_selector('a[download="pictures.zip"]')
     with zipfile.ZipFile(save(page, "pictures.zip", tmp_path)) as bundle:
-        assert len([name for name in bundle.namelist() if name.endswith("-cat.png")]) == 4
+        rows = json.loads(bundle.read("sample.json"))["pictures"]
+    assert [row["prompt"] for row in rows] == ["a red cat"] * 2 + ["a blue cat"] * 2
 
 
 def test_the_other_rooms(page):

@@ -101,3 +101,11 @@ def test_the_verb_needs_a_teacher_and_a_number(data, teacher, tmp_path):
     assert "choose at most 8" in refused.stderr
     again = recipe(tmp_path / "out", 1, str(data))
     assert (again.distill.substeps, again.distill.guidance_scale) == (2, 1.0)
+
+
+def test_a_teacher_of_another_schedule_or_size_is_refused(data, teacher, tmp_path):
+    config = tiny_config(data, tmp_path, distill=DistillConfig(str(teacher), 2, 2))
+    with pytest.raises(PokediffError, match="noise schedule"):
+        train(replace(config, diffusion=replace(config.diffusion, noise_shift=2.0)))
+    with pytest.raises(PokediffError, match="other sizes"):
+        train(replace(config, out=str(tmp_path / "b"), dataset=replace(config.dataset, image_size=32)))

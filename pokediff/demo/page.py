@@ -13,6 +13,8 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
+from gradio.components.base import server
+from gradio.components.image_editor import AcceptBlobs
 from PIL import Image
 
 from pokediff.captions import SHAPES, STYLES
@@ -44,6 +46,7 @@ CHIPS = {
     "Body": tuple(dict.fromkeys(names[0] for names in SHAPES.values())),
 }
 SKIP = gr.skip()
+MAX_LAYERS, MAX_CANVASES = 4, 32
 PACE = 0.06  # seconds between two frames of the film at least: faster than that nobody sees it emerge
 # All that draws waits in one queue, four requests at a time take turns; what needs no network does not wait.
 TURNS = dict(concurrency_id="network", concurrency_limit=4)
@@ -227,7 +230,7 @@ def draw_tab(studio: Studio) -> None:
 
     @spoken
     def draw(given: dict[Any, Any]) -> Iterator[tuple[Any, ...]]:
-        interval = (given[low], given[high])
+        interval = (given[low] or 0, 100 if given[high] is None else given[high])
         config = studio.settings(
             **{name: given[control] for name, control in as_they_are.items()},
             prompt=(given[prompt],),
@@ -243,8 +246,9 @@ def draw_tab(studio: Studio) -> None:
             words = f"Step {len(frames)} of {total}, noise {frame.sigma:.2g}."
             yield show.film([frame], config.prompt[0]), words, SKIP, SKIP, SKIP, config.seed
         done = f"Done: seed {config.seed}, {config.num_steps} steps, guidance {config.guidance_scale:g}."
-        last = gr.Slider(maximum=len(frames) - 1, value=len(frames) - 1)
-        yield show.film(frames, config.prompt[0]), done, last, SKIP, SKIP, SKIP
+        kept = show.thinned(frames)
+        last = gr.Slider(maximum=len(kept) - 1, value=len(kept) - 1)
+        yield show.film(kept, config.prompt[0]), done, last, SKIP, SKIP, SKIP
         yield SKIP, SKIP, SKIP, offered(studio.write(config, frames)), SKIP, SKIP
         yield SKIP, SKIP, SKIP, SKIP, show.neighbours(frames[-1].x0, studio.neighbours(frames[-1].x0)), SKIP
 
@@ -292,7 +296,11 @@ def batch_tab(studio: Studio) -> None:
         )
         total = len(make_jobs(config.prompt, config))
         yield f"0 of {total} pictures.", SKIP, SKIP
-        for jobs, drawn in studio.draw_all(config):
+        for part in studio.draw_all(config):
+            if part is None:
+                yield SKIP, SKIP, SKIP
+                continue
+            jobs, drawn = part
             labels = [f"{job.prompt} · seed {job.seed}" for job in jobs]
             words = f"{len(jobs)} of {total} pictures." + (" Done." if len(jobs) == total else "")
             yield words, show.labelled(drawn, labels), offered([studio.write_zip(config, jobs, drawn)])
@@ -324,7 +332,7 @@ def picture_tab(studio: Studio) -> None:
     with gr.Row():
         with gr.Column():
             upload = gr.UploadButton("Upload a picture", file_count="single", elem_id="upload")
-            canvas = gr.ImageEditor(
+            canvas = Canvas(
                 label="Sketch, or paint over", sources=(), type="numpy", layers=False, transforms=(), height=340,
                 canvas_size=(256, 256), brush=gr.Brush(default_size=14, colors=["#3b82f6", "#ef4444", "#22c55e"]),
                 elem_id="canvas",
@@ -370,6 +378,8 @@ def editor_parts(value: Any, repaint: bool) -> tuple[np.ndarray, np.ndarray | No
 
     Raises PokediffError for an empty canvas, and for nothing painted over.
     """
+    if value and "refused" in value:
+        raise PokediffError(value["refused"])
     parts = [] if not value else [part for part in (value["background"], *value["layers"]) if part is not None]
     if not any(part[..., 3].any() for part in parts):
         raise PokediffError("Upload a picture or draw one first.")
@@ -403,7 +413,11 @@ def between_tab(studio: Studio) -> None:
         if not first.strip() or not second.strip():
             raise PokediffError("Write both prompts.")
         config = studio.settings(name, prompt=(first, second), seed=start, interpolate=number, enlarge=8)
-        for jobs, drawn in studio.draw_all(config):
+        for part in studio.draw_all(config):
+            if part is None:
+                yield SKIP, SKIP
+                continue
+            jobs, drawn = part
             yield show.labelled(drawn, [f"{job.share:.0%}" for job in jobs]), SKIP
         bundle = studio.write_zip(config, jobs, drawn)
         animation = bundle.with_name("interpolation.gif")
@@ -455,13 +469,20 @@ def palette_tab(studio: Studio) -> None:
     def reduce(
         picture: str | None, palette: str | None, words: str, number: int, hardly: bool, start: int, name: str
     ) -> Iterator[tuple[Any, ...]]:
-        config = studio.settings(name, prompt=(words,), seed=start, enlarge=8)
+        config = studio.settings(
+            name, prompt=(words if words.strip() or not picture else "a picture",), seed=start, enlarge=8
+        )
         if picture:
             before = unpremultiply(fit_square(studio.read_upload(picture), 64))
         else:
-            *_, last = studio.draw(config)
-            before = last.x0[0]
-        after = finish(before, read_palette(palette or str(int(number))), hardly, clean=False)
+            for frame in studio.draw(config):
+                before = frame.x0[0]
+                yield SKIP, SKIP
+        try:
+            colors = read_palette(palette or str(int(number)))
+        except PokediffError as error:  # it names the path, which says nothing to who sent the file
+            raise PokediffError(str(error).replace(str(palette), "file")) from None
+        after = finish(before, colors, hardly, clean=False)
         used = len(np.unique(after[after[..., 3] > 0][:, :3], axis=0))
         yield show.before_and_after(before, after, used), SKIP
         written = studio.write(config, [Frame(before[None], after[None], 0.0)])
@@ -502,9 +523,10 @@ def inside_tab(studio: Studio) -> None:
         compared = gr.HTML(elem_id="compare-result")
 
     @spoken
-    def words(text: str, start: int, number: int, scale: float, name: str) -> str:
+    def words(text: str, start: int, number: int, scale: float, name: str) -> Iterator[Any]:
         config = studio.settings(name, prompt=(text,), seed=start, num_steps=number, guidance_scale=scale)
-        return show.influence(studio.influence(config))
+        for found in studio.influence(config):
+            yield SKIP if found is None else show.influence(found)
 
     @spoken
     def schedule(
@@ -512,20 +534,21 @@ def inside_tab(studio: Studio) -> None:
     ) -> str:
         sampler = None if kind == OWN else kind
         config = studio.settings(name, prompt=(text,), num_steps=number, guidance_scale=scale, sampler=sampler)
-        return show.schedule(studio.sigmas(config), lowest, highest)
+        return show.schedule(studio.sigmas(config), lowest or 0, 100 if highest is None else highest)
 
     @spoken
     def side_by_side(
         text: str, start: int, scale: float, name: str, kinds: Sequence[str], listed: str
-    ) -> Iterator[str]:
+    ) -> Iterator[Any]:
         config = studio.settings(name, prompt=(text,), seed=start, guidance_scale=scale)
         parts = [part.strip() for part in listed.split(",") if part.strip()]
-        if not all(part.isdigit() for part in parts):
+        if not all(part.isdecimal() and len(part) < 5 for part in parts):
             raise PokediffError("Steps are whole numbers between commas, for example 4, 8, 20.")
         done = []
         for one in studio.compare(config, kinds, [int(part) for part in parts]):
-            done.append(one)
-            yield show.compared(done)
+            if one is not None:
+                done.append(one)
+            yield SKIP if one is None else show.compared(done)
 
     common = [prompt, seed, steps, guidance, checkpoint]
     ask.click(words, common, found, **NETWORK)
@@ -581,6 +604,42 @@ def measures_tab(page: gr.Blocks, reports: Path, runs: Path) -> None:
     gr.on([choice.change, again.click, page.load], show_reports, choice, table, **light)
     gr.on([run.change, again.click], show_run, run, curves, **light)
     again.click(look, None, [choice, run], **light)
+
+
+# ----------------------------------------------------------------------------------------------------------- canvas
+
+
+class Canvas(gr.ImageEditor):
+    """An image editor whose pictures pass the gate of uploads: decoded by us, bounded, not many at a time."""
+
+    is_template = True  # the browser knows it as its parent
+
+    @server
+    def accept_blobs(self, data: AcceptBlobs) -> None:
+        """What the browser sends before a request, kept until that comes; of those that never come, the oldest go."""
+        index = data.data["index"]
+        if index and index != "null" and int(index) >= MAX_LAYERS:
+            raise gr.Error("Too many layers.", print_exception=False)
+        while len(self.blob_storage) >= MAX_CANVASES:
+            self.blob_storage.pop(next(iter(self.blob_storage)))
+        gr.ImageEditor.accept_blobs(self, data)
+
+    def preprocess(self, payload: Any) -> Any:
+        """{"background": straight RGBA or None, "layers": [...]}, or {"refused": a sentence}."""
+        held = payload if payload is None or payload.id is None else self.blob_storage.pop(payload.id, None)
+        if held is None:
+            return None
+        layers = [layer for layer in held.layers or [] if layer]
+        if len(layers) > MAX_LAYERS:
+            return {"refused": "Too many layers."}
+        try:
+            background = self._decode(held.background) if held.background else None
+            return {"background": background, "layers": [self._decode(layer) for layer in layers]}
+        except PokediffError as error:
+            return {"refused": str(error)}
+
+    def _decode(self, part: Any) -> np.ndarray:
+        return Studio.decode(part) if isinstance(part, bytes) else Studio.decode(Path(part.path).read_bytes())
 
 
 # -------------------------------------------------------------------------------------------------------------- API

@@ -35,21 +35,23 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 def serve(config: DemoConfig) -> None:
     """Load the model, open the page, and stay until Ctrl-C. Raises PokediffError when it cannot be served."""
-    page, options, folder = prepare(config)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder goes then too
-    print(f"pokediff demo: http://{config.host}:{config.port} (Ctrl-C ends it)")
+    folder = Path(tempfile.mkdtemp(prefix="pokediff-demo-")).resolve()
+    page: Any = None
     try:
+        page, options = prepare(config, folder)
+        print(f"pokediff demo: http://{config.host}:{config.port} (Ctrl-C ends it)")
         page.launch(**options)
     except OSError as error:
         raise PokediffError(f"cannot serve on {config.host}:{config.port}: {error}") from None
     finally:
-        page.close()
+        if page is not None:
+            page.close()
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def prepare(config: DemoConfig) -> tuple[Any, dict[str, Any], Path]:
-    """The page, what `launch` wants to know, and the folder that holds all files it may serve."""
-    folder = Path(tempfile.mkdtemp(prefix="pokediff-demo-")).resolve()
+def prepare(config: DemoConfig, folder: Path) -> tuple[Any, dict[str, Any]]:
+    """The page, and what `launch` wants to know. `folder` holds all files that it may serve."""
     # Read when Gradio is imported: nothing is reported, files lie in our folder, who left is noticed soon.
     os.environ.update(
         GRADIO_ANALYTICS_ENABLED="False",
@@ -58,7 +60,7 @@ def prepare(config: DemoConfig) -> tuple[Any, dict[str, Any], Path]:
         HF_HUB_DISABLE_TELEMETRY="1",
     )
     try:
-        import gradio as gr
+        import gradio.processing_utils
     except ImportError:
         raise PokediffError("the demo needs Gradio: pip install 'pokediff[demo]'") from None
     from PIL import Image
@@ -71,19 +73,23 @@ def prepare(config: DemoConfig) -> tuple[Any, dict[str, Any], Path]:
     studio = Studio(config.checkpoint or (DEFAULT_CHECKPOINT,), folder, config.data)
     page = make_page(studio, Path(config.reports), Path(config.runs))
     page.queue(max_size=config.queue, api_open=False, status_update_rate=1)
+    # Answers that nobody fetches are kept for so many sessions; 2,000, as it would be, are gigabytes.
+    page._queue.pending_messages_per_session.max_size = 4 * (config.queue + 4)
+    gradio.processing_utils.async_ssrf_protected_download = refuse_addresses
     font = ["ui-sans-serif", "system-ui", "sans-serif"]
     options: dict[str, Any] = dict(
         server_name=config.host,
         server_port=config.port,
         inbrowser=config.open,
         share=False,
+        run_history=False,
         quiet=True,
         show_error=True,
         ssr_mode=False,
         enable_monitoring=False,
-        state_session_capacity=64,  # every program that asks is a session of .4 MB; the page keeps nothing in them
+        state_session_capacity=32,  # every program that asks is a session of .4 MB, a page's holds its last film too
         max_file_size=LIMITS.upload_mb * 2**20,
-        theme=gr.themes.Soft(primary_hue="violet", font=font, font_mono=["ui-monospace", "monospace"]).set(
+        theme=gradio.themes.Soft(primary_hue="violet", font=font, font_mono=["ui-monospace", "monospace"]).set(
             button_primary_background_fill_hover="*primary_700",
             button_primary_background_fill_hover_dark="*primary_700",
         ),
@@ -92,7 +98,7 @@ def prepare(config: DemoConfig) -> tuple[Any, dict[str, Any], Path]:
         footer_links=["settings"],
         app_kwargs={"middleware": [Middleware(Guard, folder=folder)]},
     )
-    return page, options, folder
+    return page, options
 
 
 class Guard:
@@ -118,13 +124,24 @@ class Guard:
 
     def allowed(self, path: str) -> bool:
         """Is this request for no file, or for one of ours? Where a link leads counts, not where it lies."""
+        if any(name in path for name in ("/proxy=", "/deep_link", "/run-history")):
+            return False
         for marker in ("/file=", "/file/"):
             if marker in path:
-                wanted = Path(unquote(path.partition(marker)[2]))
-                return (
-                    wanted.is_absolute() and wanted.resolve().is_relative_to(self.folder) and wanted.resolve().is_file()
-                )
-        return "/proxy=" not in path
+                try:
+                    wanted = Path(unquote(path.partition(marker)[2]))
+                    found = wanted.resolve()
+                    return wanted.is_absolute() and found.is_relative_to(self.folder) and found.is_file()
+                except (ValueError, OSError):  # no name that a file could have
+                    return False
+        return True
+
+
+async def refuse_addresses(url: str, cache_dir: str) -> str:
+    """In place of Gradio's download of whatever address a client sends for a file."""
+    from gradio import Error
+
+    raise Error("Send the file itself: addresses are not fetched.", print_exception=False)
 
 
 HEADERS: Sequence[tuple[bytes, bytes]] = (

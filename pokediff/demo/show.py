@@ -17,6 +17,7 @@ from pokediff.images import encode_png, enlarge, grid
 from pokediff.insight import Influence
 from pokediff.sampling import Frame
 
+MAX_FRAMES, MAX_FILM_PIXELS = 41, 1_000_000
 VERDICTS = {
     "new": "new: no training picture comes as near as the nearest one per cent of unseen real pictures do",
     "close": "close: only one in a hundred unseen real pictures comes so near to a training picture",
@@ -89,6 +90,13 @@ def image(rgba: np.ndarray, description: str) -> str:
 
 def empty(words: str) -> str:
     return f'<div class="empty">{escape(words)}</div>'
+
+
+def thinned(frames: Sequence[Frame]) -> list[Frame]:
+    """Frames evenly spread from first to last, so few that a film of many pictures does not weigh tens of megabytes."""
+    pixels = frames[-1].x0[..., 0].size
+    number = min(len(frames), MAX_FRAMES, max(8, MAX_FILM_PIXELS // pixels))
+    return [frames[index] for index in np.linspace(0, len(frames) - 1, number).round().astype(int)]
 
 
 def film(frames: Sequence[Frame], prompt: str) -> str:

@@ -11,6 +11,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -25,7 +26,7 @@ from pokediff.dataset import load_pictures
 from pokediff.errors import PokediffError
 from pokediff.evaluation.copies import nearest_in_pixels
 from pokediff.images import BadImage, composite, encode_png, enlarge, premultiply, read_image, unpremultiply
-from pokediff.insight import Influence, word_influence
+from pokediff.insight import Influence, watch_words
 from pokediff.pipeline import SAMPLERS, PokeDiffPipeline, quiet, settled
 from pokediff.records import Record, write_whole
 from pokediff.sampling import Frame, Job
@@ -76,7 +77,7 @@ class Studio:
         self.folder = folder
         names = [Path(path).name for path in checkpoints]
         self.checkpoints = {
-            name if names.count(name) == 1 else str(path): str(path)
+            name if names.count(name) == 1 else str(path): str(Path(path).resolve() if Path(path).is_dir() else path)
             for name, path in zip(names, checkpoints, strict=True)
         }
         # Networks run in this thread alone: torch keeps a pool of helpers for every thread that ever asked.
@@ -105,6 +106,9 @@ class Studio:
         """The checkpoint of that name, loaded once. Raises PokediffError for one that was not offered."""
         if name not in self.checkpoints:
             raise PokediffError(f"there is no checkpoint {name!r} here, there are {', '.join(self.checkpoints)}")
+        return self.in_thread(lambda: self._load(name))
+
+    def _load(self, name: str) -> PokeDiffPipeline:
         if name not in self._pipelines:
             self._pipelines[name] = sampling.load_pipeline(SampleConfig(checkpoint=self.checkpoints[name]))
         return self._pipelines[name]
@@ -172,22 +176,25 @@ class Studio:
         """The noise at every evaluation of the network."""
         return self.pipeline(self.name_of(config)).sigmas(config.sampler, config.num_steps)
 
-    def draw_all(self, config: SampleConfig, batch_size: int = 8) -> Iterator[tuple[list[Job], np.ndarray]]:
+    # The next three yield None while there is nothing to show: whoever asked may leave, or stop it, at any of them.
+
+    def draw_all(self, config: SampleConfig, batch_size: int = 8) -> Iterator[tuple[list[Job], np.ndarray] | None]:
         """Many pictures, batch by batch: all jobs done so far and their pictures (N, H, W, 4)."""
         jobs, done = sampling.make_jobs(config.prompt, config), list[np.ndarray]()
         for start in range(0, len(jobs), batch_size):
             for frame in self.draw(config, jobs[start : start + batch_size]):
                 last = frame
+                yield None
             done.extend(last.x0)
             yield jobs[: len(done)], np.stack(done)
 
-    def influence(self, config: SampleConfig) -> Influence:
+    def influence(self, config: SampleConfig) -> Iterator[Influence | None]:
         """Which word drew what, of the first prompt."""
         pipeline = self.pipeline(self.name_of(config))
         options = {name: getattr(config, name) for name in ("num_steps", "guidance_scale", "sampler")}
-        return self.in_thread(lambda: word_influence(pipeline, config.prompt[0], config.seed, **options))
+        return self._steps(lambda: watch_words(pipeline, config.prompt[0], config.seed, **options))
 
-    def compare(self, config: SampleConfig, samplers: Sequence[str], steps: Sequence[int]) -> Iterator[Compared]:
+    def compare(self, config: SampleConfig, samplers: Sequence[str], steps: Sequence[int]) -> Iterator[Compared | None]:
         """The first prompt and seed by several samplers and numbers of steps, one after another."""
         if not samplers or not steps or len(samplers) * len(steps) > 4 * len(SAMPLERS):
             raise PokediffError(f"Choose a sampler and a number of steps, at most {4 * len(SAMPLERS)} pairs.")
@@ -202,22 +209,31 @@ class Studio:
                     num_steps=number,
                 )
                 begin = time.monotonic()
-                *_, last = self.draw(one)
+                for frame in self.draw(one):
+                    last = frame
+                    yield None
                 yield Compared(sampler, number, last.x0[0], time.monotonic() - begin)
 
     # -------------------------------------------------------------------------------------------------- uploads
 
     def read_upload(self, path: str | Path) -> np.ndarray:
-        """An uploaded picture, straight RGBA uint8, at most 512 px a side. Raises PokediffError for what is no picture,
-        cut, too large, or no longer there.
-        """
-        path = Path(path)
+        """An uploaded picture as `decode` gives it. Raises PokediffError as that does, or if it is no longer there."""
         try:
-            if path.stat().st_size > LIMITS.upload_mb * 2**20:
+            if Path(path).stat().st_size > LIMITS.upload_mb * 2**20:
                 raise PokediffError(f"The file is larger than {LIMITS.upload_mb} MB.")
-            picture = read_image(path.read_bytes(), LIMITS.upload_pixels)
+            return self.decode(Path(path).read_bytes())
         except OSError:
             raise PokediffError("The file did not arrive; try again.") from None
+
+    @staticmethod
+    def decode(data: bytes) -> np.ndarray:
+        """A picture file as straight RGBA uint8, at most 512 px a side. Raises PokediffError for what is no picture,
+        cut, or too large.
+        """
+        if len(data) > LIMITS.upload_mb * 2**20:
+            raise PokediffError(f"The file is larger than {LIMITS.upload_mb} MB.")
+        try:
+            picture = read_image(data, LIMITS.upload_pixels)
         except BadImage as error:
             raise PokediffError(f"This file cannot be used: {error}.") from None
         factor = 512 / max(picture.shape[:2])
@@ -241,13 +257,10 @@ class Studio:
 
     def new_folder(self) -> Path:
         """An empty folder with a name that nobody can guess. What is older than KEEP_MINUTES goes."""
-        for old in self.folder.iterdir() if self.folder.is_dir() else ():
-            if (
-                old.is_dir()
-                and old.name.startswith("drawing-")
-                and old.stat().st_mtime < time.time() - 60 * KEEP_MINUTES
-            ):
-                shutil.rmtree(old, ignore_errors=True)
+        for old in self.folder.glob("drawing-*"):
+            with suppress(FileNotFoundError):  # another request was faster
+                if old.stat().st_mtime < time.time() - 60 * KEEP_MINUTES:
+                    shutil.rmtree(old, ignore_errors=True)
         out = self.folder / f"drawing-{secrets.token_urlsafe(12)}"
         out.mkdir(parents=True)
         return out
@@ -269,20 +282,20 @@ class Studio:
         if len(frames) > 1:
             sampling.animate(out, frames, dataclasses.replace(config, animations=("gif", "mp4")))
         pipeline = self.pipeline(self.name_of(config))
+        if Path(config.checkpoint or "") == sampling.DEFAULT_CHECKPOINT:
+            config = dataclasses.replace(config, checkpoint=None)  # wherever that lies on the machine it is taken to
         sampling.write_facts(out, pipeline, config, config.prompt, jobs)
         return sorted(out.iterdir(), key=lambda path: (path.suffix == ".json", path.name))
 
     def write_zip(self, config: SampleConfig, jobs: Sequence[Job], pictures: np.ndarray) -> Path:
-        """One ZIP of pictures named by number and prompt, a labelled sheet, and sample.json."""
+        """One ZIP of pictures, a labelled sheet, and sample.json, which says what is what."""
         files = {path.name: path for path in self.write(config, [Frame(pictures, pictures, 0.0)], jobs)}
         out = files["sample.json"].parent
         with zipfile.ZipFile(out / "pictures.zip", "w") as bundle:
-            for index, job in enumerate(jobs):
-                bundle.write(files[f"{index:04}.png"], f"{index:04}-{sampling.slug(job.prompt)}.png")
+            for name, path in files.items():
+                if name != "grid.png":  # the sheet says more
+                    bundle.write(path, name)
             bundle.writestr("sheet.png", encode_png(labelled_sheet(pictures, [job.prompt for job in jobs])))
-            for name in ("sample.json", "image.png", "mask.png"):
-                if name in files:
-                    bundle.write(files[name], name)
         return out / "pictures.zip"
 
     # ------------------------------------------------------------------------------------------------ neighbours
@@ -301,7 +314,7 @@ class Studio:
         try:
             size = min(32, self.pipeline(next(iter(self.checkpoints))).image_size)
             self._training = _Training(data, size)
-        except PokediffError as error:
+        except Exception as error:  # whatever it is, the page shall not promise them for ever
             print(f"no comparison with training pictures: {error}")
             self.data = None
 
