@@ -282,7 +282,7 @@ class EvaluateConfig:
 class DemoConfig:
     __pydantic_config__ = STRICT
 
-    checkpoint: tuple[str, ...] = ()  # folders made by training (default: the shipped one)
+    checkpoint: tuple[str, ...] = ()  # folders made by training, the first is chosen (default: the shipped ones)
     data: str | None = "data/bulbapedia"  # the data set they were trained on, to look up the nearest training pictures
     reports: str = "reports"  # folder of the reports that the page shows
     runs: str = "checkpoints"  # folder of the training runs that the page shows

@@ -328,9 +328,9 @@ def test_it_fetches_nothing_for_others(server):
 def test_a_canvas_passes_the_same_gate_as_an_upload(parts, words):
     from gradio.components.image_editor import EditorDataBlobs
 
-    from pokediff.demo.page import Canvas, editor_parts
+    from pokediff.demo.page import editor_parts, sketch_pad
 
-    canvas = Canvas()
+    canvas = sketch_pad()
     canvas.blob_storage["x"] = EditorDataBlobs(**{"background": None, "layers": [], "composite": None, **parts})
     value = canvas.preprocess(type("Payload", (), {"id": "x"})())
     with pytest.raises(PokediffError, match=words):
@@ -571,7 +571,7 @@ def test_the_other_rooms(page):
     page.get_by_text("The noise, step by step").click()
     page.click("#schedule")
     page.wait_for_selector("#schedule-result img")
-    page.get_by_text("Samplers and steps side by side").click()
+    page.get_by_text("Samplers and steps side by side").click()  # the shipped 64 px model is offered beside the first
     page.click("#compare")
     page.wait_for_function("document.querySelectorAll('#compare-result img').length === 9")
     page.get_by_role("tab", name="Measures", exact=True).click()

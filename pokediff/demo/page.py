@@ -332,8 +332,8 @@ def picture_tab(studio: Studio) -> None:
     with gr.Row():
         with gr.Column():
             upload = gr.UploadButton("Upload a picture", file_count="single", elem_id="upload")
-            canvas = Canvas(
-                label="Sketch, or paint over", sources=(), type="numpy", layers=False, transforms=(), height=340,
+            canvas = sketch_pad(
+                label="Sketch, or paint over", sources=(), layers=False, transforms=(), height=340,
                 canvas_size=(256, 256), brush=gr.Brush(default_size=14, colors=["#3b82f6", "#ef4444", "#22c55e"]),
                 elem_id="canvas",
             )  # fmt: skip
@@ -609,37 +609,43 @@ def measures_tab(page: gr.Blocks, reports: Path, runs: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- canvas
 
 
-class Canvas(gr.ImageEditor):
-    """An image editor whose pictures pass the gate of uploads: decoded by us, bounded, not many at a time."""
+def sketch_pad(**options: Any) -> gr.ImageEditor:
+    """An image editor whose pictures pass the gate of uploads: decoded by us, bounded, not many at a time.
 
-    is_template = True  # the browser knows it as its parent
+    Its value is {"background": straight RGBA or None, "layers": [...]}, or {"refused": a sentence}. Not a subclass: for
+    one Gradio would write a stub beside this file.
+    """
+    editor = gr.ImageEditor(type="numpy", **options)
+    accept = editor.accept_blobs
 
     @server
-    def accept_blobs(self, data: AcceptBlobs) -> None:
+    def accept_blobs(data: AcceptBlobs) -> None:
         """What the browser sends before a request, kept until that comes; of those that never come, the oldest go."""
         index = data.data["index"]
         if index and index != "null" and int(index) >= MAX_LAYERS:
             raise gr.Error("Too many layers.", print_exception=False)
-        while len(self.blob_storage) >= MAX_CANVASES:
-            self.blob_storage.pop(next(iter(self.blob_storage)))
-        gr.ImageEditor.accept_blobs(self, data)
+        while len(editor.blob_storage) >= MAX_CANVASES:
+            editor.blob_storage.pop(next(iter(editor.blob_storage)))
+        accept(data)
 
-    def preprocess(self, payload: Any) -> Any:
-        """{"background": straight RGBA or None, "layers": [...]}, or {"refused": a sentence}."""
-        held = payload if payload is None or payload.id is None else self.blob_storage.pop(payload.id, None)
+    def preprocess(payload: Any) -> dict[str, Any] | None:
+        held = payload if payload is None or payload.id is None else editor.blob_storage.pop(payload.id, None)
         if held is None:
             return None
         layers = [layer for layer in held.layers or [] if layer]
         if len(layers) > MAX_LAYERS:
             return {"refused": "Too many layers."}
         try:
-            background = self._decode(held.background) if held.background else None
-            return {"background": background, "layers": [self._decode(layer) for layer in layers]}
+            background = decoded(held.background) if held.background else None
+            return {"background": background, "layers": [decoded(layer) for layer in layers]}
         except PokediffError as error:
             return {"refused": str(error)}
 
-    def _decode(self, part: Any) -> np.ndarray:
+    def decoded(part: Any) -> np.ndarray:
         return Studio.decode(part) if isinstance(part, bytes) else Studio.decode(Path(part.path).read_bytes())
+
+    editor.accept_blobs, editor.preprocess = accept_blobs, preprocess  # type: ignore[assignment, method-assign]
+    return editor
 
 
 # -------------------------------------------------------------------------------------------------------------- API
