@@ -303,6 +303,10 @@ def test_a_report_says_everything(evaluated):
     assert "unknown kind" in by_name["all of it"]["note"]
     assert by_name["copies in pixels"]["value"] == 0
     assert report["settings"]["n_real"] >= 12
+    assert (report["settings"]["sampler"], report["settings"]["guidance_scale"]) == (
+        "dpmpp_2m",
+        1.5,
+    )  # what it drew with
     assert [row["style"] for row in report["tables"]["styles"]] == ["artwork", "sprite"]
     assert "| copies in pixels |" in (out / "report.md").read_text()
     page = (out / "report.html").read_text()

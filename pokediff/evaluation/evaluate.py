@@ -67,6 +67,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     out = Path(config.out or Path("reports") / Path(config.checkpoint or config.images or "pokediff-32").name)
     out.mkdir(parents=True, exist_ok=True)
     generator = None if config.images else Generator.load(config)
+    config = generator.config if generator else config  # with the checkpoint's own steps and guidance
     given = read_generated(Path(config.images)) if config.images else None
     size = generator.pipeline.image_size if generator else given.pixels.shape[1]  # type: ignore[union-attr]
 
