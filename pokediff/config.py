@@ -44,6 +44,7 @@ class ModelConfig:
     head_dim: int = 32  # channels of an attention head
     embedding_dim: int = 256  # of timestep, text and augmentation together
     dropout: float = 0.1
+    plain: bool = False  # the first level without norms, its skips added: learns fine detail, and faster
     sigma_data: float | None = (
         None  # EDM's skip from input to output for data of this deviation (prediction_type sample)
     )
@@ -88,6 +89,14 @@ class DistillConfig:
 
 
 @dataclass(frozen=True)
+class RefineConfig:
+    __pydantic_config__ = STRICT
+
+    base: str = "checkpoints/pokediff-64"  # the checkpoint whose last evaluations this network takes over
+    below: float = 1.25  # where the noise is less than this sigma
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     __pydantic_config__ = STRICT
 
@@ -104,6 +113,7 @@ class TrainConfig:
     distill: DistillConfig | None = (
         None  # learn from a checkpoint to draw in few steps, instead of from pictures to draw
     )
+    refine: RefineConfig | None = None  # learn the last steps only, for a checkpoint that does the others
 
     max_steps: int = 20_000  # optimizer steps
     max_minutes: float | None = None  # stop after so many minutes, with a checkpoint
@@ -117,6 +127,7 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the processor has it
     threads: int | None = None  # of a CPU, for each process (default: all cores, shared by the processes)
     workers: int = 0  # processes that prepare batches
+    compile: bool = False  # compile the network first: a minute or two that pay for themselves within an hour
 
     log_every: int = 20  # steps
     validate_every: int = 1000
@@ -162,6 +173,10 @@ class TrainConfig:
             )
             fits = self.distill.steps * self.distill.substeps <= noise.num_train_timesteps
             _require(fits, "distill.substeps", "must leave the teacher no more steps than there are timesteps")
+        if self.refine is not None:
+            _require(self.distill is None, "refine", "cannot be had together with distill")
+            between = noise.sigma_min < self.refine.below < noise.sigma_max
+            _require(between, "refine.below", "must lie between the sigmas")
         every = ("log_every", "validate_every", "preview_every", "checkpoint_every")
         for name in ("batch_size", "max_steps", "learning_rate", "max_grad_norm", *every):
             _require(getattr(self, name) > 0, name, "must be positive")

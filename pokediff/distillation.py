@@ -17,7 +17,7 @@ from diffusers import DDPMScheduler
 from pokediff.config import DEFAULT_STEPS, DatasetConfig, DiffusionConfig, DistillConfig, ModelConfig, TrainConfig
 from pokediff.errors import PokediffError
 from pokediff.images import CHANNELS
-from pokediff.pipeline import PokeDiffPipeline, to_x0
+from pokediff.pipeline import PokeDiffPipeline, same_noise, to_x0
 
 
 class Distillation:
@@ -29,8 +29,7 @@ class Distillation:
     def __init__(self, config: DistillConfig, schedule: DDPMScheduler, device: torch.device) -> None:
         self.config, self.kind = config, schedule.config.prediction_type
         teacher = PokeDiffPipeline.from_pretrained(config.teacher, text_encoder=None, tokenizer=None).to(device)
-        ours, known = (scheduler.alphas_cumprod.cpu() for scheduler in (schedule, teacher.scheduler))
-        if ours.shape != known.shape or not torch.allclose(ours, known, atol=1e-4):
+        if not same_noise(schedule, teacher.scheduler):
             raise PokediffError(f"distill.teacher: {config.teacher} has another noise schedule (diffusion.*)")
         self.teacher = teacher
         self.teacher.unet.to(memory_format=torch.channels_last).requires_grad_(False).eval()

@@ -1,6 +1,7 @@
 """export(checkpoint, out): the network and its text encoder as ONNX, for a machine or a language without PyTorch.
 
-    unet/model.onnx          x (B, C, H, W), timestep (B,), text (B, D) -> output (B, C, H, W), float32
+    unet/model.onnx, and refiner/model.onnx of a checkpoint that has one
+                             x (B, C, H, W), timestep (B,), text (B, D) -> output (B, C, H, W), float32
     text_encoder/model.onnx  input_ids (N, L), attention_mask (N, L) int64 -> pooled (N, D), unit vectors
 
 Everything else of the checkpoint (tokenizer, noise schedule, configurations) is copied, so the folder is a checkpoint
@@ -24,7 +25,7 @@ from pokediff.errors import PokediffError
 from pokediff.pipeline import PokeDiffPipeline
 from pokediff.text import ClipTextEncoder
 
-NETWORK = Path("unet") / "model.onnx"
+MODEL = "model.onnx"
 OPSET = 18
 TOLERANCE = 2  # of 255: float32 adds in another order elsewhere; more means another picture
 MISSING = "is not installed: pip install 'pokediff[onnx]'"
@@ -79,18 +80,19 @@ def export(checkpoint: str | Path, out: str | Path) -> dict[str, Any]:
         raise PokediffError(f"{out} is the checkpoint itself: choose another --out")
     pipeline = PokeDiffPipeline.from_pretrained(checkpoint)
     shutil.copytree(checkpoint, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("diffusion_pytorch_model*"))
-    unet = pipeline.unet.eval()
-    side, vector = pipeline.image_size, unet.null_text
+    side, vector = pipeline.image_size, pipeline.unet.null_text
 
     batch = torch.export.Dim("batch")
-    example = (torch.zeros(2, unet.config.in_channels, side, side), torch.zeros(2), vector.expand(2, -1).contiguous())
-    _write(unet, example, ["x", "timestep", "text"], ["output"], ({0: batch},) * 3, out / NETWORK)
+    x = torch.zeros(2, pipeline.unet.config.in_channels, side, side)
+    example = (x, torch.zeros(2), vector.expand(2, -1).contiguous())
+    for name, network in pipeline.networks.items():
+        _write(network, example, ["x", "timestep", "text"], ["output"], ({0: batch},) * 3, out / name / MODEL)
     np.savetxt(out / "unet" / "null_text.txt", vector.numpy()[None])
     if pipeline.text_encoder is not None:
         length = pipeline.text_encoder.config.max_position_embeddings
         ids = torch.full((2, length), pipeline.tokenizer.eos_token_id)
         sizes = ({0: batch, 1: torch.export.Dim("tokens", min=2, max=length)},) * 2
-        target = out / "text_encoder" / "model.onnx"
+        target = out / "text_encoder" / MODEL
         names = ["input_ids", "attention_mask"]
         _write(TextVectors(pipeline.text_encoder), (ids, torch.ones_like(ids)), names, ["pooled"], sizes, target)
 
@@ -101,7 +103,8 @@ def export(checkpoint: str | Path, out: str | Path) -> dict[str, Any]:
     difference = int(np.abs(drawn.astype(int) - expected).max())
     if difference > TOLERANCE:
         raise PokediffError(f"{out} draws another picture than {checkpoint}: {difference} of 255 levels apart")
-    return {"largest_difference": difference, "megabytes": round((out / NETWORK).stat().st_size / 1e6, 1)}
+    size = sum((out / name / MODEL).stat().st_size for name in pipeline.networks)
+    return {"largest_difference": difference, "megabytes": round(size / 1e6, 1)}
 
 
 def _write(module: nn.Module, example: tuple, inputs: list[str], outputs: list[str], sizes: tuple, path: Path) -> None:
@@ -123,7 +126,7 @@ def _write(module: nn.Module, example: tuple, inputs: list[str], outputs: list[s
 
 
 def is_exported(checkpoint: str | Path) -> bool:
-    return (Path(checkpoint) / NETWORK).is_file()
+    return (Path(checkpoint) / "unet" / MODEL).is_file()
 
 
 def load_exported(folder: str | Path) -> PokeDiffPipeline:
@@ -133,11 +136,17 @@ def load_exported(folder: str | Path) -> PokeDiffPipeline:
     """
     folder = Path(folder)
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    config = FrozenDict(json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8")))
     vector = torch.from_numpy(np.loadtxt(folder / "unet" / "null_text.txt", dtype=np.float32))
-    unet: Any = OnnxUnet(folder / NETWORK, config, vector)
+
+    def network(name: str) -> Any:
+        config = FrozenDict(json.loads((folder / name / "config.json").read_text(encoding="utf-8")))
+        return OnnxUnet(folder / name / MODEL, config, vector)
+
+    unet = network("unet")
     scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(folder / "scheduler")
     settings = {name: index[name] for name in PokeDiffPipeline.settings if name in index}
+    if (folder / "refiner" / MODEL).is_file():
+        settings["refiner"] = network("refiner")
     if (name := index["text_encoder_name"]) != "builtin":
         return PokeDiffPipeline(unet, scheduler, **settings)
     encoder = ClipTextEncoder.from_folder(folder, name)

@@ -82,11 +82,14 @@ class PokeDiffPipeline(DiffusionPipeline):
     scheduler made `from_config` of this one may take its place. `text_encoder` and `tokenizer` are there when the
     encoder lives in the checkpoint ("builtin"); otherwise `text_encoder_name` is loaded when it is first needed.
     `num_steps` and `guidance_scale` are what the network is at its best with; a distilled one wants few and none.
+    A `refiner`, if there is one, takes the place of `unet` where sigma is below `refine_below`: what is left to do
+    there is local, and a small network trained for nothing else does it better (eDiff-I, Balaji et al. 2022).
     """
 
     model_cpu_offload_seq = "text_encoder->unet"
-    settings = ("text_encoder_name", "num_steps", "guidance_scale")  # what model_index.json holds beside the parts
-    _optional_components = ["text_encoder", "tokenizer"]  # noqa: RUF012 (diffusers' own form)
+    # what model_index.json holds beside the parts
+    settings = ("text_encoder_name", "num_steps", "guidance_scale", "refine_below")
+    _optional_components = ["text_encoder", "tokenizer", "refiner"]  # noqa: RUF012 (diffusers' own form)
 
     def __init__(
         self,
@@ -97,10 +100,19 @@ class PokeDiffPipeline(DiffusionPipeline):
         text_encoder_name: str = "builtin",
         num_steps: int = DEFAULT_STEPS,
         guidance_scale: float = DEFAULT_GUIDANCE,
+        refiner: Unet | None = None,
+        refine_below: float = 0.0,
     ) -> None:
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer)
-        self.register_to_config(text_encoder_name=text_encoder_name, num_steps=num_steps, guidance_scale=guidance_scale)
+        self.register_modules(
+            unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer, refiner=refiner
+        )
+        self.register_to_config(
+            text_encoder_name=text_encoder_name,
+            num_steps=num_steps,
+            guidance_scale=guidance_scale,
+            refine_below=refine_below,
+        )
         self._encode: TextEncoder | None = None
 
     @classmethod
@@ -135,6 +147,21 @@ class PokeDiffPipeline(DiffusionPipeline):
     def image_size(self) -> int:
         """Side of the pictures in px."""
         return self.unet.config.image_size
+
+    @property
+    def networks(self) -> dict[str, Unet]:
+        """All that denoise, by the names of their folders."""
+        return {"unet": self.unet} | ({} if self.refiner is None else {"refiner": self.refiner})
+
+    def network_at(self, timestep: float) -> Unet:
+        """The network that is asked at this timestep."""
+        refines = self.refiner is not None and self._sigma(timestep) < self.config.refine_below
+        return self.refiner if refines else self.unet
+
+    def prediction_type(self, network: Unet) -> str:
+        """What a network predicts: x0 when it is preconditioned, otherwise what the scheduler's configuration says."""
+        preconditioned = network.config.get("sigma_data") is not None
+        return "sample" if preconditioned else self.scheduler.config.prediction_type
 
     def encode_prompt(self, prompts: Sequence[str]) -> torch.Tensor:
         """(N, D) text vectors on the network's device; "" gives the null condition that it was trained with."""
@@ -248,9 +275,8 @@ class PokeDiffPipeline(DiffusionPipeline):
                 both = self._predict(noisy.repeat(2, 1, 1, 1), timestep, torch.cat([text, against]), half)
                 guided, away = both.chunk(2)
                 output = away + guidance_scale * (guided - away)
-            x0 = to_x0(self.scheduler.config.prediction_type, output, noisy, sigma).clamp(
-                -1, 1
-            )  # guidance overshoots; a picture cannot
+            kind = self.prediction_type(self.network_at(float(timestep)))
+            x0 = to_x0(kind, output, noisy, sigma).clamp(-1, 1)  # guidance overshoots; a picture cannot
             if known is not None and redrawn is not None:
                 x0 = torch.where(redrawn, x0, known)
             yield Step(index, float(timestep), sigma, noisy, x0)
@@ -264,7 +290,8 @@ class PokeDiffPipeline(DiffusionPipeline):
         x (B, C, H, W) of unit variance and timestep as a `Step` holds them; text (B, D) as `encode_prompt` gives it.
         """
         output = self._predict(x, torch.tensor(timestep), text, self.in_bf16("auto"))
-        return to_x0(self.scheduler.config.prediction_type, output, x, self._sigma(timestep)).clamp(-1, 1)
+        kind = self.prediction_type(self.network_at(timestep))
+        return to_x0(kind, output, x, self._sigma(timestep)).clamp(-1, 1)
 
     def in_bf16(self, precision: Literal["auto", "bf16", "fp32"]) -> bool:
         """What `precision` means here: auto is bf16 where the device multiplies it in hardware. An exported network has
@@ -341,18 +368,18 @@ class PokeDiffPipeline(DiffusionPipeline):
     # ------------------------------------------------------------------------------------ between v, noise and x0
 
     def _predict(self, x: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, half: bool) -> torch.Tensor:
-        """The network on (B, C, H, W), float32."""
+        """The network of this timestep on (B, C, H, W), float32."""
+        network = self.network_at(float(timestep))
         if half or x.device.type != "cpu":
             with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
-                return self.unet(x.to(self.unet.dtype), timestep, text.to(self.unet.dtype)).float()
+                return network(x.to(network.dtype), timestep, text.to(network.dtype)).float()
         # float32 kernels of a CPU are chosen by the number of rows and round differently (bfloat16 ones agree): a
         # picture must not depend on its company, so they always get four rows.
         number = len(x)
         rows = torch.arange(-(-number // 4) * 4) % number
         parts = zip(x[rows].split(4), text[rows].split(4), strict=True)
-        return torch.cat([self.unet(x4.to(self.unet.dtype), timestep, t4.to(self.unet.dtype)) for x4, t4 in parts])[
-            :number
-        ].float()
+        outputs = [network(x4.to(network.dtype), timestep, t4.to(network.dtype)) for x4, t4 in parts]
+        return torch.cat(outputs)[:number].float()
 
     def _sigma(self, timestep: float) -> float:
         """Noise to signal, sqrt((1 - a) / a) with a = alphas_cumprod; some samplers ask between two timesteps."""
@@ -380,6 +407,12 @@ def to_x0(prediction_type: str, output: torch.Tensor, x: torch.Tensor, sigma: fl
     if prediction_type == "v_prediction":
         return alpha * x - std * output
     return (x - std * output) / alpha if prediction_type == "epsilon" else output
+
+
+def same_noise(one: SchedulerMixin, other: SchedulerMixin) -> bool:
+    """Do timesteps mean the same noise to both?"""
+    ours, theirs = (scheduler.alphas_cumprod.cpu() for scheduler in (one, other))
+    return ours.shape == theirs.shape and torch.allclose(ours, theirs, atol=1e-4)
 
 
 def _skipped(scheduler: Any, strength: float) -> int:

@@ -38,6 +38,7 @@ from pokediff.images import (
 from pokediff.pipeline import PokeDiffPipeline, quiet, settled, slerp
 from pokediff.pixelart import finish, read_palette
 from pokediff.records import read_text, write_whole
+from pokediff.unet import compile_network
 
 DEFAULT_CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "pokediff-32"
 SHOWN_SIDE = 128  # px that a picture has at least on a sheet or in an animation
@@ -330,7 +331,8 @@ def load_pipeline(config: SampleConfig) -> PokeDiffPipeline:
         return load_exported(checkpoint)
     pipeline = PokeDiffPipeline.from_pretrained(checkpoint).to(pick_device(config.device))
     if config.compile:
-        pipeline.unet.compile()
+        for network in pipeline.networks.values():
+            compile_network(network)
     return pipeline
 
 

@@ -32,11 +32,11 @@ from pokediff.distillation import Distillation
 from pokediff.errors import PokediffError
 from pokediff.evaluation.quick import COPYING, QuickLook
 from pokediff.images import CHANNELS, composite, encode_png, enlarge, from_model, grid, save_animation, to_model
-from pokediff.pipeline import PokeDiffPipeline, diffusion_loss, has_bf16, quiet
+from pokediff.pipeline import PokeDiffPipeline, diffusion_loss, has_bf16, quiet, same_noise
 from pokediff.records import write_whole
 from pokediff.runs import Progress
 from pokediff.text import ClipTextEncoder, load_text_encoder
-from pokediff.unet import Unet, cosine_sigmas, flops_per_image
+from pokediff.unet import Unet, compile_network, cosine_sigmas, cosine_timestep, flops_per_image
 
 Objective = Callable[..., torch.Tensor]  # (unet, x0, noise, timesteps, text, augment) to the loss of each picture
 BAD_STEPS = 3  # that many non-finite steps in a row end the run
@@ -92,6 +92,8 @@ def train(config: TrainConfig, resume: str = "never") -> Path:
         say(f"{taken / 1e6:.2f} M weights taken from {start}")
     network.null_text.copy_(vectors.table[0])
     network = network.to(memory_format=torch.channels_last)
+    if config.compile:
+        compile_network(network)
     average = AveragedModel(network, multi_avg_fn=ema_with_warmup(config.ema_decay)).to(accelerator.device)
     schedule = make_noise_schedule(config)
     objective = make_objective(config, schedule, accelerator.device)
@@ -236,6 +238,14 @@ def make_noise_schedule(config: TrainConfig) -> DDPMScheduler:
     )
 
 
+def trained_timesteps(config: TrainConfig) -> int:
+    """How many timesteps, from the least noise, are learned: all, or those that a refiner is asked at."""
+    total = config.diffusion.num_train_timesteps
+    if config.refine is None:
+        return total
+    return min(total, 1 + math.ceil(cosine_timestep(config.refine.below, total, *config.diffusion.range)))
+
+
 def betas_of(sigmas: torch.Tensor) -> list[float]:
     """The betas of a schedule given by its noise to signal at every timestep."""
     alphas_cumprod = 1 / (1 + sigmas**2)
@@ -259,6 +269,8 @@ def make_objective(config: TrainConfig, schedule: DDPMScheduler, device: torch.d
 
 def make_pipeline(unet: Any, schedule: DDPMScheduler, config: TrainConfig) -> PokeDiffPipeline:
     """The pipeline that is previewed and saved. Only the built-in encoder travels in it; others are loaded by name."""
+    if config.refine:
+        return with_refiner(unet, schedule, config)
     encoder = load_text_encoder(config.text_encoder) if config.text_encoder == "builtin" else None
     model, tokenizer = (encoder.model, encoder.tokenizer) if isinstance(encoder, ClipTextEncoder) else (None, None)
     if config.distill:  # what it was taught: so many DDIM steps, and the teacher's guidance with them
@@ -266,6 +278,26 @@ def make_pipeline(unet: Any, schedule: DDPMScheduler, config: TrainConfig) -> Po
         return PokeDiffPipeline(unet, sampler, model, tokenizer, config.text_encoder, config.distill.steps, 1.0)
     sampler = DPMSolverMultistepScheduler.from_config(schedule.config)
     return PokeDiffPipeline(unet, sampler, model, tokenizer, config.text_encoder)
+
+
+def with_refiner(unet: Any, schedule: DDPMScheduler, config: TrainConfig) -> PokeDiffPipeline:
+    """The base's pipeline with `unet` for its last steps. Raises PokediffError when the two do not fit together."""
+    assert config.refine is not None
+    pipeline = PokeDiffPipeline.from_pretrained(config.refine.base)
+    base = pipeline.unet.config
+    for key, ours, theirs in (
+        ("dataset.image_size", unet.config.image_size, base.image_size),
+        ("dataset.channels", unet.config.in_channels, base.in_channels),
+        ("text_encoder", config.text_encoder, pipeline.config.text_encoder_name),
+        ("diffusion.prediction_type", config.diffusion.prediction_type, pipeline.prediction_type(unet)),
+    ):
+        if ours != theirs:
+            raise PokediffError(f"{key}: {ours} here, {theirs} in {config.refine.base} (refine.base)")
+    if not same_noise(schedule, pipeline.scheduler):
+        raise PokediffError(f"refine.base: {config.refine.base} has another noise schedule (diffusion.*)")
+    pipeline.register_modules(refiner=unet)
+    pipeline.register_to_config(refine_below=config.refine.below)
+    return pipeline.to(unet.device)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -314,7 +346,7 @@ def training_loss(
     generator = torch.Generator(accelerator.device).manual_seed(mix(config.seed, step, 0))
     # Noise and timesteps are drawn for all processes together, then sliced: any number of them trains the same model.
     total = (accelerator.num_processes * x0.shape[0],)
-    timesteps = torch.randint(0, config.diffusion.num_train_timesteps, total, generator=generator, device=x0.device)
+    timesteps = torch.randint(0, trained_timesteps(config), total, generator=generator, device=x0.device)
     noise = torch.randn(total + x0.shape[1:], generator=generator, device=x0.device)
     first = accelerator.process_index * x0.shape[0]
     mine = slice(first, first + x0.shape[0])
@@ -334,7 +366,7 @@ def validate(
     """Mean loss on the validation families, and by thirds of the timesteps; always the same noise and timesteps."""
     unet.eval()
     generator = torch.Generator().manual_seed(0)
-    number, total = len(pictures), config.diffusion.num_train_timesteps
+    number, total = len(pictures), trained_timesteps(config)
     timesteps = ((torch.arange(number) + 0.5) / number * total).long()[torch.randperm(number, generator=generator)]
     losses = []
     for start in range(0, number, 64):
@@ -445,6 +477,8 @@ def seconds_per_step(
 ) -> float:
     """How long a step takes here, tried on a copy of the network; the third try counts, the first ones warm up."""
     trial, seconds = copy.deepcopy(unet), 0.0
+    if config.compile:  # copies are not; what is compiled here serves the run too
+        compile_network(trial)
     for step in range(3):
         begin = time.monotonic()
         with accelerator.autocast():

@@ -9,7 +9,10 @@ Norms are LayerNorm over channels: on channels_last maps that is a plain row nor
 from __future__ import annotations
 
 import math
+import os
 import re
+import shutil
+import sys
 from typing import cast
 
 import torch
@@ -18,6 +21,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from pokediff.errors import PokediffError
+
 AUGMENT_DIM = 3  # mirrored (0 or 1), shift to the right and downwards as a share of max_shift
 
 
@@ -25,9 +30,10 @@ class Unet(ModelMixin, ConfigMixin):
     """Predicts v, noise or x0 (whatever it was trained for) from a noisy picture, a timestep and a text vector.
 
     Args: image_size in px, a multiple of 16; in_channels C (4 premultiplied RGBA, 3 RGB, 1 grey); text_dim D;
-    patch p in px (None: image_size / 16); sigma_data None or a number s: then the body is preconditioned
-    (`_precondition`) and the network predicts x0, for which it has to know its noise_range (sigma_min, sigma_max,
-    noise_shift) and num_train_timesteps; the rest as in `config.ModelConfig`.
+    patch p in px (None: image_size / 16); plain: the first level has no norms and its skips are added; sigma_data None
+    or a number s: then the body is preconditioned (`_precondition`) and the network predicts x0, for which it has to
+    know its noise_range (sigma_min, sigma_max, noise_shift) and num_train_timesteps; the rest as in
+    `config.ModelConfig`.
     """
 
     @register_to_config
@@ -43,6 +49,7 @@ class Unet(ModelMixin, ConfigMixin):
         embedding_dim: int = 256,
         dropout: float = 0.1,
         patch: int | None = None,
+        plain: bool = False,
         sigma_data: float | None = None,
         noise_range: tuple[float, float, float] = (0.006, 100.0, 1.0),
         num_train_timesteps: int = 1000,
@@ -60,21 +67,24 @@ class Unet(ModelMixin, ConfigMixin):
         self.augment = nn.Linear(AUGMENT_DIM, embedding_dim, bias=False)  # all zero: nothing was done to the picture
         self.register_buffer("null_text", torch.zeros(text_dim))  # the vector of the empty prompt
 
-        def level(inputs: list[int], width: int, attends: bool) -> nn.ModuleList:
-            return nn.ModuleList(Block(i, width, embedding_dim, dropout, head_dim if attends else None) for i in inputs)
+        def level(index: int, inputs: int) -> nn.ModuleList:
+            attends, norm = head_dim if attention[index] else None, not (plain and index == 0)
+            parts = (Block(inputs, widths[index], embedding_dim, dropout, attends, norm) for _ in range(blocks[index]))
+            return nn.ModuleList(parts)
 
         self.stem = nn.Conv2d(folded, widths[0], 3, padding=1)
         self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
         for index, width in enumerate(widths):
-            self.down.append(level([width] * blocks[index], width, attention[index]))
+            self.down.append(level(index, width))
             if index + 1 < len(widths):
                 self.downsample.append(nn.Conv2d(width, widths[index + 1], 2, stride=2))
         self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
         for index in reversed(range(len(widths))):
-            self.up.append(level([2 * widths[index]] * blocks[index], widths[index], attention[index]))
+            added = plain and index == 0
+            self.up.append(level(index, widths[index] if added else 2 * widths[index]))
             if index > 0:
                 self.upsample.append(nn.Conv2d(widths[index], 4 * widths[index - 1], 1))
-        self.out_norm = ChannelNorm(widths[0])
+        self.out_norm = nn.Identity() if plain else ChannelNorm(widths[0])
         self.out = _zero(nn.Conv2d(widths[0], folded, 3, padding=1))
         if sigma_data is not None:
             self.painted = _zero(nn.Conv2d(widths[0], folded + self.patch**2, 3, padding=1))
@@ -109,13 +119,14 @@ class Unet(ModelMixin, ConfigMixin):
                 h = self.downsample[index](h)  # (B, W', S/2, S/2)
         for index, level in enumerate(self.up):
             for block in cast(nn.ModuleList, level):
-                h = block(torch.cat([h, skips.pop()], dim=1), embedding)
+                added = self.config.plain and index == len(self.up) - 1
+                h = block(h + skips.pop() if added else torch.cat([h, skips.pop()], dim=1), embedding)
             if index < len(self.upsample):
                 h = F.pixel_shuffle(self.upsample[index](h), 2).contiguous(memory_format=torch.channels_last)
         seen = F.silu(self.out_norm(h))
         if self.config.sigma_data is None:
             return F.pixel_shuffle(self.out(seen), self.patch)
-        carried = F.pixel_shuffle(self.out(h), self.patch).float()
+        carried = F.pixel_shuffle(self.out(seen if self.config.plain else h), self.patch).float()
         painted, share = F.pixel_shuffle(self.painted(seen), self.patch).float().tensor_split([x.shape[1]], dim=1)
         return torch.lerp(self._precondition(carried, x.float(), timestep), painted, share.sigmoid())
 
@@ -129,8 +140,9 @@ class Unet(ModelMixin, ConfigMixin):
         plain, its background above all, x0 is better `painted` than carried over from the input. How much of which, the
         network says for every pixel.
         """
-        sigma = cosine_sigmas(timestep.double(), self.config.num_train_timesteps, *self.config.noise_range)
-        sigma, s = sigma.float()[:, None, None, None], self.config.sigma_data
+        # float32, for ONNX Runtime has no other tan
+        sigma = cosine_sigmas(timestep.float(), self.config.num_train_timesteps, *self.config.noise_range)
+        sigma, s = sigma[:, None, None, None], self.config.sigma_data
         root = (sigma**2 + s**2) ** 0.5
         return s**2 / root**2 * (1 + sigma**2) ** 0.5 * x + sigma * s / root * h  # x has unit variance: x / alpha
 
@@ -155,12 +167,14 @@ class Unet(ModelMixin, ConfigMixin):
 class Block(nn.Module):
     """Norm, SiLU, conv; norm scaled and shifted by the embedding, SiLU, conv; added to the input. Then attention."""
 
-    def __init__(self, inputs: int, width: int, embedding_dim: int, dropout: float, head_dim: int | None) -> None:
+    def __init__(
+        self, inputs: int, width: int, embedding_dim: int, dropout: float, head_dim: int | None, norm: bool = True
+    ) -> None:
         super().__init__()
-        self.norm1 = ChannelNorm(inputs)
+        self.norm1 = ChannelNorm(inputs) if norm else nn.Identity()
         self.conv1 = nn.Conv2d(inputs, width, 3, padding=1)
         self.modulation = nn.Linear(embedding_dim, 2 * width)
-        self.norm2 = ChannelNorm(width)
+        self.norm2 = ChannelNorm(width) if norm else nn.Identity()
         self.dropout = nn.Dropout(dropout)
         self.conv2 = _zero(nn.Conv2d(width, width, 3, padding=1))  # blocks start as the identity (ADM)
         self.skip = nn.Conv2d(inputs, width, 1) if inputs != width else nn.Identity()
@@ -222,6 +236,20 @@ def cosine_sigmas(timestep: torch.Tensor, steps: int, sigma_min: float, sigma_ma
     """
     first, last = math.atan(sigma_min / shift), math.atan(sigma_max / shift)
     return shift * torch.tan(first + (last - first) * timestep / (steps - 1))
+
+
+def cosine_timestep(sigma: float, steps: int, sigma_min: float, sigma_max: float, shift: float) -> float:
+    """The timestep of `cosine_sigmas` at which the noise is `sigma`."""
+    first, last = math.atan(sigma_min / shift), math.atan(sigma_max / shift)
+    return (math.atan(sigma / shift) - first) / (last - first) * (steps - 1)
+
+
+def compile_network(network: nn.Module) -> None:
+    """torch.compile, in place. Raises PokediffError where the compiler that it needs on a CPU is missing."""
+    compiler = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
+    if next(network.parameters()).device.type == "cpu" and shutil.which(compiler) is None:
+        raise PokediffError(f"compile: there is no C++ compiler {compiler} here; leave --compile out")
+    network.compile()
 
 
 def flops_per_image(unet: Unet) -> float:

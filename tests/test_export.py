@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import tiny_config
 
-from pokediff.config import SampleConfig
+from pokediff.config import DiffusionConfig, ModelConfig, RefineConfig, SampleConfig
 from pokediff.errors import PokediffError
 from pokediff.export import export, is_exported, load_exported
 from pokediff.pipeline import PokeDiffPipeline
@@ -20,7 +20,11 @@ pytest.importorskip("onnxscript")
 
 @pytest.fixture(scope="module")
 def checkpoint(data, tmp_path_factory):
-    return train(tiny_config(data, tmp_path_factory.mktemp("run") / "tiny"))
+    folder = tmp_path_factory.mktemp("run")
+    base = train(tiny_config(data, folder / "base"))
+    model = ModelConfig(widths=(32,), attention=(False,), blocks=(1,), embedding_dim=64, plain=True, sigma_data=0.3)
+    sample = DiffusionConfig(prediction_type="sample")
+    return train(tiny_config(data, folder / "tiny", model=model, diffusion=sample, refine=RefineConfig(str(base), 0.8)))
 
 
 @pytest.fixture(scope="module")

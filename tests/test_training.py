@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pokediff import training
-from pokediff.config import QuickLookConfig, TrainConfig, dump_yaml, load_yaml
+from pokediff.config import ModelConfig, QuickLookConfig, TrainConfig, dump_yaml, load_yaml
 from pokediff.dataset import load_pictures
 from pokediff.errors import PokediffError
 from pokediff.images import unpremultiply
@@ -276,6 +277,24 @@ def test_training_learns(data, tmp_path):
     assert losses[-1] < 0.5 * losses[0]
     validation = [row["validation_loss"] for row in rows if "validation_loss" in row]
     assert validation[-1] < validation[0]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_compiled_it_learns_the_same(data, tmp_path):
+    model = ModelConfig(widths=(32,), attention=(False,), blocks=(1,), embedding_dim=32)
+    losses = []
+    for compiled in (False, True):
+        config = tiny_config(data, tmp_path / str(compiled), model=model, compile=compiled, max_steps=3)
+        log = (train(config) / "log.jsonl").read_text().splitlines()
+        losses.append([row["loss"] for line in log if "loss" in (row := json.loads(line))])
+    assert len(losses[0]) == 3
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
+
+
+def test_without_a_compiler_it_says_so(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(PokediffError, match="no C\\+\\+ compiler no-such-compiler"):
+        train(tiny_config(data, tmp_path / "run", compile=True))
 
 
 def test_max_minutes_stops_with_a_checkpoint(data, tmp_path):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from pokediff.config import DiffusionConfig, TrainConfig
 from pokediff.training import make_noise_schedule
-from pokediff.unet import Unet, attend, cosine_sigmas, sinusoidal
+from pokediff.unet import ChannelNorm, Unet, attend, cosine_sigmas, cosine_timestep, sinusoidal
 
 
 def small(**changes) -> Unet:
@@ -88,6 +88,26 @@ def test_a_patch_of_half_the_size_begins_one_level_higher():
     assert unet(torch.randn(2, 4, 64, 64), 500.0).shape == (2, 4, 64, 64)
 
 
+@pytest.mark.parametrize("widths", [(32,), (32, 64)])
+def test_a_plain_first_level_has_no_norms_and_adds_its_skips(widths):
+    levels = len(widths)
+    unet = small(widths=widths, attention=(False,) * levels, blocks=(2,) * levels, plain=True, sigma_data=0.25)
+    norms = [name for name, part in unet.named_modules() if isinstance(part, ChannelNorm)]
+    assert bool(norms) == (levels > 1)
+    assert all(name.startswith(("down.1", "up.0")) for name in norms)
+    assert unet.up[-1][0].conv1.in_channels == 32
+    x = torch.randn(2, 4, 32, 32)
+    assert unet(x, 300.0).shape == x.shape
+    seen = []
+    for block in unet.up[-1]:
+        block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    for block in unet.down[0]:
+        block.register_forward_hook(lambda _, inputs, output: torch.zeros_like(output))
+    without = unet(x, 300.0)  # with every skip zero, and what comes from below alone
+    assert torch.equal(seen[0], torch.zeros_like(seen[0])) == (levels == 1)
+    assert torch.isfinite(without).all()
+
+
 def test_starting_from_a_network_of_smaller_pictures_takes_all_levels_below_the_first():
     other, unet = small(), small(image_size=64, patch=2, widths=(16, 32, 64), attention=(0, 0, 1), blocks=(1, 1, 1))
     untouched = unet.stem.weight.clone()
@@ -146,6 +166,8 @@ def test_the_schedule_of_network_and_scheduler_is_one():
     sigmas = cosine_sigmas(torch.arange(1000).double(), 1000, 0.006, 100.0, 2.0)
     assert sigmas[0].item() == pytest.approx(0.006)
     assert sigmas[-1].item() == pytest.approx(100.0)
+    for timestep in (0, 123, 999):
+        assert cosine_timestep(sigmas[timestep].item(), 1000, 0.006, 100.0, 2.0) == pytest.approx(timestep, abs=1e-6)
     config = TrainConfig(diffusion=DiffusionConfig(noise_shift=2.0))
     alphas = make_noise_schedule(config).alphas_cumprod.double()
     torch.testing.assert_close(((1 - alphas) / alphas).sqrt(), sigmas, rtol=1e-3, atol=0)

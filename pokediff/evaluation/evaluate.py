@@ -608,10 +608,11 @@ def measure_loss(
         losses = []
         for level in levels:
             noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(int(level)))
-            steps = torch.full((len(x0),), int(level))
+            steps, network = torch.full((len(x0),), int(level)), pipeline.network_at(int(level))
+            schedule.register_to_config(prediction_type=pipeline.prediction_type(network))
             with torch.inference_mode():
                 parts = [
-                    diffusion_loss(schedule, pipeline.unet, x0[i], noise[i], steps[i], text[i])
+                    diffusion_loss(schedule, network, x0[i], noise[i], steps[i], text[i])
                     for i in torch.arange(len(x0)).split(32)
                 ]
             losses.append(torch.cat(parts).double().numpy())
@@ -644,8 +645,10 @@ def measure_cost(report: Report, generator: Generator, generated: Generated) -> 
     evaluations = len(pipeline.make_scheduler(generator.config.sampler, generator.config.num_steps).timesteps)
     guided = generator.config.guidance_scale != 1
     report.add(section, "evaluations of the network", evaluations * (2 if guided else 1), 1)
-    report.add(section, "parameters, M", sum(p.numel() for p in pipeline.unet.parameters()) / 1e6, 1)
-    report.add(section, "GFLOP an evaluation", flops_per_image(pipeline.unet) / 1e9, 1)
+    for name, network in pipeline.networks.items():
+        of = "" if name == "unet" else f" of the {name}"
+        report.add(section, f"parameters{of}, M", sum(p.numel() for p in network.parameters()) / 1e6, 1)
+        report.add(section, f"GFLOP an evaluation{of}", flops_per_image(network) / 1e9, 1)
     report.add(section, "peak memory, MB", peak_memory_mb(), 1, note="of this whole process, features and all")
 
 
