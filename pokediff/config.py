@@ -45,6 +45,7 @@ class ModelConfig:
     embedding_dim: int = 256  # of timestep, text and augmentation together
     dropout: float = 0.1
     plain: bool = False  # the first level without norms, its skips added: learns fine detail, and faster
+    upscale: int = 1  # above 1: enlarges the pictures of refine.base so many times; must divide the patch
     sigma_data: float | None = (
         None  # EDM's skip from input to output for data of this deviation (prediction_type sample)
     )
@@ -92,8 +93,10 @@ class DistillConfig:
 class RefineConfig:
     __pydantic_config__ = STRICT
 
-    base: str = "checkpoints/pokediff-64"  # the checkpoint whose last evaluations this network takes over
-    below: float = 1.25  # where the noise is less than this sigma
+    base: str = "checkpoints/pokediff-32"  # the checkpoint whose last evaluations this network takes over
+    below: float = 1.0  # where the noise is less than this sigma
+    # With model.upscale its pictures are enlarged, from this sigma on; while learning they are shown with noise up to:
+    low_res_noise: float = 0.25  # (conditioning augmentation: Ho et al. 2022, "Cascaded Diffusion Models", section 4)
 
 
 @dataclass(frozen=True)
@@ -177,6 +180,12 @@ class TrainConfig:
             _require(self.distill is None, "refine", "cannot be had together with distill")
             between = noise.sigma_min < self.refine.below < noise.sigma_max
             _require(between, "refine.below", "must lie between the sigmas")
+            _require(self.refine.low_res_noise >= 0, "refine.low_res_noise", "must not be negative")
+        upscale = self.model.upscale
+        _require(upscale > 0 and patch % upscale == 0, "model.upscale", f"must divide the patch, {patch}")
+        _require(
+            upscale == 1 or self.refine is not None, "model.upscale", "needs refine.base, whose pictures to enlarge"
+        )
         every = ("log_every", "validate_every", "preview_every", "checkpoint_every")
         for name in ("batch_size", "max_steps", "learning_rate", "max_grad_norm", *every):
             _require(getattr(self, name) > 0, name, "must be positive")

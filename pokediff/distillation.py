@@ -48,6 +48,7 @@ class Distillation:
         timesteps: torch.Tensor,
         text: torch.Tensor,
         augment: torch.Tensor | None = None,
+        low_res: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(B,) squared errors of x0, weighted max(1, alpha^2 / std^2) (equation 9). `timesteps` (B,) say where on the
         student's way: each is rounded up to the beginning of the step that it lies in.
@@ -85,14 +86,19 @@ class Distillation:
     ) -> torch.Tensor:
         """The teacher's guided x0."""
         alpha, std = self._at(index)
-        scale, unet = self.config.guidance_scale, self.teacher.unet
+        scale, unet, refiner = self.config.guidance_scale, self.teacher.unet, self.teacher.refiner
         with torch.autocast(z.device.type, torch.bfloat16, enabled=self.half):
             timestep = self.timesteps[index]
             output = unet(z, timestep, text, augment).float()
             if scale != 1:
                 away = unet(z, timestep, unet.null_text.expand_as(text), augment).float()
                 output = away + scale * (output - away)
-        return to_x0(self.teacher.scheduler.config.prediction_type, output, z, std / alpha).clamp(-1, 1)
+            x0 = to_x0(self.teacher.prediction_type(unet), output, z, std / alpha)
+            refines = (std / alpha < self.teacher.config.refine_below).flatten()
+            if refiner is not None and refines.any():
+                parts = (values[refines] for values in (z, timestep, text))
+                x0[refines] = refiner(*parts, None if augment is None else augment[refines]).float()
+        return x0.clamp(-1, 1)
 
     def _at(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """alpha and std (B, 1, 1, 1) at positions in self.timesteps."""

@@ -1,7 +1,8 @@
 """export(checkpoint, out): the network and its text encoder as ONNX, for a machine or a language without PyTorch.
 
-    unet/model.onnx, and refiner/model.onnx of a checkpoint that has one
-                             x (B, C, H, W), timestep (B,), text (B, D) -> output (B, C, H, W), float32
+    unet/model.onnx, and refiner/model.onnx and upscaler/model.onnx of a checkpoint that has one
+                             x (B, C, H, W), timestep (B,), text (B, D) -> output (B, C, H, W), float32;
+                             the upscaler also low_res (B, C, H/f, W/f)
     text_encoder/model.onnx  input_ids (N, L), attention_mask (N, L) int64 -> pooled (N, D), unit vectors
 
 Everything else of the checkpoint (tokenizer, noise schedule, configurations) is copied, so the folder is a checkpoint
@@ -57,11 +58,19 @@ class OnnxUnet(nn.Module):
         options.intra_op_num_threads = torch.get_num_threads()
         self.session = onnxruntime.InferenceSession(path.as_posix(), options, providers=["CPUExecutionProvider"])
 
-    def forward(self, x: torch.Tensor, timestep: torch.Tensor | float, text: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        timestep: torch.Tensor | float,
+        text: torch.Tensor,
+        augment: None = None,
+        low_res: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """As `Unet.forward`, without augmentation."""
         timesteps = torch.as_tensor(timestep, dtype=torch.float32).expand(len(x)).contiguous()
-        values = {"x": x.contiguous(), "timestep": timesteps, "text": text.contiguous()}
-        (output,) = self.session.run(None, {name: value.float().numpy() for name, value in values.items()})
+        values = {"x": x, "timestep": timesteps, "text": text} | ({} if low_res is None else {"low_res": low_res})
+        given = {name: value.float().contiguous().numpy() for name, value in values.items()}
+        (output,) = self.session.run(None, given)
         return torch.from_numpy(output)
 
 
@@ -80,21 +89,24 @@ def export(checkpoint: str | Path, out: str | Path) -> dict[str, Any]:
         raise PokediffError(f"{out} is the checkpoint itself: choose another --out")
     pipeline = PokeDiffPipeline.from_pretrained(checkpoint)
     shutil.copytree(checkpoint, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("diffusion_pytorch_model*"))
-    side, vector = pipeline.image_size, pipeline.unet.null_text
+    vector = pipeline.unet.null_text
 
     batch = torch.export.Dim("batch")
-    x = torch.zeros(2, pipeline.unet.config.in_channels, side, side)
-    example = (x, torch.zeros(2), vector.expand(2, -1).contiguous())
     for name, network in pipeline.networks.items():
-        _write(network, example, ["x", "timestep", "text"], ["output"], ({0: batch},) * 3, out / name / MODEL)
+        side, upscale = network.config.image_size, network.config.upscale
+        x = torch.zeros(2, network.config.in_channels, side, side)
+        example = {"x": x, "timestep": torch.zeros(2), "text": vector.expand(2, -1).contiguous()}
+        if upscale > 1:
+            example["low_res"] = x[..., ::upscale, ::upscale].contiguous()
+        _write(network, example, ["output"], {name: {0: batch} for name in example}, out / name / MODEL)
     np.savetxt(out / "unet" / "null_text.txt", vector.numpy()[None])
     if pipeline.text_encoder is not None:
         length = pipeline.text_encoder.config.max_position_embeddings
         ids = torch.full((2, length), pipeline.tokenizer.eos_token_id)
-        sizes = ({0: batch, 1: torch.export.Dim("tokens", min=2, max=length)},) * 2
-        target = out / "text_encoder" / MODEL
-        names = ["input_ids", "attention_mask"]
-        _write(TextVectors(pipeline.text_encoder), (ids, torch.ones_like(ids)), names, ["pooled"], sizes, target)
+        texts = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        tokens = torch.export.Dim("tokens", min=2, max=length)
+        sizes = {name: {0: batch, 1: tokens} for name in texts}
+        _write(TextVectors(pipeline.text_encoder), texts, ["pooled"], sizes, out / "text_encoder" / MODEL)
 
     options: dict[str, Any] = {"num_steps": 8, "precision": "fp32"}
     prompts = ["a blue water turtle", "a red fire dragon, pixel sprite"]
@@ -107,13 +119,16 @@ def export(checkpoint: str | Path, out: str | Path) -> dict[str, Any]:
     return {"largest_difference": difference, "megabytes": round(size / 1e6, 1)}
 
 
-def _write(module: nn.Module, example: tuple, inputs: list[str], outputs: list[str], sizes: tuple, path: Path) -> None:
+def _write(
+    module: nn.Module, example: dict[str, torch.Tensor], outputs: list[str], sizes: dict[str, Any], path: Path
+) -> None:
     """One graph, weights inside, batch and text length free."""
     module.eval()
     program = torch.onnx.export(
         module,
-        example,
-        input_names=inputs,
+        (),
+        kwargs=example,
+        input_names=list(example),
         output_names=outputs,
         dynamic_shapes=sizes,
         opset_version=OPSET,
@@ -145,8 +160,9 @@ def load_exported(folder: str | Path) -> PokeDiffPipeline:
     unet = network("unet")
     scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(folder / "scheduler")
     settings = {name: index[name] for name in PokeDiffPipeline.settings if name in index}
-    if (folder / "refiner" / MODEL).is_file():
-        settings["refiner"] = network("refiner")
+    for name in ("refiner", "upscaler"):
+        if (folder / name / MODEL).is_file():
+            settings[name] = network(name)
     if (name := index["text_encoder_name"]) != "builtin":
         return PokeDiffPipeline(unet, scheduler, **settings)
     encoder = ClipTextEncoder.from_folder(folder, name)

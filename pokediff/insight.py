@@ -79,7 +79,7 @@ def watch_words(pipeline: PokeDiffPipeline, prompt: str, seed: int, **options: A
     chosen = list({step.index: step for step in chosen}.values())  # few steps: two levels may share one
     predicted = []
     for step in chosen:
-        predicted.append(pipeline.predict_x0(step.x.expand(len(text), -1, -1, -1), step.timestep, text))
+        predicted.append(pipeline.predict_x0(step, text))
         yield None
     seen = torch.stack(predicted, dim=1)  # (1 + W, L, C, H, W)
     maps = (seen[1:] - seen[:1]).square().mean(dim=2).sqrt()

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +39,7 @@ from pokediff.images import CHANNELS, Channels, from_model, to_model
 from pokediff.text import ClipTextEncoder, TextEncoder, cached_or_downloaded, load_text_encoder
 from pokediff.unet import Unet
 
+UPSCALER_SHARE = 0.4  # of the evaluations, where there is an upscaler
 Settings = TypeVar("Settings", bound=Any)
 # name: a diffusers scheduler and what is changed of its configuration. A new sampler is a new line.
 SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
@@ -53,13 +55,16 @@ SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Step:
-    """One evaluation of the network, or the end (sigma 0, x = x0 = the pictures). Tensors are (B, C, H, W)."""
+    """One evaluation of a network, or the end (sigma 0, x = x0 = the pictures). Tensors are (B, C, H, W), of the final
+    size also while smaller pictures are drawn, to be enlarged: each of their pixels is then a square.
+    """
 
     index: int  # 0, 1, 2 ...
     timestep: float  # 999 (noise) ... 0
     sigma: float  # standard deviation of the noise relative to the picture's unit scale
     x: torch.Tensor  # the noisy picture, unit variance
     x0: torch.Tensor  # the clean picture as predicted from it, in [-1, 1]
+    low_res: torch.Tensor | None = None  # (B, C, H/f, W/f): the pictures that are being enlarged, if they are
 
 
 class ImageGenerator(Protocol):
@@ -84,12 +89,15 @@ class PokeDiffPipeline(DiffusionPipeline):
     `num_steps` and `guidance_scale` are what the network is at its best with; a distilled one wants few and none.
     A `refiner`, if there is one, takes the place of `unet` where sigma is below `refine_below`: what is left to do
     there is local, and a small network trained for nothing else does it better (eDiff-I, Balaji et al. 2022).
+    An `upscaler` draws the finished pictures once more, larger, from noise of `upscale_below` on, with the small ones
+    before its eyes (Ho et al., "Cascaded Diffusion Models", 2022); they get noise of `low_res_noise` first, as they had
+    when it learned. Only `unet` is guided: the others find the prompt's wish in what they are given.
     """
 
-    model_cpu_offload_seq = "text_encoder->unet"
+    model_cpu_offload_seq = "text_encoder->unet->refiner->upscaler"
     # what model_index.json holds beside the parts
-    settings = ("text_encoder_name", "num_steps", "guidance_scale", "refine_below")
-    _optional_components = ["text_encoder", "tokenizer", "refiner"]  # noqa: RUF012 (diffusers' own form)
+    settings = ("text_encoder_name", "num_steps", "guidance_scale", "refine_below", "upscale_below", "low_res_noise")
+    _optional_components = ["text_encoder", "tokenizer", "refiner", "upscaler"]  # noqa: RUF012 (diffusers' own form)
 
     def __init__(
         self,
@@ -102,16 +110,26 @@ class PokeDiffPipeline(DiffusionPipeline):
         guidance_scale: float = DEFAULT_GUIDANCE,
         refiner: Unet | None = None,
         refine_below: float = 0.0,
+        upscaler: Unet | None = None,
+        upscale_below: float = 0.0,
+        low_res_noise: float = 0.0,
     ) -> None:
         super().__init__()
         self.register_modules(
-            unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer, refiner=refiner
+            unet=unet,
+            scheduler=scheduler,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            refiner=refiner,
+            upscaler=upscaler,
         )
         self.register_to_config(
             text_encoder_name=text_encoder_name,
             num_steps=num_steps,
             guidance_scale=guidance_scale,
             refine_below=refine_below,
+            upscale_below=upscale_below,
+            low_res_noise=low_res_noise,
         )
         self._encode: TextEncoder | None = None
 
@@ -146,15 +164,21 @@ class PokeDiffPipeline(DiffusionPipeline):
     @property
     def image_size(self) -> int:
         """Side of the pictures in px."""
-        return self.unet.config.image_size
+        return (self.upscaler or self.unet).config.image_size
+
+    @property
+    def upscale(self) -> int:
+        """How many times larger than those of `unet` the pictures are."""
+        return self.upscaler.config.upscale if self.upscaler is not None else 1
 
     @property
     def networks(self) -> dict[str, Unet]:
         """All that denoise, by the names of their folders."""
-        return {"unet": self.unet} | ({} if self.refiner is None else {"refiner": self.refiner})
+        parts = {"unet": self.unet, "refiner": self.refiner, "upscaler": self.upscaler}
+        return {name: network for name, network in parts.items() if network is not None}
 
     def network_at(self, timestep: float) -> Unet:
-        """The network that is asked at this timestep."""
+        """The network that is asked at this timestep, before anything is enlarged."""
         refines = self.refiner is not None and self._sigma(timestep) < self.config.refine_below
         return self.refiner if refines else self.unet
 
@@ -203,14 +227,41 @@ class PokeDiffPipeline(DiffusionPipeline):
         scheduler.set_timesteps(num_steps, device=self.device)
         return scheduler
 
+    def plan(
+        self, sampler: str | None = None, num_steps: int | None = None, strength: float = 1.0
+    ) -> list[tuple[Any, int]]:
+        """The ways to go, one or, with an upscaler, two: a scheduler each, and how many of its timesteps are left out.
+
+        Both together have `num_steps` steps, and each at least one. The upscaler goes the same schedule from the first
+        step on that lies below `upscale_below`. Raises PokediffError for a sampler, a number of steps or a strength
+        that there is not.
+        """
+        if not 0 < strength <= 1:
+            raise PokediffError(f"strength must be above 0 and at most 1, not {strength}")
+        num_steps = self.config.num_steps if num_steps is None else num_steps
+        enlarging = 0 if self.upscaler is None else max(1, round(UPSCALER_SHARE * num_steps))
+        drawing = self.make_scheduler(sampler, max(min(1, num_steps), num_steps - enlarging))
+        ways = [(drawing, _skipped(drawing, strength))]
+        if enlarging:
+            whole = math.ceil(enlarging / self.upscaler_reach)
+            again = self.make_scheduler(sampler, whole)
+            ways.append((again, _skipped(again, min(strength, enlarging / whole))))
+        return ways
+
+    @property
+    def upscaler_reach(self) -> float:
+        """Share of the timesteps at which the upscaler knows what to do."""
+        alphas = self.scheduler.alphas_cumprod
+        return float((((1 - alphas) / alphas).sqrt() < self.config.upscale_below).float().mean())
+
     def count_steps(self, sampler: str | None = None, num_steps: int | None = None, strength: float = 1.0) -> int:
-        """How many steps `denoise` yields: one for each evaluation of the network, and the pictures."""
-        scheduler = self.make_scheduler(sampler, num_steps)
-        return 1 + len(scheduler.timesteps) - (_skipped(scheduler, strength) if strength < 1 else 0)
+        """How many steps `denoise` yields: one for each evaluation of a network, and the pictures."""
+        return 1 + sum(len(way.timesteps) - skipped for way, skipped in self.plan(sampler, num_steps, strength))
 
     def sigmas(self, sampler: str | None = None, num_steps: int | None = None) -> list[float]:
-        """The noise at every evaluation of the network, relative to the picture's unit scale."""
-        return [self._sigma(float(timestep)) for timestep in self.make_scheduler(sampler, num_steps).timesteps]
+        """The noise at every evaluation of a network, relative to the picture's unit scale."""
+        plan = self.plan(sampler, num_steps)
+        return [self._sigma(float(timestep)) for way, skipped in plan for timestep in way.timesteps[skipped:]]
 
     @torch.inference_mode()
     def denoise(
@@ -239,7 +290,7 @@ class PokeDiffPipeline(DiffusionPipeline):
                 `image` but what `mask` keeps (SDEdit, Meng et al. 2022).
             mask: (H, W) or (N, H, W) bool, true where `image` is drawn anew; elsewhere every predicted x0 is set to
                 `image`, so that what is new grows onto what is there (DDNM, Wang et al. 2023, section 3.2).
-            noise: the first noise (N, C, H, W) instead of what the seeds mean.
+            noise: the first noise, instead of what the seeds mean, as `make_noise` gives it.
             num_steps: steps of the sampler (heun evaluates the network twice in each); None: what suits the network.
             guidance_scale: 1 is off, None what suits the network; x0 is moved away from the negative prompt's by this
                 factor (Ho & Salimans 2022).
@@ -253,7 +304,8 @@ class PokeDiffPipeline(DiffusionPipeline):
         """
         if len(prompts) != len(seeds):
             raise PokediffError(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}")
-        scheduler = self.make_scheduler(sampler, num_steps)
+        strength = 1.0 if image is None else strength
+        plan = self.plan(sampler, num_steps, strength)
         guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         half = self.in_bf16(precision)
         text = prompts if isinstance(prompts, torch.Tensor) else self.encode_prompt(prompts)  # (N, D)
@@ -262,36 +314,52 @@ class PokeDiffPipeline(DiffusionPipeline):
 
         generators, drawn = self.make_noise(seeds)
         noise = (drawn if noise is None else noise).to(self.device)
-        known, redrawn = self._known(image, mask, noise.shape)
-        x, timesteps = self._begin(scheduler, noise, known, strength)
-        draws = "generator" in inspect.signature(scheduler.step).parameters  # new noise at every step, or may do so
-        options = {"generator": generators} if draws else {}
-        for index, timestep in enumerate(timesteps):
-            noisy = scheduler.scale_model_input(x, timestep)  # unit variance, whatever scale the sampler keeps x in
-            sigma = self._sigma(float(timestep))
-            if guidance_scale == 1 or not low <= sigma <= high:
-                output = self._predict(noisy, timestep, text, half)
-            else:
-                both = self._predict(noisy.repeat(2, 1, 1, 1), timestep, torch.cat([text, against]), half)
-                guided, away = both.chunk(2)
-                output = away + guidance_scale * (guided - away)
-            kind = self.prediction_type(self.network_at(float(timestep)))
-            x0 = to_x0(kind, output, noisy, sigma).clamp(-1, 1)  # guidance overshoots; a picture cannot
-            if known is not None and redrawn is not None:
-                x0 = torch.where(redrawn, x0, known)
-            yield Step(index, float(timestep), sigma, noisy, x0)
-            x = scheduler.step(self._to_v(x0, noisy, sigma), timestep, x, **options).prev_sample
-        yield Step(len(timesteps), 0.0, 0.0, x, x.clamp(-1, 1))
+        whole, whole_redrawn = self._known(image, mask, len(seeds))
+        known, redrawn = self._shrunk(whole, whole_redrawn)
+        x, begin, low_res, index = noise, known, None, 0
+        for stage, (scheduler, skipped) in enumerate(plan):
+            if stage == 1:  # x is what was drawn, and is enlarged
+                noise = self._draw(generators, self.image_size)
+                low_res = x + self.config.low_res_noise * self._draw(generators, self.unet.config.image_size)
+                known, redrawn = whole, whole_redrawn
+                begin = whole if whole is not None and strength <= self.upscaler_reach else self._enlarged(x)
+            x, timesteps = _begin(scheduler, noise, begin, skipped)
+            draws = "generator" in inspect.signature(scheduler.step).parameters  # new noise at every step, or may do so
+            options = {"generator": generators} if draws else {}
+            for timestep in timesteps:
+                noisy = scheduler.scale_model_input(x, timestep)  # unit variance, whatever scale the sampler keeps x in
+                sigma = self._sigma(float(timestep))
+                network = self.network_at(float(timestep)) if low_res is None else self.upscaler
+                if guidance_scale == 1 or network is not self.unet or not low <= sigma <= high:
+                    output = _predict(network, noisy, timestep, text, low_res, half)
+                else:
+                    both = torch.cat([text, against])
+                    guided, away = _predict(network, noisy.repeat(2, 1, 1, 1), timestep, both, None, half).chunk(2)
+                    output = away + guidance_scale * (guided - away)
+                x0 = to_x0(self.prediction_type(network), output, noisy, sigma)
+                x0 = x0.clamp(-1, 1)  # guidance overshoots; a picture cannot
+                if known is not None and redrawn is not None:
+                    x0 = torch.where(redrawn, x0, known)
+                seen, clean = (noisy, x0) if low_res is not None else (self._enlarged(noisy), self._enlarged(x0))
+                yield Step(index, float(timestep), sigma, seen, clean, low_res)
+                x = scheduler.step(_to_v(x0, noisy, sigma), timestep, x, **options).prev_sample
+                index += 1
+            x = x.clamp(-1, 1)
+        yield Step(index, 0.0, 0.0, x, x)
 
     @torch.inference_mode()
-    def predict_x0(self, x: torch.Tensor, timestep: float, text: torch.Tensor) -> torch.Tensor:
-        """The clean pictures that the network sees in noisy ones, without guidance: (B, C, H, W) in [-1, 1].
+    def predict_x0(self, step: Step, text: torch.Tensor) -> torch.Tensor:
+        """The clean pictures that a network sees in the noisy one of a step, for other prompts and without guidance.
 
-        x (B, C, H, W) of unit variance and timestep as a `Step` holds them; text (B, D) as `encode_prompt` gives it.
+        step of one picture; text (B, D) as `encode_prompt` gives it. Returns (B, C, H, W) in [-1, 1].
         """
-        output = self._predict(x, torch.tensor(timestep), text, self.in_bf16("auto"))
-        kind = self.prediction_type(self.network_at(timestep))
-        return to_x0(kind, output, x, self._sigma(timestep)).clamp(-1, 1)
+        small = step.low_res is None
+        x = (step.x[..., :: self.upscale, :: self.upscale] if small else step.x).expand(len(text), -1, -1, -1)
+        low_res = None if step.low_res is None else step.low_res.expand(len(text), -1, -1, -1)
+        network = self.network_at(step.timestep) if small else self.upscaler
+        output = _predict(network, x, torch.tensor(step.timestep), text, low_res, self.in_bf16("auto"))
+        x0 = to_x0(self.prediction_type(network), output, x, step.sigma).clamp(-1, 1)
+        return self._enlarged(x0) if small else x0
 
     def in_bf16(self, precision: Literal["auto", "bf16", "fp32"]) -> bool:
         """What `precision` means here: auto is bf16 where the device multiplies it in hardware. An exported network has
@@ -300,16 +368,30 @@ class PokeDiffPipeline(DiffusionPipeline):
         return isinstance(self.unet, Unet) and (precision == "bf16" or (precision == "auto" and has_bf16(self.device)))
 
     def make_noise(self, seeds: Sequence[int]) -> tuple[list[torch.Generator], torch.Tensor]:
-        """The noise that the seeds mean, (N, C, H, W), and the generators it came from, for what is drawn after it.
-
-        Made on the CPU, whose generator is the same everywhere.
+        """The noise that the seeds mean, (N, C, S, S) of the size that `unet` draws, and the generators it came from,
+        for what is drawn after it.
         """
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        shape = (self.unet.config.in_channels, self.image_size, self.image_size)
-        return generators, torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        return generators, self._draw(generators, self.unet.config.image_size)
+
+    def _draw(self, generators: Sequence[torch.Generator], side: int) -> torch.Tensor:
+        """(N, C, side, side). Made on the CPU, whose generator is the same everywhere."""
+        shape = (self.unet.config.in_channels, side, side)
+        return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(self.device)
+
+    def _enlarged(self, small: torch.Tensor) -> torch.Tensor:
+        """To the size of the finished pictures, each pixel a square."""
+        return small.repeat_interleave(self.upscale, -2).repeat_interleave(self.upscale, -1)
+
+    def _shrunk(
+        self, known: torch.Tensor | None, redrawn: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """A picture and a mask at the size that `unet` draws; what is redrawn in part, is redrawn."""
+        small = None if known is None else F.avg_pool2d(known, self.upscale)
+        return small, None if redrawn is None else F.max_pool2d(redrawn.float(), self.upscale) > 0
 
     def _known(
-        self, image: np.ndarray | None, mask: np.ndarray | None, shape: torch.Size
+        self, image: np.ndarray | None, mask: np.ndarray | None, number: int
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """`image` in model space (N, C, H, W), and where it is drawn anew (N, 1, H, W); None for what is not given."""
         if image is None:
@@ -320,25 +402,11 @@ class PokeDiffPipeline(DiffusionPipeline):
         for name, values, rest in (("image", image, (4,)), ("mask", mask, ())):
             if values is not None and values.shape[values.ndim - len(rest) - 2 :] != (*side, *rest):
                 raise PokediffError(f"{name}: {values.shape}, not (..., {', '.join(map(str, (*side, *rest)))})")
-        whole = np.broadcast_to(image, (shape[0], *side, 4))
+        whole = np.broadcast_to(image, (number, *side, 4))
         known = to_model(torch.from_numpy(whole.copy()), self.channels).to(self.device)
         if mask is None:
             return known, None
-        return known, torch.from_numpy(np.broadcast_to(mask, (shape[0], *side)).copy()).to(self.device)[:, None] > 0
-
-    def _begin(
-        self, scheduler: Any, noise: torch.Tensor, known: torch.Tensor | None, strength: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first x and the timesteps to go, as the scheduler wants them."""
-        if not 0 < strength <= 1:
-            raise PokediffError(f"strength must be above 0 and at most 1, not {strength}")
-        if known is None or strength == 1:
-            return noise * scheduler.init_noise_sigma, scheduler.timesteps
-        skipped = _skipped(scheduler, strength)
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(skipped)
-        timesteps = scheduler.timesteps[skipped:]
-        return scheduler.add_noise(known, noise, timesteps[:1].repeat(len(noise))), timesteps
+        return known, torch.from_numpy(np.broadcast_to(mask, (number, *side)).copy()).to(self.device)[:, None] > 0
 
     def generate(
         self, prompts: Sequence[str], seeds: Sequence[int], *, batch_size: int = 16, **options: Any
@@ -365,38 +433,48 @@ class PokeDiffPipeline(DiffusionPipeline):
         pictures = self.generate(prompts, range(seed, seed + len(prompts)), **options)
         return PokeDiffPipelineOutput(images=[Image.fromarray(picture) for picture in pictures])
 
-    # ------------------------------------------------------------------------------------ between v, noise and x0
-
-    def _predict(self, x: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, half: bool) -> torch.Tensor:
-        """The network of this timestep on (B, C, H, W), float32."""
-        network = self.network_at(float(timestep))
-        if half or x.device.type != "cpu":
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
-                return network(x.to(network.dtype), timestep, text.to(network.dtype)).float()
-        # float32 kernels of a CPU are chosen by the number of rows and round differently (bfloat16 ones agree): a
-        # picture must not depend on its company, so they always get four rows.
-        number = len(x)
-        rows = torch.arange(-(-number // 4) * 4) % number
-        parts = zip(x[rows].split(4), text[rows].split(4), strict=True)
-        outputs = [network(x4.to(network.dtype), timestep, t4.to(network.dtype)) for x4, t4 in parts]
-        return torch.cat(outputs)[:number].float()
-
     def _sigma(self, timestep: float) -> float:
         """Noise to signal, sqrt((1 - a) / a) with a = alphas_cumprod; some samplers ask between two timesteps."""
         alphas = self.scheduler.alphas_cumprod.double()
         log_sigmas = ((1 - alphas) / alphas).log() / 2
         return float(np.exp(np.interp(timestep, np.arange(len(alphas)), log_sigmas.cpu().numpy())))
 
-    def _to_v(self, x0: torch.Tensor, x: torch.Tensor, sigma: float) -> torch.Tensor:
-        """The v that means this x0, alpha noise - std x0, whatever the network predicts."""
-        alpha, std = 1 / (1 + sigma**2) ** 0.5, sigma / (1 + sigma**2) ** 0.5
-        return (alpha * x - x0) / std
-
 
 def settled(config: Settings, pipeline: PokeDiffPipeline) -> Settings:
     """`config`, a dataclass, with the checkpoint's own steps, guidance and sampler where it leaves them open."""
     own = {name: pipeline.config[name] for name in ("num_steps", "guidance_scale")} | {"sampler": pipeline.sampler}
     return replace(config, **{name: value for name, value in own.items() if getattr(config, name) is None})
+
+
+def _begin(
+    scheduler: Any, noise: torch.Tensor, known: torch.Tensor | None, skipped: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first x and the timesteps to go, as the scheduler wants them: from noise, or from a noised picture."""
+    if known is None or not skipped:
+        return noise * scheduler.init_noise_sigma, scheduler.timesteps
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(skipped)
+    timesteps = scheduler.timesteps[skipped:]
+    return scheduler.add_noise(known, noise, timesteps[:1].repeat(len(noise))), timesteps
+
+
+def _predict(
+    network: Any, x: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, low_res: torch.Tensor | None, half: bool
+) -> torch.Tensor:
+    """The network's output for x (B, C, H, W), text (B, D), low_res None or (B, C, H/f, W/f); float32."""
+    given = [values.to(network.dtype) for values in (x, text, low_res) if values is not None]
+
+    def ask(x: torch.Tensor, text: torch.Tensor, *low_res: torch.Tensor) -> torch.Tensor:
+        return network(x, timestep, text, None, *low_res).float()
+
+    if half or x.device.type != "cpu":
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
+            return ask(*given)
+    # float32 kernels of a CPU are chosen by the number of rows and round differently (bfloat16 ones agree): a picture
+    # must not depend on its company, so they always get four rows.
+    rows = torch.arange(-(-len(x) // 4) * 4) % len(x)
+    parts = zip(*(values[rows].split(4) for values in given), strict=True)
+    return torch.cat([ask(*part) for part in parts])[: len(x)]
 
 
 def to_x0(prediction_type: str, output: torch.Tensor, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
@@ -407,6 +485,12 @@ def to_x0(prediction_type: str, output: torch.Tensor, x: torch.Tensor, sigma: fl
     if prediction_type == "v_prediction":
         return alpha * x - std * output
     return (x - std * output) / alpha if prediction_type == "epsilon" else output
+
+
+def _to_v(x0: torch.Tensor, x: torch.Tensor, sigma: float) -> torch.Tensor:
+    """The v that means this x0, alpha noise - std x0, whatever the network predicts."""
+    alpha, std = 1 / (1 + sigma**2) ** 0.5, sigma / (1 + sigma**2) ** 0.5
+    return (alpha * x - x0) / std
 
 
 def same_noise(one: SchedulerMixin, other: SchedulerMixin) -> bool:
@@ -444,18 +528,20 @@ def diffusion_loss(
     timesteps: torch.Tensor,
     text: torch.Tensor,
     augment: torch.Tensor | None = None,
+    low_res: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(B,) mean squared error of what the network predicts (DDPM eq. 14; v: Salimans & Ho 2022, eq. 11).
 
     An x0 prediction is weighed as the error of the v that it means, 1 + 1 / sigma^2: losses of both compare.
-    x0 and noise (B, C, H, W), timesteps (B,), text (B, D), augment (B, AUGMENT_DIM).
+    x0 and noise (B, C, H, W), timesteps (B,), text (B, D), augment (B, AUGMENT_DIM), low_res (B, C, H/f, W/f).
     """
     noisy = schedule.add_noise(x0, noise, timesteps).contiguous(memory_format=torch.channels_last)
     if schedule.config.prediction_type == "v_prediction":
         target = schedule.get_velocity(x0, noise, timesteps)
     else:
         target = noise if schedule.config.prediction_type == "epsilon" else x0
-    loss = F.mse_loss(unet(noisy, timesteps, text, augment).float(), target, reduction="none").mean(dim=(1, 2, 3))
+    output = unet(noisy, timesteps, text, augment, low_res).float()
+    loss = F.mse_loss(output, target, reduction="none").mean(dim=(1, 2, 3))
     if schedule.config.prediction_type == "sample":
         loss = loss / (1 - schedule.alphas_cumprod.to(loss.device)[timesteps])  # 1 - a = sigma^2 / (1 + sigma^2)
     return loss

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from torch.optim.swa_utils import AveragedModel
@@ -38,7 +39,7 @@ from pokediff.runs import Progress
 from pokediff.text import ClipTextEncoder, load_text_encoder
 from pokediff.unet import Unet, compile_network, cosine_sigmas, cosine_timestep, flops_per_image
 
-Objective = Callable[..., torch.Tensor]  # (unet, x0, noise, timesteps, text, augment) to the loss of each picture
+Objective = Callable[..., torch.Tensor]  # (unet, x0, noise, timesteps, text, augment, low_res) to each picture's loss
 BAD_STEPS = 3  # that many non-finite steps in a row end the run
 VALIDATION_PICTURES = 512
 
@@ -270,7 +271,7 @@ def make_objective(config: TrainConfig, schedule: DDPMScheduler, device: torch.d
 def make_pipeline(unet: Any, schedule: DDPMScheduler, config: TrainConfig) -> PokeDiffPipeline:
     """The pipeline that is previewed and saved. Only the built-in encoder travels in it; others are loaded by name."""
     if config.refine:
-        return with_refiner(unet, schedule, config)
+        return with_base(unet, schedule, config)
     encoder = load_text_encoder(config.text_encoder) if config.text_encoder == "builtin" else None
     model, tokenizer = (encoder.model, encoder.tokenizer) if isinstance(encoder, ClipTextEncoder) else (None, None)
     if config.distill:  # what it was taught: so many DDIM steps, and the teacher's guidance with them
@@ -280,13 +281,13 @@ def make_pipeline(unet: Any, schedule: DDPMScheduler, config: TrainConfig) -> Po
     return PokeDiffPipeline(unet, sampler, model, tokenizer, config.text_encoder)
 
 
-def with_refiner(unet: Any, schedule: DDPMScheduler, config: TrainConfig) -> PokeDiffPipeline:
-    """The base's pipeline with `unet` for its last steps. Raises PokediffError when the two do not fit together."""
+def with_base(unet: Any, schedule: DDPMScheduler, config: TrainConfig) -> PokeDiffPipeline:
+    """The base's pipeline, `unet` its refiner or upscaler. Raises PokediffError when the two do not fit together."""
     assert config.refine is not None
     pipeline = PokeDiffPipeline.from_pretrained(config.refine.base)
     base = pipeline.unet.config
     for key, ours, theirs in (
-        ("dataset.image_size", unet.config.image_size, base.image_size),
+        ("dataset.image_size", unet.config.image_size, base.image_size * config.model.upscale),
         ("dataset.channels", unet.config.in_channels, base.in_channels),
         ("text_encoder", config.text_encoder, pipeline.config.text_encoder_name),
         ("diffusion.prediction_type", config.diffusion.prediction_type, pipeline.prediction_type(unet)),
@@ -295,8 +296,12 @@ def with_refiner(unet: Any, schedule: DDPMScheduler, config: TrainConfig) -> Pok
             raise PokediffError(f"{key}: {ours} here, {theirs} in {config.refine.base} (refine.base)")
     if not same_noise(schedule, pipeline.scheduler):
         raise PokediffError(f"refine.base: {config.refine.base} has another noise schedule (diffusion.*)")
-    pipeline.register_modules(refiner=unet)
-    pipeline.register_to_config(refine_below=config.refine.below)
+    if config.model.upscale > 1:
+        pipeline.register_modules(upscaler=unet)
+        pipeline.register_to_config(upscale_below=config.refine.below, low_res_noise=config.refine.low_res_noise / 2)
+    else:
+        pipeline.register_modules(refiner=unet)
+        pipeline.register_to_config(refine_below=config.refine.below)
     return pipeline.to(unet.device)
 
 
@@ -351,7 +356,23 @@ def training_loss(
     first = accelerator.process_index * x0.shape[0]
     mine = slice(first, first + x0.shape[0])
     text, augment = batch.text.to(x0.device), batch.augment.to(x0.device)
-    return objective(unet, x0, noise[mine], timesteps[mine], text, augment).mean()
+    low_res = make_low_res(x0, config, generator, total[0], mine)
+    return objective(unet, x0, noise[mine], timesteps[mine], text, augment, low_res).mean()
+
+
+def make_low_res(
+    x0: torch.Tensor, config: TrainConfig, generator: torch.Generator, total: int, mine: slice
+) -> torch.Tensor | None:
+    """(B, C, H/f, W/f): the small pictures that a network with upscale f is shown; None for any other network.
+
+    With noise, of another strength for each: those to be enlarged are drawn ones, whose detail is not to be trusted.
+    """
+    if config.refine is None or config.model.upscale == 1:
+        return None
+    small = F.avg_pool2d(x0, config.model.upscale)
+    sigma = config.refine.low_res_noise * torch.rand(total, generator=generator, device=generator.device)
+    noise = torch.randn((total, *small.shape[1:]), generator=generator, device=generator.device)
+    return small + (sigma[:, None, None, None] * noise)[mine].to(small)
 
 
 @torch.inference_mode()
@@ -374,9 +395,11 @@ def validate(
         x0 = to_model(torch.from_numpy(pictures.pixels[part]), config.dataset.channels)
         noise = torch.randn(x0.shape, generator=generator)
         text = vectors.table[[rows[0] for rows in vectors.rows[part]]]
+        low_res = make_low_res(x0, config, generator, len(x0), slice(None))
         tensors = (tensor.to(accelerator.device) for tensor in (x0, noise, timesteps[part], text))
+        low_res = low_res if low_res is None else low_res.to(accelerator.device)
         with accelerator.autocast():
-            losses.append(objective(unet, *tensors).cpu())
+            losses.append(objective(unet, *tensors, low_res=low_res).cpu())
     loss = torch.cat(losses)
     result = {"validation_loss": loss.mean().item()}
     for third, name in enumerate(("low_noise", "mid_noise", "high_noise")):

@@ -32,8 +32,8 @@ class Unet(ModelMixin, ConfigMixin):
     Args: image_size in px, a multiple of 16; in_channels C (4 premultiplied RGBA, 3 RGB, 1 grey); text_dim D;
     patch p in px (None: image_size / 16); plain: the first level has no norms and its skips are added; sigma_data None
     or a number s: then the body is preconditioned (`_precondition`) and the network predicts x0, for which it has to
-    know its noise_range (sigma_min, sigma_max, noise_shift) and num_train_timesteps; the rest as in
-    `config.ModelConfig`.
+    know its noise_range (sigma_min, sigma_max, noise_shift) and num_train_timesteps; upscale f: above 1 it enlarges a
+    picture so many times, and f has to divide the patch; the rest as in `config.ModelConfig`.
     """
 
     @register_to_config
@@ -50,6 +50,7 @@ class Unet(ModelMixin, ConfigMixin):
         dropout: float = 0.1,
         patch: int | None = None,
         plain: bool = False,
+        upscale: int = 1,
         sigma_data: float | None = None,
         noise_range: tuple[float, float, float] = (0.006, 100.0, 1.0),
         num_train_timesteps: int = 1000,
@@ -72,7 +73,8 @@ class Unet(ModelMixin, ConfigMixin):
             parts = (Block(inputs, widths[index], embedding_dim, dropout, attends, norm) for _ in range(blocks[index]))
             return nn.ModuleList(parts)
 
-        self.stem = nn.Conv2d(folded, widths[0], 3, padding=1)
+        shown = in_channels * (self.patch // upscale) ** 2 if upscale > 1 else 0  # of the small picture
+        self.stem = nn.Conv2d(folded + shown, widths[0], 3, padding=1)
         self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
         for index, width in enumerate(widths):
             self.down.append(level(index, width))
@@ -95,9 +97,11 @@ class Unet(ModelMixin, ConfigMixin):
         timestep: torch.Tensor | float,
         text: torch.Tensor | None = None,
         augment: torch.Tensor | None = None,
+        low_res: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """x (B, C, H, W); timestep (B,) or a number, 0 to 999; text (B, D) unit vectors, None for the empty prompt;
-        augment (B, AUGMENT_DIM), None for pictures as they are. Returns (B, C, H, W).
+        augment (B, AUGMENT_DIM), None for pictures as they are; low_res (B, C, H/f, W/f), what a network with upscale f
+        enlarges. Returns (B, C, H, W).
         """
         batch = x.shape[0]
         timestep = torch.as_tensor(timestep, device=x.device).expand(batch)
@@ -109,6 +113,8 @@ class Unet(ModelMixin, ConfigMixin):
         embedding = F.silu(embedding)  # (B, E)
 
         h = F.pixel_unshuffle(x, self.patch)  # (B, C*p*p, S/p, S/p)
+        if low_res is not None:  # as many pixels for each of the stem's as it is smaller (Saharia et al., SR3, 2021)
+            h = torch.cat([h, F.pixel_unshuffle(low_res, self.patch // self.config.upscale)], dim=1)
         h = self.stem(h.contiguous(memory_format=torch.channels_last))
         skips = []
         for index, level in enumerate(self.down):
@@ -256,10 +262,11 @@ def flops_per_image(unet: Unet) -> float:
     """Floating-point operations of one picture through the network once (a multiply-add is two)."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    side = unet.config.image_size
+    side, upscale = unet.config.image_size, unet.config.upscale
     x = torch.zeros(1, unet.config.in_channels, side, side, device=unet.device)
+    low_res = F.avg_pool2d(x, upscale) if upscale > 1 else None
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        unet(x, 0.0)
+        unet(x, 0.0, low_res=low_res)
     return counter.get_total_flops()
 
 

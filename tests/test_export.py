@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_config
 
-from pokediff.config import DiffusionConfig, ModelConfig, RefineConfig, SampleConfig
+from pokediff.config import DatasetConfig, DiffusionConfig, ModelConfig, RefineConfig, SampleConfig
 from pokediff.errors import PokediffError
 from pokediff.export import export, is_exported, load_exported
 from pokediff.pipeline import PokeDiffPipeline
@@ -23,8 +24,10 @@ def checkpoint(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     base = train(tiny_config(data, folder / "base"))
     model = ModelConfig(widths=(32,), attention=(False,), blocks=(1,), embedding_dim=64, plain=True, sigma_data=0.3)
-    sample = DiffusionConfig(prediction_type="sample")
-    return train(tiny_config(data, folder / "tiny", model=model, diffusion=sample, refine=RefineConfig(str(base), 0.8)))
+    rest = dict(diffusion=DiffusionConfig(prediction_type="sample"), refine=RefineConfig(str(base), 0.8))
+    refined = train(tiny_config(data, folder / "refined", model=model, **rest))
+    rest |= dict(dataset=DatasetConfig(image_size=32), refine=RefineConfig(str(refined), 2.0))
+    return train(tiny_config(data, folder / "tiny", model=replace(model, patch=2, upscale=2), **rest))
 
 
 @pytest.fixture(scope="module")

@@ -36,9 +36,10 @@ def refined(data, base, tmp_path_factory):
 
 
 class Painter(Unet):
-    """Sees the same grey everywhere, and counts how often it was asked."""
+    """Sees the same grey everywhere, and counts how often it was asked, always about one picture."""
 
     def forward(self, x, timestep, text=None, augment=None):
+        assert len(x) == 4  # padded in float32: guidance would ask about eight
         self.asked = [*getattr(self, "asked", []), float(timestep)]
         return torch.full_like(x, 0.5)
 
@@ -49,15 +50,14 @@ def test_the_refiner_is_asked_where_the_noise_is_little_and_only_there(guidance_
     painter = Painter(image_size=16, widths=(32,), attention=(False,), blocks=(1,), sigma_data=0.3)
     pipe.register_modules(refiner=painter)
     pipe.register_to_config(refine_below=0.8)
-    steps = list(pipe.denoise([""], [0], num_steps=20, guidance_scale=guidance_scale))
+    settings = dict(num_steps=20, guidance_scale=guidance_scale, precision="fp32")
+    steps = list(pipe.denoise([""] * 3, [0, 1, 2], **settings))
     little = [step.timestep for step in steps[:-1] if step.sigma < 0.8]
     assert 0 < len(little) < 20
     assert painter.asked == little
     for step in steps[:-1]:
         assert (step.x0 == 0.5).all() == (step.sigma < 0.8)
-    torch.testing.assert_close(steps[-1].x0, torch.full((1, 4, 16, 16), 0.5))
-    timestep = little[0]
-    assert (pipe.predict_x0(steps[0].x, timestep, pipe.encode_prompt([""])) == 0.5).all()
+    torch.testing.assert_close(steps[-1].x0, torch.full((3, 4, 16, 16), 0.5))
 
 
 def test_it_learns_only_what_it_is_asked_for(data, tmp_path):

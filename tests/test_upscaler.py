@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config
+from test_pipeline import gaussian
+
+from pokediff.config import DatasetConfig, DiffusionConfig, ModelConfig, RefineConfig, SampleConfig
+from pokediff.errors import PokediffError
+from pokediff.insight import word_influence
+from pokediff.pipeline import SAMPLERS, PokeDiffPipeline
+from pokediff.sampling import sample
+from pokediff.training import train
+from pokediff.unet import Unet
+
+SMALL = dict(widths=(32,), attention=(False,), blocks=(1,), embedding_dim=64, patch=2)
+SHAPE = ModelConfig(**SMALL, plain=True, sigma_data=0.3, upscale=2)
+
+
+def upscaling(base, data, out, **changes):
+    values = dict(
+        dataset=DatasetConfig(image_size=32),
+        model=SHAPE,
+        diffusion=DiffusionConfig(prediction_type="sample"),
+        refine=RefineConfig(str(base), below=2.0),
+    )
+    return tiny_config(data, out, **{**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def base(data, tmp_path_factory):
+    return train(tiny_config(data, tmp_path_factory.mktemp("run") / "base"))
+
+
+@pytest.fixture(scope="module")
+def enlarging(data, base, tmp_path_factory):
+    return train(upscaling(base, data, tmp_path_factory.mktemp("run") / "upscaled"))
+
+
+class Copier(Unet):
+    """Sees just the small picture, larger."""
+
+    def forward(self, x, timestep, text=None, augment=None, low_res=None):
+        return low_res.repeat_interleave(2, -1).repeat_interleave(2, -2)
+
+
+def copying():
+    pipe = gaussian()
+    size = dict(image_size=32, patch=2, widths=(32,), attention=(False,), blocks=(1,))
+    pipe.register_modules(upscaler=Copier(**size, upscale=2, sigma_data=0.3))
+    pipe.register_to_config(upscale_below=2.0)
+    return pipe
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("num_steps", [1, 2, 5, 20])
+def test_what_was_drawn_is_enlarged(sampler, num_steps):
+    pipe, plain = copying(), gaussian()
+    steps = list(pipe.denoise([""], [3], sampler=sampler, num_steps=num_steps))
+    small = [step for step in steps[:-1] if step.low_res is None]
+    large = [step for step in steps[:-1] if step.low_res is not None]
+    assert len(steps) == pipe.count_steps(sampler, num_steps)
+    assert [step.sigma for step in steps[:-1]] == pytest.approx(pipe.sigmas(sampler, num_steps))
+    assert [step.index for step in steps] == list(range(len(steps)))
+    assert all(step.x.shape == step.x0.shape == (1, 4, 32, 32) for step in steps)
+    assert small
+    assert 0 < large[0].sigma < 2  # where it begins; euler_a and ddpm go down from there too
+    assert all(after.sigma <= before.sigma for before, after in pairwise(large))
+    if sampler != "heun":  # which evaluates twice
+        assert len(steps) - 1 == max(2, num_steps)
+    *_, alone = plain.denoise([""], [3], sampler=sampler, num_steps=max(1, num_steps - round(0.4 * num_steps)))
+    expected = alone.x0.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    torch.testing.assert_close(steps[-1].x0, expected, atol=2e-3, rtol=0)
+
+
+def test_small_pictures_get_the_noise_that_they_had_in_training():
+    pipe = copying()
+    pipe.register_to_config(low_res_noise=0.1)
+    *_, last, end = pipe.denoise([""] * 8, range(8), num_steps=20)
+    shown = last.x0[..., ::2, ::2]
+    clean = torch.stack([step.x0 for step in gaussian().denoise([""] * 8, range(8), num_steps=12)][-1:])[0]
+    assert (shown - clean).std() == pytest.approx(0.1, rel=0.1)
+    torch.testing.assert_close(end.x0, last.x0, atol=2e-3, rtol=0)
+
+
+def test_a_folder_of_both_draws_the_larger_pictures(base, enlarging, tmp_path):
+    pipe = PokeDiffPipeline.from_pretrained(enlarging)
+    assert (pipe.image_size, pipe.upscale, set(pipe.networks)) == (32, 2, {"unet", "upscaler"})
+    assert pipe.config.low_res_noise == 0.125  # half of what it learned with
+    assert json.loads((enlarging / "model_index.json").read_text())["upscale_below"] == 2.0
+    before = PokeDiffPipeline.from_pretrained(base).unet.state_dict()
+    for name, weight in pipe.unet.state_dict().items():
+        torch.testing.assert_close(weight, before[name], rtol=0, atol=0)
+    out = sample(SampleConfig(prompt=("a red creature",), checkpoint=str(enlarging), out=str(tmp_path), num_steps=4))
+    assert (out / "0000.png").is_file()
+
+
+def test_the_small_picture_is_what_it_enlarges(data, base, tmp_path):
+    """After two hundred steps the shown picture tells the finished one, for another prompt's would be further off."""
+    trained = train(upscaling(base, data, tmp_path / "run", max_steps=200, learning_rate=3e-3))
+    pipe = PokeDiffPipeline.from_pretrained(trained)
+    pipe.register_to_config(low_res_noise=0.0)
+    prompts = ["a red creature", "a blue creature", "a green creature", "a yellow creature"]
+    steps = list(pipe.denoise(prompts, range(4), num_steps=10))
+    small = next(step.low_res for step in steps if step.low_res is not None)
+    again = torch.nn.functional.avg_pool2d(steps[-1].x0, 2)
+    distances = (again[:, None] - small[None]).square().mean((2, 3, 4))
+    assert (distances.argmin(1) == torch.arange(4)).all()
+
+
+def test_outside_the_mask_the_picture_stays(enlarging):
+    pipe = PokeDiffPipeline.from_pretrained(enlarging)
+    rng = np.random.default_rng(0)
+    image = np.concatenate([rng.integers(0, 256, (32, 32, 3)), np.full((32, 32, 1), 255)], -1).astype(np.uint8)
+    mask = np.zeros((32, 32), bool)
+    mask[5:20, 7:21] = True
+    drawn = pipe.generate(["a red creature"], [0], image=image, mask=mask, num_steps=5)[0]
+    assert np.abs(drawn[~mask].astype(int) - image[~mask]).max() <= 1
+    assert np.abs(drawn[mask].astype(int) - image[mask]).mean() > 20
+
+
+def test_little_strength_leaves_the_picture_nearly_as_it_is():
+    """A network that copies the small picture would lose all detail; what is not noised away is still there."""
+    pipe = copying()
+    image = np.full((32, 32, 4), 255, np.uint8)
+    image[::2, :, :3] = 0
+    apart = {}
+    for strength in (0.05, 1.0):
+        steps = pipe.denoise([""], [0], image=image, strength=strength)
+        first = next(step for step in steps if step.low_res is not None)
+        pixels = (first.x * (1 + first.sigma**2) ** 0.5)[0, :3]
+        apart[strength] = float(pixels[:, 1::2].mean() - pixels[:, ::2].mean())
+    assert apart[0.05] > 1.5 > 0.3 > abs(apart[1.0])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_picture_does_not_depend_on_its_company(enlarging, precision):
+    pipe = PokeDiffPipeline.from_pretrained(enlarging)
+    prompts, seeds = ["a red creature", "a blue creature", "a green creature"], [1, 2, 3]
+    together = pipe.generate(prompts, seeds, num_steps=4, precision=precision)
+    alone = [pipe.generate([p], [s], num_steps=4, precision=precision)[0] for p, s in zip(prompts, seeds, strict=True)]
+    np.testing.assert_array_equal(together, np.stack(alone))
+
+
+def test_words_are_left_out_in_both_networks(enlarging):
+    found = word_influence(PokeDiffPipeline.from_pretrained(enlarging), "a red creature", 0, num_steps=10)
+    assert found.picture.shape == (32, 32, 4)
+    assert found.maps.shape[2:] == (32, 32)
+    assert np.isfinite(found.maps).all()
+
+
+def test_a_killed_run_goes_on(data, base, tmp_path):
+    config = upscaling(base, data, tmp_path / "a", max_steps=6)
+    whole = train(config)
+    train(replace(config, out=str(tmp_path / "b"), max_steps=3))
+    resumed = train(replace(config, out=str(tmp_path / "b")), resume="auto")
+    for name, weight in PokeDiffPipeline.from_pretrained(whole).upscaler.state_dict().items():
+        again = PokeDiffPipeline.from_pretrained(resumed).upscaler.state_dict()[name]
+        torch.testing.assert_close(again, weight, rtol=0, atol=0)
+
+
+def test_what_does_not_fit_is_named(data, base, tmp_path):
+    with pytest.raises(PokediffError, match="image_size: 64 here, 32 in"):
+        train(upscaling(base, data, tmp_path / "out", dataset=DatasetConfig(image_size=64)))
+    with pytest.raises(PokediffError, match=r"model\.upscale must divide the patch, 2"):
+        upscaling(base, data, tmp_path, model=replace(SHAPE, upscale=3))
+    with pytest.raises(PokediffError, match=r"model\.upscale needs refine\.base"):
+        upscaling(base, data, tmp_path, refine=None)
