@@ -31,12 +31,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pokediff.config import TrainConfig, load_yaml
-from pokediff.pipeline import diffusion_loss
-from pokediff.training import make_noise_schedule, make_unet
+from pokediff.pipeline import PokeDiffPipeline, diffusion_loss, quiet
+from pokediff.training import make_low_res, make_noise_schedule, make_pipeline, make_unet, trained_timesteps
+from pokediff.unet import compile_network
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {32: "pokemon-32", 64: "pokemon-64", 128: "pokemon-128"}
 TEXT_DIM, TOKENS = 384, 77
+EVALUATIONS = 20  # of a sampler
 BATCH = {"lucidrains": 16, "diffusers-uncond": 16, "diffusers-cond": 16}  # pokediff: as in its configuration
 
 
@@ -48,9 +50,10 @@ class System:
     network: torch.nn.Module
     optimizer: torch.optim.Optimizer
     loss: Callable[[torch.Tensor], torch.Tensor]  # of clean pictures (B, 4, S, S) in [-1, 1]
-    evaluate: Callable[[torch.Tensor], torch.Tensor]  # one network call on (B, 4, S, S)
+    evaluate: Callable[[torch.Tensor], object]  # network calls on (B, 4, S, S): so many evaluations
     batch: int
-    guidance: bool
+    evaluations: int = 1
+    guidance: bool = False  # each evaluation twice
 
     def __post_init__(self) -> None:
         self.average = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(0.9995))
@@ -69,17 +72,25 @@ def pokediff(size: int) -> System:
     config = load_yaml(ROOT / "configs" / f"{CONFIGS[size]}.yaml", TrainConfig)
     network = make_unet(config, TEXT_DIM).to(memory_format=torch.channels_last)
     schedule = make_noise_schedule(config)
+    shipped = ROOT / "checkpoints" / f"pokediff-{size}"
+    pipeline = (
+        PokeDiffPipeline.from_pretrained(shipped) if shipped.is_dir() else make_pipeline(network, schedule, config)
+    )
 
     def loss(x0: torch.Tensor) -> torch.Tensor:
         text = F.normalize(torch.randn(len(x0), TEXT_DIM), dim=1)
-        timesteps = torch.randint(1000, (len(x0),))
-        return diffusion_loss(schedule, network, x0, torch.randn_like(x0), timesteps, text).mean()
+        timesteps = torch.randint(trained_timesteps(config), (len(x0),))
+        low_res = make_low_res(x0, config, torch.Generator().manual_seed(0), len(x0), slice(None))
+        return diffusion_loss(schedule, network, x0, torch.randn_like(x0), timesteps, text, None, low_res).mean()
 
-    def evaluate(x: torch.Tensor) -> torch.Tensor:
-        return network(x, 500, F.normalize(torch.ones(len(x), TEXT_DIM), dim=1))
+    def evaluate(x: torch.Tensor) -> object:
+        """All steps from noise to pictures, as shipped: the networks take turns, and not all are guided."""
+        return pipeline.generate(
+            ["a blue water turtle"] * len(x), range(len(x)), num_steps=EVALUATIONS, precision="bf16"
+        )
 
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, fused=True)
-    return System("pokediff", network, optimizer, loss, evaluate, config.batch_size, guidance=True)
+    return System("pokediff", network, optimizer, loss, evaluate, config.batch_size, evaluations=EVALUATIONS)
 
 
 def make_lucidrains(size: int) -> tuple[Any, torch.optim.Optimizer]:
@@ -98,9 +109,7 @@ def lucidrains(size: int) -> System:
     def evaluate(x: torch.Tensor) -> torch.Tensor:
         return network(x, torch.full((len(x),), 500))
 
-    return System(
-        "lucidrains", network, optimizer, lambda x0: diffusion((x0 + 1) / 2), evaluate, BATCH["lucidrains"], False
-    )
+    return System("lucidrains", network, optimizer, lambda x0: diffusion((x0 + 1) / 2), evaluate, BATCH["lucidrains"])
 
 
 def diffusers_system(size: int, conditional: bool) -> System:
@@ -170,13 +179,18 @@ def ceiling() -> float:
 
 
 def gflop(system: System, size: int) -> float:
+    """Of one picture through the network that is trained, once."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        system.evaluate(torch.zeros(1, 4, size, size))
+        system.loss(torch.zeros(1, 4, size, size))
     return counter.get_total_flops() / 1e9
 
 
-def compare(size: int, rounds: int, names: list[str]) -> list[dict[str, Any]]:
+def compare(size: int, rounds: int, names: list[str], compiled: bool) -> list[dict[str, Any]]:
     systems = [SYSTEMS[name](size) for name in names]
+    work = {system.name: gflop(system, size) for system in systems}
+    if compiled:
+        for system in systems:
+            compile_network(system.network)
     pictures = torch.rand(64, 4, size, size) * 2 - 1
     step_s: dict[str, list[float]] = {name: [] for name in names}
     call_s: dict[str, list[float]] = {name: [] for name in names}
@@ -195,18 +209,20 @@ def compare(size: int, rounds: int, names: list[str]) -> list[dict[str, Any]]:
         peak = max(peak, ceiling())
     rows = []
     for system in systems:
-        work = gflop(system, size)
         images = system.batch / statistics.median(step_s[system.name][1:])
         rows.append(
             {
                 "size": size,
                 "system": system.name,
                 "parameters_M": round(sum(p.numel() for p in system.network.parameters()) / 1e6, 2),
-                "gflop": round(work, 2),
+                "gflop": round(work[system.name], 2),
                 "batch": system.batch,
                 "training_images_per_s": round(images, 1),
-                "share_of_convolution_ceiling": round(3 * work * images / peak, 2),
-                "sampling_s_per_image_20": round(20 * statistics.median(call_s[system.name][1:]) / 16, 3),
+                "share_of_convolution_ceiling": round(3 * work[system.name] * images / peak, 2),
+                "compiled": compiled,
+                "sampling_s_per_image_20": round(
+                    EVALUATIONS / system.evaluations * statistics.median(call_s[system.name][1:]) / 16, 3
+                ),
                 "ceiling_gflop_per_s": round(peak),
             }
         )
@@ -243,11 +259,13 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64, 128])
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="all networks, by torch.compile")
     parser.add_argument("--out", type=Path, help="JSON lines are added to this file")
     args = parser.parse_args()
+    quiet()
     rows = []
     for size in args.sizes:
-        for row in compare(size, args.rounds, args.systems):
+        for row in compare(size, args.rounds, args.systems, args.compile):
             row["training_GB_batch_16"] = round(memory(row["system"], size), 2)
             rows.append(row)
             print(json.dumps(row), flush=True)

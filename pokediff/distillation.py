@@ -39,6 +39,12 @@ class Distillation:
         end = torch.ones(1, device=device)  # behind the last step there is no noise
         self.alpha = torch.cat([alphas_cumprod, end]).sqrt()
         self.std = (1 - torch.cat([alphas_cumprod, end])).sqrt()
+        # The student keeps the teacher's refiner, which draws the steps from so little noise without it.
+        begins = (self.std / self.alpha)[: -1 : config.substeps]  # sigma, (steps,)
+        refines = begins < teacher.config.refine_below if teacher.refiner is not None else torch.zeros_like(begins) > 0
+        self.asked = int((~refines).sum())
+        if teacher.refiner is not None:
+            teacher.refiner.to(memory_format=torch.channels_last).requires_grad_(False).eval()
 
     def __call__(
         self,
@@ -56,9 +62,7 @@ class Distillation:
         if self.teacher.unet.config.image_size != x0.shape[-1] or self.teacher.unet.config.in_channels != x0.shape[1]:
             raise PokediffError(f"distill.teacher: {self.config.teacher} draws other sizes or channels (dataset.*)")
         total = int(self.timesteps[0]) + 1
-        first = (
-            self.config.steps * (total - 1 - timesteps) // total
-        ) * self.config.substeps  # (B,) into self.timesteps
+        first = (self.asked * (total - 1 - timesteps) // total) * self.config.substeps  # (B,) into self.timesteps
         alpha, std = self._at(first)
         noisy = (alpha * x0 + std * noise).contiguous(memory_format=torch.channels_last)
         target = self.target(noisy, first, text, augment)

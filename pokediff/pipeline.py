@@ -258,6 +258,13 @@ class PokeDiffPipeline(DiffusionPipeline):
         """How many steps `denoise` yields: one for each evaluation of a network, and the pictures."""
         return 1 + sum(len(way.timesteps) - skipped for way, skipped in self.plan(sampler, num_steps, strength))
 
+    def asked(self, sampler: str | None = None, num_steps: int | None = None) -> list[str]:
+        """The name of the network that is asked at every step."""
+        names = {id(network): name for name, network in self.networks.items()}
+        (drawing, _), *enlarging = self.plan(sampler, num_steps)
+        asked = [names[id(self.network_at(float(timestep)))] for timestep in drawing.timesteps]
+        return asked + ["upscaler"] * sum(len(way.timesteps) - skipped for way, skipped in enlarging)
+
     def sigmas(self, sampler: str | None = None, num_steps: int | None = None) -> list[float]:
         """The noise at every evaluation of a network, relative to the picture's unit scale."""
         plan = self.plan(sampler, num_steps)

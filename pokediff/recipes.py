@@ -16,11 +16,12 @@ ROOT = Path(__file__).resolve().parent.parent
 LOOKED_AT = 64  # pictures whose size is asked for
 # Steps for N pictures: enough that each is drawn some 300 times in all (docs/LOG.md, the folder of 200), within bounds.
 STEPS_PER_PICTURE, FEWEST_STEPS, MOST_STEPS = 10, 1500, 30_000
+RECIPES = {32: "pokemon-32.yaml", 64: "pokemon-64-direct.yaml"}
 FEWEST_PICTURES = 40  # with fewer there is nothing left to validate on
 
 
 def recipe_for(folder: str | Path) -> TrainConfig:
-    """The shipped recipe of the size that fits the pictures, starting as the shipped model where it is at hand.
+    """A proven recipe of the size that fits the pictures, starting as the shipped model where it is at hand.
 
     32 px for pictures up to 40 px, else 64. A model that knows creatures needs a few minutes to learn a style; from
     nothing it would need hours and thousands of pictures. Few pictures are soon known by heart, so the network sees
@@ -35,11 +36,9 @@ def recipe_for(folder: str | Path) -> TrainConfig:
             f"{folder} has {len(records)} pictures; {FEWEST_PICTURES} are needed, some hundreds are good"
         )
     size = 32 if _usual_side(folder, [record.file_name for record in records]) <= 40 else 64
-    base = load_yaml(ROOT / "configs" / f"pokemon-{size}.yaml", TrainConfig)
-    shipped = [
-        ROOT / "checkpoints" / f"pokediff-{side}" for side in (size, 32)
-    ]  # of another size all but the first level
-    start = next((path.as_posix() for path in shipped if (path / "model_index.json").is_file()), None)
+    base = load_yaml(ROOT / "configs" / RECIPES[size], TrainConfig)
+    shipped = ROOT / "checkpoints" / "pokediff-32"  # for 64 px all but the first level
+    start = shipped.as_posix() if (shipped / "model_index.json").is_file() else None
     steps = min(MOST_STEPS, max(FEWEST_STEPS, STEPS_PER_PICTURE * len(records)))
     return replace(
         base,

@@ -276,7 +276,10 @@ def make_pipeline(unet: Any, schedule: DDPMScheduler, config: TrainConfig) -> Po
     model, tokenizer = (encoder.model, encoder.tokenizer) if isinstance(encoder, ClipTextEncoder) else (None, None)
     if config.distill:  # what it was taught: so many DDIM steps, and the teacher's guidance with them
         sampler = DDIMScheduler.from_config(schedule.config)
-        return PokeDiffPipeline(unet, sampler, model, tokenizer, config.text_encoder, config.distill.steps, 1.0)
+        teacher = PokeDiffPipeline.from_pretrained(config.distill.teacher, text_encoder=None, tokenizer=None)
+        steps, refiner, below = config.distill.steps, teacher.refiner, teacher.config.refine_below
+        student = PokeDiffPipeline(unet, sampler, model, tokenizer, config.text_encoder, steps, 1.0, refiner, below)
+        return student.to(unet.device)
     sampler = DPMSolverMultistepScheduler.from_config(schedule.config)
     return PokeDiffPipeline(unet, sampler, model, tokenizer, config.text_encoder)
 

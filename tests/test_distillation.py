@@ -10,7 +10,7 @@ import torch
 from conftest import tiny_config
 from diffusers import DDIMScheduler
 
-from pokediff.config import DistillConfig, SampleConfig
+from pokediff.config import DiffusionConfig, DistillConfig, ModelConfig, RefineConfig, SampleConfig
 from pokediff.distillation import Distillation, recipe, trailing
 from pokediff.errors import PokediffError
 from pokediff.pipeline import PokeDiffPipeline
@@ -109,3 +109,33 @@ def test_a_teacher_of_another_schedule_or_size_is_refused(data, teacher, tmp_pat
         train(replace(config, diffusion=replace(config.diffusion, noise_shift=2.0)))
     with pytest.raises(PokediffError, match="other sizes"):
         train(replace(config, out=str(tmp_path / "b"), dataset=replace(config.dataset, image_size=32)))
+
+
+def test_the_teachers_refiner_is_kept_and_what_it_draws_is_not_learned(data, teacher, tmp_path):
+    model = ModelConfig(widths=(32,), attention=(False,), blocks=(1,), embedding_dim=64, plain=True, sigma_data=0.3)
+    rest = dict(diffusion=DiffusionConfig(prediction_type="sample"), refine=RefineConfig(str(teacher), below=1.0))
+    refined = train(tiny_config(data, tmp_path / "refined", model=model, **rest))
+    student = train(
+        replace(recipe(refined, 4, str(data)), out=str(tmp_path / "student"), max_steps=2, precision="fp32")
+    )
+    pipeline, before = PokeDiffPipeline.from_pretrained(student), PokeDiffPipeline.from_pretrained(refined)
+    assert (pipeline.config.num_steps, pipeline.config.guidance_scale, pipeline.config.refine_below) == (4, 1.0, 1.0)
+    for name, weight in pipeline.refiner.state_dict().items():
+        torch.testing.assert_close(weight, before.refiner.state_dict()[name], rtol=0, atol=0)
+
+    schedule = make_noise_schedule(tiny_config(data, teacher))
+    distillation = Distillation(DistillConfig(str(refined), 4, 4, 1.0), schedule, torch.device("cpu"))
+    assert distillation.asked == sum(sigma >= 1 for sigma in pipeline.sigmas()) == 2
+    seen = []
+    distillation.target = lambda noisy, first, *_: seen.extend(first.tolist()) or torch.zeros_like(noisy)
+    x0, text = torch.zeros(1000, 4, 16, 16), pipeline.unet.null_text.expand(1000, -1)
+    distillation(lambda z, *_: torch.zeros_like(z), x0, torch.randn_like(x0), torch.arange(1000), text)
+    assert set(seen) == {0, 4}
+    distillation.half = False
+    below, above = torch.tensor([15]), torch.tensor([0])  # the last of the sixteen steps, and the first
+    for index, network in ((below, before.refiner), (above, before.unet)):
+        expected = network(x0[:1], distillation.timesteps[index], text[:1])
+        if network is before.unet:
+            expected = -distillation._at(index)[1] * expected  # v, of a picture of zeros
+        predicted = distillation.predict(x0[:1], index, text[:1], None)
+        torch.testing.assert_close(predicted, expected.clamp(-1, 1), rtol=1e-3, atol=1e-4)

@@ -55,6 +55,7 @@ def test_the_refiner_is_asked_where_the_noise_is_little_and_only_there(guidance_
     little = [step.timestep for step in steps[:-1] if step.sigma < 0.8]
     assert 0 < len(little) < 20
     assert painter.asked == little
+    assert pipe.asked(num_steps=20) == ["unet"] * (20 - len(little)) + ["refiner"] * len(little)
     for step in steps[:-1]:
         assert (step.x0 == 0.5).all() == (step.sigma < 0.8)
     torch.testing.assert_close(steps[-1].x0, torch.full((3, 4, 16, 16), 0.5))

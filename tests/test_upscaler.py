@@ -65,6 +65,7 @@ def test_what_was_drawn_is_enlarged(sampler, num_steps):
     small = [step for step in steps[:-1] if step.low_res is None]
     large = [step for step in steps[:-1] if step.low_res is not None]
     assert len(steps) == pipe.count_steps(sampler, num_steps)
+    assert pipe.asked(sampler, num_steps) == ["unet"] * len(small) + ["upscaler"] * len(large)
     assert [step.sigma for step in steps[:-1]] == pytest.approx(pipe.sigmas(sampler, num_steps))
     assert [step.index for step in steps] == list(range(len(steps)))
     assert all(step.x.shape == step.x0.shape == (1, 4, 32, 32) for step in steps)

@@ -646,11 +646,12 @@ def measure_cost(report: Report, generator: Generator, generated: Generated) -> 
     pipeline, section = generator.pipeline, "Cost"
     note = f"median, in batches of {generator.config.batch_size}, on {pipeline.device}, when they were drawn"
     report.add(section, "seconds an image", generated.seconds_per_image, len(generated.pixels), note=note)
-    evaluations = len(pipeline.make_scheduler(generator.config.sampler, generator.config.num_steps).timesteps)
+    asked = pipeline.asked(generator.config.sampler, generator.config.num_steps)
     guided = generator.config.guidance_scale != 1
-    report.add(section, "evaluations of the network", evaluations * (2 if guided else 1), 1)
     for name, network in pipeline.networks.items():
         of = "" if name == "unet" else f" of the {name}"
+        evaluations = asked.count(name) * (2 if guided and name == "unet" else 1)
+        report.add(section, f"evaluations{of or ' of the network'}", evaluations, 1)
         report.add(section, f"parameters{of}, M", sum(p.numel() for p in network.parameters()) / 1e6, 1)
         report.add(section, f"GFLOP an evaluation{of}", flops_per_image(network) / 1e9, 1)
     report.add(section, "peak memory, MB", peak_memory_mb(), 1, note="of this whole process, features and all")
