@@ -33,6 +33,7 @@ CHANNELS: dict[Channels, int] = {"rgba": 4, "rgb": 3, "grey": 1}
 # What Pillow raises for broken files; the last ones come from broken EXIF and text blocks.
 DECODER_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, struct.error, EOFError, TypeError)
 MAX_PIXELS = 64_000_000  # beyond this a small file is more likely a decompression bomb than a sprite
+FAINT = 3  # of 255
 
 
 class BadImage(PokediffError):
@@ -165,9 +166,13 @@ def to_model(premultiplied: torch.Tensor, channels: Channels) -> torch.Tensor:
 
 
 def from_model(x: torch.Tensor) -> np.ndarray:
-    """Float (N, C, H, W) in [-1, 1], C = 4, 3 or 1, to straight RGBA uint8 (N, H, W, 4); values outside are clipped."""
+    """Float (N, C, H, W) in [-1, 1], C = 4, 3 or 1, to straight RGBA uint8 (N, H, W, 4); values outside are clipped.
+
+    Alpha below FAINT becomes 0: nobody sees what a network leaves there, but it spoils whatever trims or counts.
+    """
     pixels = ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     if pixels.shape[-1] == 4:
+        pixels[pixels[..., 3] < FAINT] = 0
         pixels[..., :3] = np.minimum(pixels[..., :3], pixels[..., 3:])
         return unpremultiply(pixels)
     rgb = np.broadcast_to(pixels, (*pixels.shape[:-1], 3))

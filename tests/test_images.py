@@ -248,3 +248,11 @@ def test_a_plain_backdrop_is_no_colour_of_the_creature():
     assert main_colors(rgba) == ("red",)
     assert figure_mask(rgba).sum() == 256
     assert main_colors(np.full((8, 8, 4), 255, np.uint8)) == ("white",)  # nothing but backdrop: say what it is
+
+
+def test_what_nobody_sees_is_left_out():
+    faint = torch.full((1, 4, 2, 3), -1.0)
+    faint[0, 3, 0] = torch.tensor([1, 2, 3]) / 127.5 - 1
+    faint[0, 0, 0] = 0.9
+    assert from_model(faint)[0, ..., 3].tolist() == [[0, 0, 3], [0, 0, 0]]
+    assert from_model(faint)[0, 0, 0].tolist() == [0, 0, 0, 0]
