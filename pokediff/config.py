@@ -95,8 +95,9 @@ class RefineConfig:
 
     base: str = "checkpoints/pokediff-32"  # the checkpoint whose last evaluations this network takes over
     below: float = 1.0  # where the noise is less than this sigma
-    # With model.upscale its pictures are enlarged, from this sigma on; while learning they are shown with noise up to:
-    low_res_noise: float = 0.25  # (conditioning augmentation: Ho et al. 2022, "Cascaded Diffusion Models", section 4)
+    # With model.upscale: the small pictures are shown with noise of up to this sigma (conditioning augmentation, Ho et
+    # al. 2022, "Cascaded Diffusion Models", section 4), for those to be enlarged later are drawn ones.
+    low_res_noise: float = 0.25
 
 
 @dataclass(frozen=True)

@@ -90,13 +90,13 @@ class PokeDiffPipeline(DiffusionPipeline):
     A `refiner`, if there is one, takes the place of `unet` where sigma is below `refine_below`: what is left to do
     there is local, and a small network trained for nothing else does it better (eDiff-I, Balaji et al. 2022).
     An `upscaler` draws the finished pictures once more, larger, from noise of `upscale_below` on, with the small ones
-    before its eyes (Ho et al., "Cascaded Diffusion Models", 2022); they get noise of `low_res_noise` first, as they had
-    when it learned. Only `unet` is guided: the others find the prompt's wish in what they are given.
+    before its eyes (Ho et al., "Cascaded Diffusion Models", 2022). Only `unet` is guided: the others find the prompt's
+    wish in what they are given.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->refiner->upscaler"
     # what model_index.json holds beside the parts
-    settings = ("text_encoder_name", "num_steps", "guidance_scale", "refine_below", "upscale_below", "low_res_noise")
+    settings = ("text_encoder_name", "num_steps", "guidance_scale", "refine_below", "upscale_below")
     _optional_components = ["text_encoder", "tokenizer", "refiner", "upscaler"]  # noqa: RUF012 (diffusers' own form)
 
     def __init__(
@@ -112,7 +112,6 @@ class PokeDiffPipeline(DiffusionPipeline):
         refine_below: float = 0.0,
         upscaler: Unet | None = None,
         upscale_below: float = 0.0,
-        low_res_noise: float = 0.0,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -129,7 +128,6 @@ class PokeDiffPipeline(DiffusionPipeline):
             guidance_scale=guidance_scale,
             refine_below=refine_below,
             upscale_below=upscale_below,
-            low_res_noise=low_res_noise,
         )
         self._encode: TextEncoder | None = None
 
@@ -327,8 +325,7 @@ class PokeDiffPipeline(DiffusionPipeline):
         for stage, (scheduler, skipped) in enumerate(plan):
             if stage == 1:  # x is what was drawn, and is enlarged
                 noise = self._draw(generators, self.image_size)
-                low_res = x + self.config.low_res_noise * self._draw(generators, self.unet.config.image_size)
-                known, redrawn = whole, whole_redrawn
+                known, redrawn, low_res = whole, whole_redrawn, x
                 begin = whole if whole is not None and strength <= self.upscaler_reach else self._enlarged(x)
             x, timesteps = _begin(scheduler, noise, begin, skipped)
             draws = "generator" in inspect.signature(scheduler.step).parameters  # new noise at every step, or may do so

@@ -301,7 +301,7 @@ def with_base(unet: Any, schedule: DDPMScheduler, config: TrainConfig) -> PokeDi
         raise PokediffError(f"refine.base: {config.refine.base} has another noise schedule (diffusion.*)")
     if config.model.upscale > 1:
         pipeline.register_modules(upscaler=unet)
-        pipeline.register_to_config(upscale_below=config.refine.below, low_res_noise=config.refine.low_res_noise / 2)
+        pipeline.register_to_config(upscale_below=config.refine.below)
     else:
         pipeline.register_modules(refiner=unet)
         pipeline.register_to_config(refine_below=config.refine.below)

@@ -15,7 +15,7 @@ from pokediff.errors import PokediffError
 from pokediff.insight import word_influence
 from pokediff.pipeline import SAMPLERS, PokeDiffPipeline
 from pokediff.sampling import sample
-from pokediff.training import train
+from pokediff.training import make_low_res, train
 from pokediff.unet import Unet
 
 SMALL = dict(widths=(32,), attention=(False,), blocks=(1,), embedding_dim=64, patch=2)
@@ -79,20 +79,22 @@ def test_what_was_drawn_is_enlarged(sampler, num_steps):
     torch.testing.assert_close(steps[-1].x0, expected, atol=2e-3, rtol=0)
 
 
-def test_small_pictures_get_the_noise_that_they_had_in_training():
-    pipe = copying()
-    pipe.register_to_config(low_res_noise=0.1)
-    *_, last, end = pipe.denoise([""] * 8, range(8), num_steps=20)
-    shown = last.x0[..., ::2, ::2]
-    clean = torch.stack([step.x0 for step in gaussian().denoise([""] * 8, range(8), num_steps=12)][-1:])[0]
-    assert (shown - clean).std() == pytest.approx(0.1, rel=0.1)
-    torch.testing.assert_close(end.x0, last.x0, atol=2e-3, rtol=0)
+def test_small_pictures_are_shown_with_noise_in_training(data, tmp_path):
+    config = upscaling("unused", data, tmp_path)
+    x0 = torch.full((4000, 4, 4, 4), 0.5)
+    noisy = make_low_res(x0, config, torch.Generator().manual_seed(0), len(x0), slice(None))
+    strength = (noisy - 0.5).flatten(1).std(1)
+    assert noisy.shape == (4000, 4, 2, 2)
+    assert strength.min() < 0.01
+    assert strength.mean() == pytest.approx(0.125, rel=0.05)  # evenly up to 0.25
+    half = make_low_res(x0[2000:], config, torch.Generator().manual_seed(0), len(x0), slice(2000, None))
+    torch.testing.assert_close(half, noisy[2000:])  # of two processes the second sees what one alone would
+    assert make_low_res(x0, replace(config, model=replace(SHAPE, upscale=1)), torch.Generator(), 1, slice(None)) is None
 
 
 def test_a_folder_of_both_draws_the_larger_pictures(base, enlarging, tmp_path):
     pipe = PokeDiffPipeline.from_pretrained(enlarging)
     assert (pipe.image_size, pipe.upscale, set(pipe.networks)) == (32, 2, {"unet", "upscaler"})
-    assert pipe.config.low_res_noise == 0.125  # half of what it learned with
     assert json.loads((enlarging / "model_index.json").read_text())["upscale_below"] == 2.0
     before = PokeDiffPipeline.from_pretrained(base).unet.state_dict()
     for name, weight in pipe.unet.state_dict().items():
@@ -105,7 +107,6 @@ def test_the_small_picture_is_what_it_enlarges(data, base, tmp_path):
     """After two hundred steps the shown picture tells the finished one, for another prompt's would be further off."""
     trained = train(upscaling(base, data, tmp_path / "run", max_steps=200, learning_rate=3e-3))
     pipe = PokeDiffPipeline.from_pretrained(trained)
-    pipe.register_to_config(low_res_noise=0.0)
     prompts = ["a red creature", "a blue creature", "a green creature", "a yellow creature"]
     steps = list(pipe.denoise(prompts, range(4), num_steps=10))
     small = next(step.low_res for step in steps if step.low_res is not None)
