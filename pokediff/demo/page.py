@@ -534,7 +534,7 @@ def inside_tab(studio: Studio) -> None:
     ) -> str:
         sampler = None if kind == OWN else kind
         config = studio.settings(name, prompt=(text,), num_steps=number, guidance_scale=scale, sampler=sampler)
-        return show.schedule(studio.sigmas(config), lowest or 0, 100 if highest is None else highest)
+        return show.schedule(*studio.sigmas(config), lowest or 0, 100 if highest is None else highest)
 
     @spoken
     def side_by_side(

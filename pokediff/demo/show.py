@@ -243,24 +243,24 @@ def run(folder: Path, rows: Sequence[dict[str, Any]]) -> str:
     return "".join(lines)
 
 
-def schedule(sigmas: Sequence[float], low: float, high: float) -> str:
-    """The noise at every step, and where guidance acts."""
+def schedule(sigmas: Sequence[float], asked: Sequence[str], low: float, high: float) -> str:
+    """The noise at every step, which network is asked there, and where guidance acts."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     plot = Figure(figsize=(7, 3.2), layout="constrained")
     axes = plot.subplots()
-    guided = [low <= sigma <= high for sigma in sigmas]
+    kinds = [
+        name if name != "unet" else "guided" if low <= sigma <= high else "not guided"
+        for sigma, name in zip(sigmas, asked, strict=True)
+    ]
     axes.plot(range(len(sigmas)), sigmas, color="gray", linewidth=1)
-    for wanted, words, color in ((True, "guided", "#7c3aed"), (False, "not guided", "#bbbbbb")):
-        points = [
-            (k, sigma) for k, (sigma, is_guided) in enumerate(zip(sigmas, guided, strict=True)) if is_guided is wanted
-        ]
+    colors = {"guided": "#7c3aed", "not guided": "#bbbbbb", "refiner": "#0d9488", "upscaler": "#ea580c"}
+    for wanted, color in colors.items():
+        points = [(k, sigma) for k, (sigma, kind) in enumerate(zip(sigmas, kinds, strict=True)) if kind == wanted]
         if points:
-            axes.scatter(*zip(*points, strict=True), label=words, color=color, zorder=3)
+            axes.scatter(*zip(*points, strict=True), label=wanted, color=color, zorder=3)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="evaluation of the network", ylabel="sigma, noise to picture", yscale="log")
     axes.legend()
-    return (
-        f'<img class="plot" src="{report.plot_uri(plot)}" alt="sigma falls from {sigmas[0]:.3g} to {sigmas[-1]:.3g}">'
-    )
+    return f'<img class="plot" src="{report.plot_uri(plot)}" alt="sigma goes from {sigmas[0]:.3g} to {sigmas[-1]:.3g}">'

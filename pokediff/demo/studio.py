@@ -172,9 +172,10 @@ class Studio:
         """How many frames `draw` yields."""
         return sampling.count_frames(self.pipeline(self.name_of(config)), config)
 
-    def sigmas(self, config: SampleConfig) -> list[float]:
-        """The noise at every evaluation of the network."""
-        return self.pipeline(self.name_of(config)).sigmas(config.sampler, config.num_steps)
+    def sigmas(self, config: SampleConfig) -> tuple[list[float], list[str]]:
+        """The noise at every evaluation, and the network that is asked."""
+        pipeline, way = self.pipeline(self.name_of(config)), (config.sampler, config.num_steps)
+        return pipeline.sigmas(*way), pipeline.asked(*way)
 
     # The next three yield None while there is nothing to show: whoever asked may leave, or stop it, at any of them.
 
