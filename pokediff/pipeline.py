@@ -39,7 +39,7 @@ from pokediff.images import CHANNELS, Channels, from_model, to_model
 from pokediff.text import ClipTextEncoder, TextEncoder, cached_or_downloaded, load_text_encoder
 from pokediff.unet import Unet
 
-UPSCALER_SHARE = 0.4  # of the evaluations, where there is an upscaler
+UPSCALER_SHARE = 0.25  # of the evaluations, where there is an upscaler
 Settings = TypeVar("Settings", bound=Any)
 # name: a diffusers scheduler and what is changed of its configuration. A new sampler is a new line.
 SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {

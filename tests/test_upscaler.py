@@ -13,7 +13,7 @@ from test_pipeline import gaussian
 from pokediff.config import DatasetConfig, DiffusionConfig, ModelConfig, RefineConfig, SampleConfig
 from pokediff.errors import PokediffError
 from pokediff.insight import word_influence
-from pokediff.pipeline import SAMPLERS, PokeDiffPipeline
+from pokediff.pipeline import SAMPLERS, UPSCALER_SHARE, PokeDiffPipeline
 from pokediff.sampling import sample
 from pokediff.training import make_low_res, train
 from pokediff.unet import Unet
@@ -74,7 +74,7 @@ def test_what_was_drawn_is_enlarged(sampler, num_steps):
     assert all(after.sigma <= before.sigma for before, after in pairwise(large))
     if sampler != "heun":  # which evaluates twice
         assert len(steps) - 1 == max(2, num_steps)
-    *_, alone = plain.denoise([""], [3], sampler=sampler, num_steps=max(1, num_steps - round(0.4 * num_steps)))
+    *_, alone = plain.denoise([""], [3], sampler=sampler, num_steps=max(1, num_steps - round(UPSCALER_SHARE * num_steps)))
     expected = alone.x0.repeat_interleave(2, -1).repeat_interleave(2, -2)
     torch.testing.assert_close(steps[-1].x0, expected, atol=2e-3, rtol=0)
 
