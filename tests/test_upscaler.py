@@ -74,7 +74,9 @@ def test_what_was_drawn_is_enlarged(sampler, num_steps):
     assert all(after.sigma <= before.sigma for before, after in pairwise(large))
     if sampler != "heun":  # which evaluates twice
         assert len(steps) - 1 == max(2, num_steps)
-    *_, alone = plain.denoise([""], [3], sampler=sampler, num_steps=max(1, num_steps - round(UPSCALER_SHARE * num_steps)))
+    *_, alone = plain.denoise(
+        [""], [3], sampler=sampler, num_steps=max(1, num_steps - max(1, round(UPSCALER_SHARE * num_steps)))
+    )
     expected = alone.x0.repeat_interleave(2, -1).repeat_interleave(2, -2)
     torch.testing.assert_close(steps[-1].x0, expected, atol=2e-3, rtol=0)
 
