@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -554,7 +555,15 @@ def test_a_bad_upload_is_answered_by_a_sentence_and_a_good_one_is_drawn_from(pag
 
 def test_a_batch_arrives_as_a_zip(page, tmp_path):
     page.get_by_role("tab", name="Batch", exact=True).click()
-    page.fill("#prompts textarea", "a red cat\n# not this\na blue cat")
+    upload = page.get_by_role("button", name="Read prompts from a text file")
+    for content in (b"\xff\xfe\x00", b"a red cat\n# not this\na blue cat"):
+        (tmp_path / "prompts.txt").write_bytes(content)
+        with page.expect_file_chooser() as chooser:
+            upload.click()
+        chooser.value.set_files(tmp_path / "prompts.txt")
+        if content[0] == 0xFF:
+            page.get_by_text("This file cannot be used: not UTF-8 text.").wait_for()
+    page.wait_for_function("document.querySelector('#prompts textarea').value.includes('not this')")
     page.click("#draw-all")
     page.wait_for_function("document.querySelector('#batch-status').innerText.includes('Done')")
     page.wait_for_selector('a[download="pictures.zip"]')
@@ -604,9 +613,25 @@ def test_a_phone_in_the_dark(browser, server):
     page.close()
 
 
+BRUSH = (0x3B, 0x82, 0xF6)
+
+
 def test_a_sketch_and_a_repainting(page, tmp_path):
     page.get_by_role("tab", name="Play", exact=True).click()
     page.wait_for_selector("#canvas canvas")
+
+    def share(color: tuple[int, int, int]) -> float:
+        shot = Image.open(io.BytesIO(page.locator("#canvas canvas").first.screenshot())).convert("RGB")
+        return float((np.abs(np.asarray(shot).astype(int) - color).max(-1) < 24).mean())
+
+    def until_seen(color: tuple[int, int, int], act: Callable[[], None] | None = None) -> None:
+        for _ in range(20):  # as a person would: look, and try again; the editor swallows strokes while it is busy
+            if act is not None:
+                act()
+            page.wait_for_timeout(1000)
+            if share(color) > 0.05:
+                return
+        raise AssertionError(f"{color} is nowhere on the canvas")
 
     def paint(top: int, bottom: int) -> None:
         page.click('#canvas button[aria-label="Brush"]')
@@ -617,21 +642,20 @@ def test_a_sketch_and_a_repainting(page, tmp_path):
             page.mouse.down()
             page.mouse.move(middle + 50, center + down, steps=8)
             page.mouse.up()
-        page.wait_for_timeout(500)
 
-    paint(-40, 41)
+    until_seen(BRUSH, lambda: paint(-40, 41))
     page.click("#draw-from")
     page.wait_for_selector('a[download="image.png"]')
     sketch = np.asarray(Image.open(save(page, "image.png", tmp_path)).convert("RGB")).reshape(-1, 3)
-    assert (np.abs(sketch.astype(int) - (0x3B, 0x82, 0xF6)).max(1) < 8).mean() > 0.1
+    assert (np.abs(sketch.astype(int) - BRUSH).max(1) < 8).mean() > 0.1
     picture = tmp_path / "picture.png"
     Image.fromarray(np.full((128, 128, 4), (200, 30, 30, 255), np.uint8)).save(picture)
     with page.expect_file_chooser() as chooser:
         page.click("#upload")
     chooser.value.set_files(picture)
     page.get_by_label("Draw anew what is painted over").click()
-    page.wait_for_timeout(1000)
-    paint(-60, -20)
+    until_seen((200, 30, 30))
+    until_seen(BRUSH, lambda: paint(-60, -20))
     page.click("#draw-from")
     page.wait_for_selector('a[download="mask.png"]')
     mask = np.asarray(Image.open(save(page, "mask.png", tmp_path)).convert("L")) > 0

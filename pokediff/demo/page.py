@@ -51,9 +51,11 @@ PACE = 0.06  # seconds between two frames of the film at least: faster than that
 # All that draws waits in one queue, four requests at a time take turns; what needs no network does not wait.
 TURNS = dict(concurrency_id="network", concurrency_limit=4)
 NETWORK: dict[str, Any] = dict(**TURNS, api_visibility="private", show_progress="full")
+# Without the queue: a browser may lose the answer of a stream that opens and ends within a few milliseconds.
 AT_ONCE: dict[str, Any] = dict(queue=False, api_visibility="private", show_progress="hidden")
 OWN = "the model's own"
 GO_ON, REPAINT = "Go on from all of it", "Draw anew what is painted over"
+UNFORESEEN = "Something went wrong on the server. What it was stands in its log."
 TITLE = "pokediff: creatures out of noise"
 
 
@@ -73,8 +75,25 @@ def spoken(handler: Callable[..., Any]) -> Callable[..., Iterator[Any]]:
             raise
         except Exception:
             traceback.print_exc()
-            sentence = "Something went wrong on the server. What it was stands in its log."
-            raise gr.Error(sentence, title="That did not work", print_exception=False) from None
+            raise gr.Error(UNFORESEEN, title="That did not work", print_exception=False) from None
+
+    return wrapped
+
+
+def reader(handler: Callable[[str], Any]) -> Callable[[str], tuple[Any, str]]:
+    """A handler of an uploaded file, for AT_ONCE: its result and "", or nothing and a sentence for the page, since
+    errors of what goes past the queue are not shown there.
+    """
+
+    @functools.wraps(handler)
+    def wrapped(path: str) -> tuple[Any, str]:
+        try:
+            return handler(path), ""
+        except PokediffError as error:
+            return SKIP, f"**{error}**"
+        except Exception:
+            traceback.print_exc()
+            return SKIP, f"**{UNFORESEEN}**"
 
     return wrapped
 
@@ -282,11 +301,14 @@ def batch_tab(studio: Studio) -> None:
     bundle = download("one ZIP with the pictures, a labelled sheet and the settings")
     sheet = gr.HTML(show.empty("The pictures appear here, batch by batch."), elem_id="sheet")
 
-    @spoken
+    @reader
     def read(path: str) -> str:
         if Path(path).stat().st_size > 100_000:
             raise PokediffError("A file of prompts has at most 100 kB.")
-        return read_text(Path(path))
+        try:
+            return read_text(Path(path))
+        except PokediffError:  # it names a path of the server
+            raise PokediffError("This file cannot be used: not UTF-8 text.") from None
 
     @spoken
     def draw(text: str, each: int, start: int, number: int, scale: float, name: str) -> Iterator[tuple[Any, ...]]:
@@ -308,7 +330,7 @@ def batch_tab(studio: Studio) -> None:
     inputs = [prompts, variations, seed, steps, guidance, checkpoint]
     drawing = go.click(draw, inputs, [status, sheet, bundle], show_progress_on=sheet, **NETWORK)
     stop.click(lambda: "Stopped; what is done stays.", None, status, cancels=[drawing], **AT_ONCE)
-    upload.upload(read, upload, prompts, api_visibility="private")
+    upload.upload(read, upload, [prompts, status], **AT_ONCE)
 
 
 # ------------------------------------------------------------------------------------------------------------- play
@@ -332,6 +354,7 @@ def picture_tab(studio: Studio) -> None:
     with gr.Row():
         with gr.Column():
             upload = gr.UploadButton("Upload a picture", file_count="single", elem_id="upload")
+            said = gr.Markdown()
             canvas = sketch_pad(
                 label="Sketch, or paint over", sources=(), layers=False, transforms=(), height=340,
                 canvas_size=(256, 256), brush=gr.Brush(default_size=14, colors=["#3b82f6", "#ef4444", "#22c55e"]),
@@ -352,7 +375,7 @@ def picture_tab(studio: Studio) -> None:
     result = gr.HTML(elem_id="from-result")
     files = download("PNG, GIF, MP4, settings, and the picture it began with")
 
-    @spoken
+    @reader
     def take(path: str) -> dict[str, Any]:
         return {"background": studio.read_upload(path), "layers": [], "composite": None}
 
@@ -368,7 +391,7 @@ def picture_tab(studio: Studio) -> None:
         )  # fmt: skip
         yield from film_and_files(studio, config)
 
-    upload.upload(take, upload, canvas, api_visibility="private")
+    upload.upload(take, upload, [canvas, said], **AT_ONCE)
     inputs = [canvas, prompt, way, strength, number, seed, checkpoint]
     go.click(draw, inputs, [result, files], show_progress_on=result, **NETWORK)
 

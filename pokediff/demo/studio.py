@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any, TypeVar
 
 import numpy as np
@@ -34,6 +34,7 @@ from pokediff.sampling import Frame, Job
 T = TypeVar("T")
 HELD_OUT = 300  # unseen real pictures whose distance to the training pictures says what is near
 KEEP_MINUTES = 60  # how long the files of a drawing stay
+DECODING = Lock()  # a picture at the limit takes some 250 MB while it is decoded: one at a time
 
 
 @dataclass(frozen=True)
@@ -233,16 +234,17 @@ class Studio:
         """
         if len(data) > LIMITS.upload_mb * 2**20:
             raise PokediffError(f"The file is larger than {LIMITS.upload_mb} MB.")
-        try:
-            picture = read_image(data, LIMITS.upload_pixels)
-        except BadImage as error:
-            raise PokediffError(f"This file cannot be used: {error}.") from None
-        factor = 512 / max(picture.shape[:2])
-        if factor >= 1:
-            return picture
-        size = (max(1, round(picture.shape[1] * factor)), max(1, round(picture.shape[0] * factor)))
-        small = Image.fromarray(premultiply(picture)).resize(size, Image.Resampling.BOX)
-        return unpremultiply(np.asarray(small))
+        with DECODING:
+            try:
+                picture = read_image(data, LIMITS.upload_pixels)
+            except BadImage as error:
+                raise PokediffError(f"This file cannot be used: {error}.") from None
+            factor = 512 / max(picture.shape[:2])
+            if factor >= 1:
+                return picture
+            size = (max(1, round(picture.shape[1] * factor)), max(1, round(picture.shape[0] * factor)))
+            small = Image.fromarray(premultiply(picture)).resize(size, Image.Resampling.BOX)
+            return unpremultiply(np.asarray(small))
 
     def keep_input(self, picture: np.ndarray, mask: np.ndarray | None = None) -> tuple[Path, Path | None]:
         """Write a picture and a mask (H, W) bool to begin with, where `settings` can name them."""
