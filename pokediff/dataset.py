@@ -97,17 +97,19 @@ def load_pictures(
 ) -> Pictures:
     """Decode a data set (of these styles only, if given) at image_size px.
 
-    A broken picture is named through `report` and skipped. Raises PokediffError when more than BROKEN_SHARE are broken,
-    when a style does not occur, or when nothing is left.
+    A broken picture and a style that does not occur are named through `report` and skipped. Raises PokediffError when
+    more than BROKEN_SHARE are broken, or when nothing is left.
     """
     folder = Path(folder)
     records = read_records(folder)
     if styles is not None:
-        wanted = set(styles)
-        missing = wanted - {record.style for record in records}
-        if missing:
-            known = ", ".join(sorted({record.style or "(none)" for record in records}))
-            raise PokediffError(f"{folder} has no pictures of style {', '.join(sorted(missing))}; it has: {known}")
+        wanted, known = set(styles), {record.style for record in records}
+        if missing := wanted - known:
+            it_has = ", ".join(sorted(style or "(none)" for style in known))
+            words = f"{folder} has no pictures of style {', '.join(sorted(missing))}; it has: {it_has}"
+            if missing == wanted:
+                raise PokediffError(words)
+            report(words)
         records = [record for record in records if record.style in wanted]
 
     def load(record: Record) -> tuple[np.ndarray, tuple[str, ...], bytes] | BadImage:

@@ -69,8 +69,11 @@ def test_broken_pictures_are_named_skipped_and_bounded(tmp_path):
 def test_styles_can_be_chosen(data):
     chosen = load_pictures(data, 16, styles=["sprite"])
     assert {record.style for record in chosen.records} == {"sprite"}
+    said: list[str] = []
+    assert len(load_pictures(data, 16, styles=["sprite", "fresco"], report=said.append)) == len(chosen)
+    assert said == [f"{data} has no pictures of style fresco; it has: artwork, sprite"]
     with pytest.raises(PokediffError, match=r"no pictures of style fresco; it has: artwork, sprite"):
-        load_pictures(data, 16, styles=["sprite", "fresco"])
+        load_pictures(data, 16, styles=["fresco"])
 
 
 def test_a_batch_is_a_function_of_seed_and_step(pictures, data):
