@@ -95,6 +95,7 @@ class RefineConfig:
 
     base: str = "checkpoints/pokediff-32"  # the checkpoint whose last evaluations this network takes over
     below: float = 1.0  # where the noise is less than this sigma
+    guidance_scale: float | None = None  # what suits the base from then on (default: what it had)
     # With model.upscale: the small pictures are shown with noise of up to this sigma (conditioning augmentation, Ho et
     # al. 2022, "Cascaded Diffusion Models", section 4), for those to be enlarged later are drawn ones.
     low_res_noise: float = 0.25
@@ -181,6 +182,8 @@ class TrainConfig:
             _require(self.distill is None, "refine", "cannot be had together with distill")
             between = noise.sigma_min < self.refine.below < noise.sigma_max
             _require(between, "refine.below", "must lie between the sigmas")
+            scale = self.refine.guidance_scale
+            _require(scale is None or scale >= 0, "refine.guidance_scale", "must not be negative")
             _require(self.refine.low_res_noise >= 0, "refine.low_res_noise", "must not be negative")
         upscale = self.model.upscale
         _require(upscale > 0 and patch % upscale == 0, "model.upscale", f"must divide the patch, {patch}")
@@ -233,7 +236,7 @@ class SampleConfig:
     num_images: int = 1  # pictures for each prompt
     seed: int = 0  # of the first picture; the k-th picture has seed + k
     num_steps: int | None = None  # steps of the sampler (default: the checkpoint's own, 20 if it was not distilled)
-    guidance_scale: float | None = None  # how much the prompt counts; 1 is off (default: the checkpoint's own, 1.5)
+    guidance_scale: float | None = None  # how much the prompt counts; 1 is off (default: the checkpoint's own)
     guidance_interval: tuple[float, float] | None = None  # guide only while sigma lies between these
     negative_prompt: str = ""  # what guidance moves away from
     image: str | None = None  # a picture to begin with instead of noise; a plain backdrop is taken away

@@ -23,12 +23,13 @@ from pokediff.pipeline import PokeDiffPipeline, same_noise, to_x0
 class Distillation:
     """What a student's prediction is measured by; called as `pipeline.diffusion_loss` without its schedule.
 
-    Raises PokediffError for a teacher of other noise, picture size or channels than the student.
+    Raises PokediffError for a teacher of other noise, picture size or channels than the student, or with an upscaler.
     """
 
     def __init__(self, config: DistillConfig, schedule: DDPMScheduler, device: torch.device) -> None:
         self.config, self.kind = config, schedule.config.prediction_type
         teacher = PokeDiffPipeline.from_pretrained(config.teacher, text_encoder=None, tokenizer=None).to(device)
+        refuse_upscaler(teacher, config.teacher)
         if not same_noise(schedule, teacher.scheduler):
             raise PokediffError(f"distill.teacher: {config.teacher} has another noise schedule (diffusion.*)")
         self.teacher = teacher
@@ -101,7 +102,9 @@ class Distillation:
             refines = (std / alpha < self.teacher.config.refine_below).flatten()
             if refiner is not None and refines.any():
                 parts = (values[refines] for values in (z, timestep, text))
-                x0[refines] = refiner(*parts, None if augment is None else augment[refines]).float()
+                output = refiner(*parts, None if augment is None else augment[refines]).float()
+                kind = self.teacher.prediction_type(refiner)
+                x0[refines] = to_x0(kind, output, z[refines], (std / alpha)[refines])
         return x0.clamp(-1, 1)
 
     def _at(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,9 +116,10 @@ def recipe(checkpoint: str | Path, steps: int, data: str) -> TrainConfig:
     """Settings to teach a network of the same shape to draw in so many steps. A checkpoint that was distilled itself
     teaches with the steps that it learned.
 
-    Raises PokediffError when there is no checkpoint, or it draws in fewer than twice as many steps.
+    Raises PokediffError when there is no checkpoint, it enlarges, or it draws in fewer than twice as many steps.
     """
     teacher = PokeDiffPipeline.from_pretrained(checkpoint, text_encoder=None, tokenizer=None)
+    refuse_upscaler(teacher, checkpoint)
     shape, channels = teacher.unet.config, {number: name for name, number in CHANNELS.items()}
     known = 16 if teacher.config.num_steps == DEFAULT_STEPS else teacher.config.num_steps
     if known < 2 * steps:
@@ -146,6 +150,12 @@ def recipe(checkpoint: str | Path, steps: int, data: str) -> TrainConfig:
         preview_every=600,
         checkpoint_every=200,
     )
+
+
+def refuse_upscaler(teacher: PokeDiffPipeline, name: str | Path) -> None:
+    """What enlarges is not what is slow: a student of the base can be given the same upscaler."""
+    if teacher.upscaler is not None:
+        raise PokediffError(f"{name} enlarges the pictures of another checkpoint: distill that one")
 
 
 def _tuple(value: Any) -> Any:

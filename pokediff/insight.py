@@ -75,6 +75,7 @@ def watch_words(pipeline: PokeDiffPipeline, prompt: str, seed: int, **options: A
         steps.append(step)
         yield None
     last = steps.pop()
+    steps = [step for step in steps if step.low_res is None]  # words decide what is drawn before it is enlarged
     chosen = [min(steps, key=lambda step: abs(np.log(step.sigma / level))) for level in LEVELS]
     chosen = list({step.index: step for step in chosen}.values())  # few steps: two levels may share one
     predicted = []

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -67,14 +67,6 @@ class Step:
     low_res: torch.Tensor | None = None  # (B, C, H/f, W/f): the pictures that are being enlarged, if they are
 
 
-class ImageGenerator(Protocol):
-    """What evaluation and demo know of a system that draws."""
-
-    def generate(self, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> np.ndarray:
-        """One picture for each prompt, straight RGBA uint8 (N, H, W, 4)."""
-        ...
-
-
 @dataclass
 class PokeDiffPipelineOutput(BaseOutput):
     images: list[Image.Image]  # RGBA
@@ -114,6 +106,8 @@ class PokeDiffPipeline(DiffusionPipeline):
         upscale_below: float = 0.0,
     ) -> None:
         super().__init__()
+        if upscaler is not None and upscale_below <= 0:
+            raise PokediffError("an upscaler needs upscale_below, the sigma below which it was trained")
         self.register_modules(
             unet=unet,
             scheduler=scheduler,
@@ -230,7 +224,7 @@ class PokeDiffPipeline(DiffusionPipeline):
     ) -> list[tuple[Any, int]]:
         """The ways to go, one or, with an upscaler, two: a scheduler each, and how many of its timesteps are left out.
 
-        Both together have `num_steps` steps, and each at least one. The upscaler goes the same schedule from the first
+        Both together have `num_steps` steps, but each at least one. The upscaler goes the same schedule from the first
         step on that lies below `upscale_below`. Raises PokediffError for a sampler, a number of steps or a strength
         that there is not.
         """
@@ -241,9 +235,9 @@ class PokeDiffPipeline(DiffusionPipeline):
         drawing = self.make_scheduler(sampler, max(min(1, num_steps), num_steps - enlarging))
         ways = [(drawing, _skipped(drawing, strength))]
         if enlarging:
-            whole = math.ceil(enlarging / self.upscaler_reach)
-            again = self.make_scheduler(sampler, whole)
-            ways.append((again, _skipped(again, min(strength, enlarging / whole))))
+            all_the_way = min(math.ceil(enlarging / self.upscaler_reach), self.scheduler.config.num_train_timesteps)
+            again = self.make_scheduler(sampler, all_the_way)
+            ways.append((again, _skipped(again, min(strength, enlarging / all_the_way))))
         return ways
 
     @property
@@ -277,7 +271,7 @@ class PokeDiffPipeline(DiffusionPipeline):
         image: np.ndarray | None = None,
         strength: float = 1.0,
         mask: np.ndarray | None = None,
-        noise: torch.Tensor | None = None,
+        noise: Sequence[torch.Tensor] | None = None,
         num_steps: int | None = None,
         guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
@@ -318,16 +312,15 @@ class PokeDiffPipeline(DiffusionPipeline):
         low, high = guidance_interval or (0.0, float("inf"))
 
         generators, drawn = self.make_noise(seeds)
-        noise = (drawn if noise is None else noise).to(self.device)
+        noises = drawn if noise is None else noise
         whole, whole_redrawn = self._known(image, mask, len(seeds))
         known, redrawn = self._shrunk(whole, whole_redrawn)
-        x, begin, low_res, index = noise, known, None, 0
+        x, begin, low_res, index = noises[0], known, None, 0
         for stage, (scheduler, skipped) in enumerate(plan):
             if stage == 1:  # x is what was drawn, and is enlarged
-                noise = self._draw(generators, self.image_size)
                 known, redrawn, low_res = whole, whole_redrawn, x
                 begin = whole if whole is not None and strength <= self.upscaler_reach else self._enlarged(x)
-            x, timesteps = _begin(scheduler, noise, begin, skipped)
+            x, timesteps = _begin(scheduler, noises[stage].to(self.device), begin, skipped)
             draws = "generator" in inspect.signature(scheduler.step).parameters  # new noise at every step, or may do so
             options = {"generator": generators} if draws else {}
             for timestep in timesteps:
@@ -355,15 +348,13 @@ class PokeDiffPipeline(DiffusionPipeline):
     def predict_x0(self, step: Step, text: torch.Tensor) -> torch.Tensor:
         """The clean pictures that a network sees in the noisy one of a step, for other prompts and without guidance.
 
-        step of one picture; text (B, D) as `encode_prompt` gives it. Returns (B, C, H, W) in [-1, 1].
+        step of one picture, before it is enlarged; text (B, D) as `encode_prompt` gives it. Returns (B, C, H, W) in
+        [-1, 1].
         """
-        small = step.low_res is None
-        x = (step.x[..., :: self.upscale, :: self.upscale] if small else step.x).expand(len(text), -1, -1, -1)
-        low_res = None if step.low_res is None else step.low_res.expand(len(text), -1, -1, -1)
-        network = self.network_at(step.timestep) if small else self.upscaler
-        output = _predict(network, x, torch.tensor(step.timestep), text, low_res, self.in_bf16("auto"))
-        x0 = to_x0(self.prediction_type(network), output, x, step.sigma).clamp(-1, 1)
-        return self._enlarged(x0) if small else x0
+        x = step.x[..., :: self.upscale, :: self.upscale].expand(len(text), -1, -1, -1)
+        network = self.network_at(step.timestep)
+        output = _predict(network, x, torch.tensor(step.timestep), text, None, self.in_bf16("auto"))
+        return self._enlarged(to_x0(self.prediction_type(network), output, x, step.sigma).clamp(-1, 1))
 
     def in_bf16(self, precision: Literal["auto", "bf16", "fp32"]) -> bool:
         """What `precision` means here: auto is bf16 where the device multiplies it in hardware. An exported network has
@@ -371,17 +362,21 @@ class PokeDiffPipeline(DiffusionPipeline):
         """
         return isinstance(self.unet, Unet) and (precision == "bf16" or (precision == "auto" and has_bf16(self.device)))
 
-    def make_noise(self, seeds: Sequence[int]) -> tuple[list[torch.Generator], torch.Tensor]:
-        """The noise that the seeds mean, (N, C, S, S) of the size that `unet` draws, and the generators it came from,
-        for what is drawn after it.
+    def make_noise(self, seeds: Sequence[int]) -> tuple[list[torch.Generator], list[torch.Tensor]]:
+        """The generators that the seeds mean, for new noise at every step, and the noise to begin with: (N, C, S, S) of
+        the size that `unet` draws and, with an upscaler, another of the final size. Made on the CPU, whose generator is
+        the same everywhere.
         """
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return generators, self._draw(generators, self.unet.config.image_size)
 
-    def _draw(self, generators: Sequence[torch.Generator], side: int) -> torch.Tensor:
-        """(N, C, side, side). Made on the CPU, whose generator is the same everywhere."""
-        shape = (self.unet.config.in_channels, side, side)
-        return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(self.device)
+        def draw(generators: list[torch.Generator], side: int) -> torch.Tensor:
+            shape = (self.unet.config.in_channels, side, side)
+            return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        noises = [draw(generators, self.unet.config.image_size)]
+        if self.upscaler is not None:  # a stream of its own: what is enlarged is what would be drawn without it
+            noises.append(draw([torch.Generator().manual_seed(-1 - seed) for seed in seeds], self.image_size))
+        return generators, noises
 
     def _enlarged(self, small: torch.Tensor) -> torch.Tensor:
         """To the size of the finished pictures, each pixel a square."""
@@ -417,11 +412,13 @@ class PokeDiffPipeline(DiffusionPipeline):
     ) -> np.ndarray:
         """Pictures for N prompts and seeds, straight RGBA uint8 (N, H, W, 4). `options` are those of `denoise`."""
         pictures = []
-        single = {"image": 3, "mask": 2, "noise": 3}  # dimensions of one; with one more there is one for each picture
+        single = {"image": 3, "mask": 2}  # dimensions of one; with one more there is one for each picture
         each = {name for name, dims in single.items() if options.get(name) is not None and options[name].ndim > dims}
         for start in range(0, len(prompts), batch_size):
             part = slice(start, start + batch_size)
             mine = {name: value[part] if name in each else value for name, value in options.items()}
+            if options.get("noise") is not None:
+                mine["noise"] = [values[part] for values in options["noise"]]
             *_, last = self.denoise(prompts[part], seeds[part], **mine)
             pictures.append(from_model(last.x0))
         return np.concatenate(pictures)

@@ -44,6 +44,8 @@ FIXED_KEYS = (
     "dataset",
     "model",
     "diffusion",
+    "refine",
+    "distill",
     "batch_size",
 )  # a resumed run cannot change these
 PACKAGES = ("pokediff", "torch", "diffusers", "accelerate", "transformers", "numpy")
@@ -198,6 +200,8 @@ def publish(pipeline: PokeDiffPipeline, folder: Path, card: str) -> None:
 def model_card(config: TrainConfig, pictures: Pictures, progress: Progress) -> str:
     """README.md of a checkpoint: what it was trained on, and the figures that training measured."""
     styles = ", ".join(config.dataset.styles) if config.dataset.styles else "all"
+    kind = "upscaler" if config.model.upscale > 1 else "refiner"
+    base = f"\n| these are figures of its {kind} | all else is of {config.refine.base} |" if config.refine else ""
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-image
@@ -222,7 +226,7 @@ pipe("a blue water turtle", seed=7).images[0].save("turtle.png")
 | split | by family; validation and test families were not trained on |
 | trained | {progress.step} steps, {progress.images_seen:,} pictures drawn |
 | validation loss | {progress.loss_text()} ({config.diffusion.prediction_type}, averaged weights) |
-| text encoder | {config.text_encoder} |
+| text encoder | {config.text_encoder} |{base}
 
 A model may resemble what it was trained on: whose pictures those were, and what that allows, is a question for the
 person who uses it.

@@ -80,8 +80,8 @@ def sample(config: SampleConfig) -> Path:
     config = settled(config, pipeline)
     out = Path(config.out or Path("outputs") / slug(prompts[0]))
     out.mkdir(parents=True, exist_ok=True)
-    clear_earlier(out)
     begin_with = read_beginning(config, pipeline.image_size)
+    clear_earlier(out, keep=[config.image, config.mask])
     write_facts(out, pipeline, config, prompts, jobs)  # before the first picture: what stands there is ours to clear
     done: list[np.ndarray] = []
     started, interrupted = time.monotonic(), False
@@ -113,13 +113,19 @@ def sample(config: SampleConfig) -> Path:
     return out
 
 
-def clear_earlier(out: Path) -> None:
-    """Remove what an earlier run left in this folder, by its sample.json: old and new must not mix."""
+def clear_earlier(out: Path, keep: Sequence[str | None] = ()) -> None:
+    """Remove what an earlier run left in this folder, by its sample.json: old and new must not mix.
+
+    Raises PokediffError, before anything is removed, when a file of `keep` is among it.
+    """
     try:
         earlier = json.loads((out / "sample.json").read_text(encoding="utf-8"))["pictures"]
         names = [Path(row["file"]).name for row in earlier]
     except (OSError, json.JSONDecodeError, KeyError, TypeError):
         return
+    for path in keep:
+        if path and Path(path).resolve() in {(out / name).resolve() for name in names}:
+            raise PokediffError(f"{path} would be replaced by what is drawn from it: choose another --out than {out}")
     for name in names:
         (out / name).unlink(missing_ok=True)
         shutil.rmtree(out / "frames" / Path(name).stem, ignore_errors=True)
@@ -190,12 +196,13 @@ def draw(
     """Every step of one batch, the pictures last, as the network leaves them."""
     text = pipeline.encode_prompt([job.prompt for job in jobs])  # (B, D)
     seeds = [job.seed for job in jobs]
-    _, noise = pipeline.make_noise(seeds)  # (B, C, H, W)
+    _, noise = pipeline.make_noise(seeds)  # each (B, C, H, W)
     for k, job in enumerate(jobs):
         if job.to is not None:
             prompt, seed = job.to
             text[k] = slerp(text[k : k + 1], pipeline.encode_prompt([prompt]), job.share)[0]
-            noise[k] = slerp(noise[k : k + 1], pipeline.make_noise([seed])[1], job.share)[0]
+            for start, end in zip(noise, pipeline.make_noise([seed])[1], strict=True):
+                start[k] = slerp(start[k : k + 1], end, job.share)[0]
     steps = pipeline.denoise(
         text,
         seeds,
@@ -301,20 +308,25 @@ def write_facts(
     seconds: float | None = None,
 ) -> None:
     """sample.json, everything needed to make the same pictures again: `sample.py --from-json sample.json`."""
-    checkpoint = Path(config.checkpoint or DEFAULT_CHECKPOINT)
-    weights = checkpoint / "unet" / "diffusion_pytorch_model.safetensors"
     # What "auto" meant here: another machine would choose otherwise and draw other pictures.
     precision: Any = "bf16" if pipeline.in_bf16(config.precision) else "fp32"
     settings = dataclasses.replace(config, prompt=tuple(prompts), prompts_file=None, precision=precision)
     facts = {
         "settings": plain(settings),
         "pictures": [{"file": f"{k:04}.png", **facts_of(job)} for k, job in enumerate(jobs)],
-        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None,
+        "weights_sha256": weights_sha256(config.checkpoint or DEFAULT_CHECKPOINT),
         "device": str(pipeline.device),
         "packages": {name: version(name) for name in ("pokediff", "torch", "diffusers")},
         "seconds": seconds and round(seconds, 2),
     }
     write_whole(out / "sample.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+
+
+def weights_sha256(checkpoint: str | Path) -> str | None:
+    """Of all networks of a checkpoint, its text encoder included; None for a repository of the hub."""
+    suffixes = ("safetensors", "onnx")  # one folder deep: below lie other checkpoints of a run
+    files = sorted(path for suffix in suffixes for path in Path(checkpoint).glob(f"*/*.{suffix}"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest() if files else None
 
 
 def facts_of(job: Job) -> dict[str, Any]:
@@ -325,7 +337,7 @@ def facts_of(job: Job) -> dict[str, Any]:
 
 
 def load_pipeline(config: SampleConfig) -> PokeDiffPipeline:
-    """The checkpoint that the settings name, on their device; compiled if they say so."""
+    """The checkpoint that the settings name, on their device; compiled if they say so. Exported ones run on the CPU."""
     checkpoint = config.checkpoint or DEFAULT_CHECKPOINT
     if is_exported(checkpoint):
         return load_exported(checkpoint)

@@ -27,13 +27,13 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from pokediff import runs
-from pokediff.config import TrainConfig, plain
+from pokediff.config import DEFAULT_STEPS, TrainConfig, plain
 from pokediff.dataset import Batch, CaptionVectors, Pictures, TrainingBatches, caption_vectors, load_pictures
 from pokediff.distillation import Distillation
 from pokediff.errors import PokediffError
 from pokediff.evaluation.quick import COPYING, QuickLook
 from pokediff.images import CHANNELS, composite, encode_png, enlarge, from_model, grid, save_animation, to_model
-from pokediff.pipeline import PokeDiffPipeline, diffusion_loss, has_bf16, quiet, same_noise
+from pokediff.pipeline import UPSCALER_SHARE, PokeDiffPipeline, diffusion_loss, has_bf16, quiet, same_noise
 from pokediff.records import write_whole
 from pokediff.runs import Progress
 from pokediff.text import ClipTextEncoder, load_text_encoder
@@ -89,13 +89,13 @@ def train(config: TrainConfig, resume: str = "never") -> Path:
     torch.manual_seed(config.seed)
     network = make_unet(config, text_dim=vectors.table.shape[1])
     if start := config.start_from or (config.distill and config.distill.teacher):
-        taken = network.start_from(load_start(start))
+        taken = network.start_from(load_start(start, config))
         say(f"{taken / 1e6:.2f} M weights taken from {start}")
     network.null_text.copy_(vectors.table[0])
     network = network.to(memory_format=torch.channels_last)
     if config.compile:
         compile_network(network)
-    average = AveragedModel(network, multi_avg_fn=ema_with_warmup(config.ema_decay)).to(accelerator.device)
+    average = AveragedModel(network, multi_avg_fn=ema_with_warmup(config.ema_decay)).to(accelerator.device).eval()
     schedule = make_noise_schedule(config)
     objective = make_objective(config, schedule, accelerator.device)
     pipeline = make_pipeline(average.module, schedule, config)
@@ -222,9 +222,13 @@ def make_unet(config: TrainConfig, text_dim: int) -> Unet:
     )
 
 
-def load_start(folder: str) -> Unet:
-    """The network of a checkpoint. Raises PokediffError when the folder holds none."""
-    return PokeDiffPipeline.from_pretrained(folder, text_encoder=None, tokenizer=None).unet
+def load_start(folder: str, config: TrainConfig) -> Unet:
+    """The network of a checkpoint that does what this one shall, or else the one that draws. Raises PokediffError when
+    the folder holds none.
+    """
+    pipeline = PokeDiffPipeline.from_pretrained(folder, text_encoder=None, tokenizer=None)
+    same = pipeline.upscaler if config.model.upscale > 1 else pipeline.refiner if config.refine else None
+    return pipeline.unet if same is None else same
 
 
 def make_noise_schedule(config: TrainConfig) -> DDPMScheduler:
@@ -302,9 +306,14 @@ def with_base(unet: Any, schedule: DDPMScheduler, config: TrainConfig) -> PokeDi
     if config.model.upscale > 1:
         pipeline.register_modules(upscaler=unet)
         pipeline.register_to_config(upscale_below=config.refine.below)
+        if (steps := pipeline.config.num_steps) != DEFAULT_STEPS:  # a student: it keeps the steps that it was taught
+            more = max(1, round(steps * UPSCALER_SHARE / (1 - UPSCALER_SHARE)))
+            pipeline.register_to_config(num_steps=steps + more)
     else:
         pipeline.register_modules(refiner=unet)
         pipeline.register_to_config(refine_below=config.refine.below)
+    if config.refine.guidance_scale is not None:
+        pipeline.register_to_config(guidance_scale=config.refine.guidance_scale)
     return pipeline.to(unet.device)
 
 

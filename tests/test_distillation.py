@@ -139,3 +139,8 @@ def test_the_teachers_refiner_is_kept_and_what_it_draws_is_not_learned(data, tea
             expected = -distillation._at(index)[1] * expected  # v, of a picture of zeros
         predicted = distillation.predict(x0[:1], index, text[:1], None)
         torch.testing.assert_close(predicted, expected.clamp(-1, 1), rtol=1e-3, atol=1e-4)
+    distillation.teacher.register_modules(refiner=before.unet)  # a refiner may predict v, too
+    z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    alpha, std = distillation._at(below)
+    expected = (alpha * z - std * before.unet(z, distillation.timesteps[below], text[:1])).clamp(-1, 1)
+    torch.testing.assert_close(distillation.predict(z, below, text[:1], None), expected, rtol=1e-3, atol=1e-4)

@@ -71,6 +71,15 @@ def test_a_picture_of_an_exported_network_does_not_depend_on_its_company(exporte
     np.testing.assert_array_equal(together, np.stack(alone))
 
 
+def test_only_what_draws_is_exported(checkpoint, exported):
+    assert (checkpoint / "state").is_dir()
+    parts = {"unet", "refiner", "upscaler", "scheduler", "text_encoder", "tokenizer"}
+    assert {path.name for path in exported.iterdir()} == parts | {"model_index.json", "README.md"}
+    assert not list(exported.rglob("diffusion_pytorch_model*"))
+    with pytest.raises(PokediffError, match="download the checkpoint first"):
+        export("somebody/something", exported.parent / "other")
+
+
 def test_a_checkpoint_is_not_exported_onto_itself(checkpoint):
     with pytest.raises(PokediffError, match="itself"):
         export(checkpoint, checkpoint)

@@ -12,8 +12,8 @@ from test_pipeline import gaussian
 from pokediff.config import DatasetConfig, DiffusionConfig, ModelConfig, RefineConfig, SampleConfig
 from pokediff.errors import PokediffError
 from pokediff.pipeline import PokeDiffPipeline
-from pokediff.sampling import sample
-from pokediff.training import train, trained_timesteps
+from pokediff.sampling import sample, weights_sha256
+from pokediff.training import make_noise_schedule, make_pipeline, make_unet, train, trained_timesteps
 from pokediff.unet import Unet, cosine_sigmas
 
 SMALL = dict(widths=(32,), attention=(False,), blocks=(1,), embedding_dim=64, patch=1)
@@ -81,6 +81,15 @@ def test_the_base_is_published_with_it_and_as_it_was(base, refined, tmp_path):
     assert (drawn[0] != drawn[1]).any()
     out = sample(SampleConfig(prompt=("a red creature",), checkpoint=str(refined), out=str(tmp_path), seed=3))
     assert (out / "0000.png").is_file()
+    assert weights_sha256(base) != weights_sha256(refined)
+    assert f"| all else is of {base} |" in (refined / "README.md").read_text()
+
+
+def test_the_guidance_that_suits_the_base_then_can_be_said(data, base, tmp_path):
+    config = refining(base, data, tmp_path, refine=RefineConfig(str(base), 0.8, guidance_scale=3.0))
+    pipe = make_pipeline(make_unet(config, 384), make_noise_schedule(config), config)
+    assert pipe.config.guidance_scale == 3.0
+    assert PokeDiffPipeline.from_pretrained(base).config.guidance_scale == 1.5
 
 
 def test_a_picture_does_not_depend_on_its_company(refined):
@@ -100,6 +109,8 @@ def test_a_killed_run_goes_on(data, base, tmp_path):
     for name, weight in PokeDiffPipeline.from_pretrained(whole).refiner.state_dict().items():
         again = PokeDiffPipeline.from_pretrained(resumed).refiner.state_dict()[name]
         torch.testing.assert_close(again, weight, rtol=0, atol=0)
+    with pytest.raises(PokediffError, match=r"has refine = .*choose another --out"):
+        train(replace(config, refine=RefineConfig(str(base), 0.5), max_steps=8), resume="auto")
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,16 @@ def test_variations_come_nearer_the_smaller_they_are(checkpoint, tmp_path):
     assert 0 < spread(0.05) < spread(0.9)
 
 
+def test_a_picture_to_begin_with_is_never_replaced(checkpoint, tmp_path):
+    out = sample(settings(checkpoint, tmp_path / "out"))
+    before = (out / "0000.png").read_bytes()
+    for image, words in ((out / "0000.png", "would be replaced"), (out / "missing.png", "No such file")):
+        with pytest.raises(PokediffError, match=words):
+            sample(settings(checkpoint, out, image=str(image)))
+        assert (out / "0000.png").read_bytes() == before
+        assert (out / "sample.json").is_file()
+
+
 def test_an_image_is_begun_with_and_a_mask_keeps_the_rest(checkpoint, tmp_path):
     rng = np.random.default_rng(0)
     given = rng.integers(0, 256, (16, 16, 4), np.uint8)

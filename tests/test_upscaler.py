@@ -11,11 +11,13 @@ from conftest import tiny_config
 from test_pipeline import gaussian
 
 from pokediff.config import DatasetConfig, DiffusionConfig, ModelConfig, RefineConfig, SampleConfig
+from pokediff.distillation import recipe
 from pokediff.errors import PokediffError
+from pokediff.images import read_image
 from pokediff.insight import word_influence
 from pokediff.pipeline import SAMPLERS, UPSCALER_SHARE, PokeDiffPipeline
 from pokediff.sampling import sample
-from pokediff.training import make_low_res, train
+from pokediff.training import load_start, make_low_res, make_noise_schedule, make_unet, train, with_base
 from pokediff.unet import Unet
 
 SMALL = dict(widths=(32,), attention=(False,), blocks=(1,), embedding_dim=64, patch=2)
@@ -106,14 +108,17 @@ def test_a_folder_of_both_draws_the_larger_pictures(base, enlarging, tmp_path):
 
 
 def test_the_small_picture_is_what_it_enlarges(data, base, tmp_path):
-    """After two hundred steps the shown picture tells the finished one, for another prompt's would be further off."""
+    """After two hundred steps what it sees in noise alone is the picture that it is shown, and not another."""
     trained = train(upscaling(base, data, tmp_path / "run", max_steps=200, learning_rate=3e-3))
     pipe = PokeDiffPipeline.from_pretrained(trained)
     prompts = ["a red creature", "a blue creature", "a green creature", "a yellow creature"]
     steps = list(pipe.denoise(prompts, range(4), num_steps=10))
-    small = next(step.low_res for step in steps if step.low_res is not None)
-    again = torch.nn.functional.avg_pool2d(steps[-1].x0, 2)
-    distances = (again[:, None] - small[None]).square().mean((2, 3, 4))
+    first = next(step for step in steps if step.low_res is not None)
+    shown = first.low_res.roll(1, 0)  # of another picture than x holds
+    noise = torch.randn(first.x.shape, generator=torch.Generator().manual_seed(0))
+    text = pipe.encode_prompt([""] * 4)
+    seen = pipe.upscaler(noise, torch.tensor(first.timestep), text, None, shown)
+    distances = (torch.nn.functional.avg_pool2d(seen, 2)[:, None] - shown[None]).square().mean((2, 3, 4))
     assert (distances.argmin(1) == torch.arange(4)).all()
 
 
@@ -151,11 +156,42 @@ def test_a_picture_does_not_depend_on_its_company(enlarging, precision):
     np.testing.assert_array_equal(together, np.stack(alone))
 
 
-def test_words_are_left_out_in_both_networks(enlarging):
-    found = word_influence(PokeDiffPipeline.from_pretrained(enlarging), "a red creature", 0, num_steps=10)
-    assert found.picture.shape == (32, 32, 4)
-    assert found.maps.shape[2:] == (32, 32)
-    assert np.isfinite(found.maps).all()
+def test_words_are_left_out_where_the_small_picture_is_drawn(base, enlarging):
+    small = word_influence(PokeDiffPipeline.from_pretrained(base), "a red creature", 0, num_steps=15)
+    large = word_influence(PokeDiffPipeline.from_pretrained(enlarging), "a red creature", 0, num_steps=20)
+    assert large.picture.shape == (32, 32, 4)
+    assert large.sigmas == small.sigmas
+    np.testing.assert_allclose(large.maps[..., ::2, ::2], small.maps, atol=1e-5)
+    np.testing.assert_allclose(large.maps[..., 1::2, 1::2], small.maps, atol=1e-5)
+
+
+def test_a_walk_ends_at_the_pictures_of_its_prompts(enlarging, tmp_path):
+    settings = dict(checkpoint=str(enlarging), num_steps=4, precision="fp32")
+    two = ("a red creature", "a blue creature")
+    walk = sample(SampleConfig(prompt=two, interpolate=3, out=str(tmp_path / "walk"), **settings))
+    alone = sample(SampleConfig(prompt=two[1:], seed=1, out=str(tmp_path / "end"), **settings))
+    ends = [read_image((folder / name).read_bytes()) for folder, name in ((walk, "0002.png"), (alone, "0000.png"))]
+    assert np.abs(ends[0].astype(int) - ends[1]).max() <= 1
+
+
+def test_over_a_student_it_leaves_the_steps_that_were_taught(data, base, tmp_path):
+    student = PokeDiffPipeline.from_pretrained(base)
+    for steps in range(1, 9):
+        student.register_to_config(num_steps=steps)
+        student.save_pretrained(tmp_path / "student")
+        config = upscaling(tmp_path / "student", data, tmp_path / "out")
+        whole = with_base(make_unet(config, student.unet.config.text_dim), make_noise_schedule(config), config)
+        assert whole.asked().count("unet") == steps
+        assert whole.asked().count("upscaler") >= 1
+
+
+def test_it_goes_on_from_another_upscaler_and_a_student_is_not_taught_through_it(data, base, enlarging, tmp_path):
+    config = upscaling(base, data, tmp_path / "run", start_from=str(enlarging))
+    before = PokeDiffPipeline.from_pretrained(enlarging).upscaler
+    for name, weight in load_start(str(enlarging), config).state_dict().items():
+        torch.testing.assert_close(weight, before.state_dict()[name], rtol=0, atol=0)
+    with pytest.raises(PokediffError, match="enlarges the pictures of another checkpoint"):
+        recipe(enlarging, 4, str(data))
 
 
 def test_a_killed_run_goes_on(data, base, tmp_path):

@@ -188,14 +188,14 @@ class Generator:
     def load(cls, config: EvaluateConfig) -> Generator:
         from accelerate import PartialState
 
-        from pokediff.sampling import DEFAULT_CHECKPOINT, pick_device
+        from pokediff.sampling import DEFAULT_CHECKPOINT, pick_device, weights_sha256
 
         folder = config.checkpoint or str(DEFAULT_CHECKPOINT)
         pipeline = PokeDiffPipeline.from_pretrained(folder).to(pick_device(config.device or str(PartialState().device)))
         config = settled(config, pipeline)
-        weights = Path(folder) / "unet" / "diffusion_pytorch_model.safetensors"
-        sha256 = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None
-        return cls(pipeline, config, {"checkpoint": Path(folder).name, "weights_sha256": sha256})
+        facts = {"checkpoint": Path(folder).name, "weights_sha256": weights_sha256(folder)}
+        facts |= {name: pipeline.config[name] for name in ("refine_below", "upscale_below")}
+        return cls(pipeline, config, facts)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -600,7 +600,7 @@ def measure_loss(
     from pokediff.images import to_model
 
     pipeline = generator.pipeline
-    schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
+    schedule, device = DDPMScheduler.from_config(pipeline.scheduler.config), pipeline.device
     levels = np.linspace(0, len(schedule) - 1, NOISE_LEVELS + 2).round().astype(int)[1:-1]
     sets = {"held-out": real.spread(256), "training": training.spread(256)}
     curves: dict[str, list[Estimate]] = {}
@@ -616,10 +616,10 @@ def measure_loss(
             schedule.register_to_config(prediction_type=pipeline.prediction_type(network))
             with torch.inference_mode():
                 parts = [
-                    diffusion_loss(schedule, network, x0[i], noise[i], steps[i], text[i])
+                    diffusion_loss(schedule, network, *(values[i].to(device) for values in (x0, noise, steps, text)))
                     for i in torch.arange(len(x0)).split(32)
                 ]
-            losses.append(torch.cat(parts).double().numpy())
+            losses.append(torch.cat(parts).double().cpu().numpy())
         curves[name] = [mean_estimate(loss) for loss in losses]
         means[name] = np.mean(losses, axis=0)
     sigmas = ((1 - schedule.alphas_cumprod) / schedule.alphas_cumprod).sqrt()[levels]
