@@ -24,7 +24,7 @@ HELP = """usage: pokediff VERB [options]        pokediff VERB --help tells a ver
   scrape   build a data set from Bulbapedia: pictures, metadata.jsonl, text embeddings
   embed    write the text embeddings of a data set's captions
   train    train a model on a data set; `train FOLDER` chooses the settings for your own pictures
-  distill  teach a network to draw in four, two or one step instead of twenty
+  distill  teach a network to draw in few steps, four say, instead of twenty
   sample   draw pictures from prompts
   evaluate measure a checkpoint, or a folder of pictures, on held-out families
   export   write the network as ONNX, for machines without PyTorch
