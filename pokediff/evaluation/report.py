@@ -107,7 +107,7 @@ def about(settings: dict[str, Any]) -> list[str]:
     lines = [
         f"{name}: {settings['n_generated']} generated pictures of {settings['size']} px against {settings['n_real']} "
         f"real ones ({styles}; {settings['split']} split, families nobody trained on); {settings['n_training']} "
-        "training pictures searched for copies.",
+        "pictures of training families, of all styles, searched for copies.",
         f"Background {settings['background']} on both sides; bicubic resizing with antialiasing to the network.",
     ]
     if system.get("checkpoint"):
