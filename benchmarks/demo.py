@@ -59,7 +59,7 @@ def demo(queue: int) -> Iterator[tuple[str, psutil.Process]]:
 
 def ask(url: str, seed: int, prompt: str = "a blue water turtle") -> dict[str, Any] | None:
     """One picture; None where the queue was full."""
-    values = [prompt, seed, "", 20, 1.5, "dpmpp_2m", None]
+    values = [prompt, seed, "", None, None, None, None]
     joined = requests.post(f"{url}/gradio_api/call/sprite", json={"data": values}, timeout=120)
     if joined.status_code == 503:
         return None

@@ -70,7 +70,8 @@ def prepare(config: DemoConfig, folder: Path) -> tuple[Any, dict[str, Any]]:
     from pokediff.demo.page import make_page
 
     Image.MAX_IMAGE_PIXELS = LIMITS.upload_pixels // 2  # Pillow refuses twice that: a bomb is not decoded anywhere
-    shipped = sorted(index.parent for index in DEFAULT_CHECKPOINT.parent.glob("pokediff-*/model_index.json"))
+    found = (index.parent for index in DEFAULT_CHECKPOINT.parent.glob("pokediff-*/model_index.json"))
+    shipped = sorted(found, key=lambda folder: (len(folder.name), folder.name))  # 32, 64, 128: the smallest is chosen
     studio = Studio(config.checkpoint or shipped, folder, config.data)
     page = make_page(studio, Path(config.reports), Path(config.runs))
     page.queue(max_size=config.queue, api_open=False, status_update_rate=1)
