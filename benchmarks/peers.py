@@ -6,9 +6,11 @@
 Each round visits every system once (A B C D A B C D), in one process, and the median of the rounds counts. All get bf16
 autocast (and channels_last, which hurts diffusers' networks and is left out there), the same made pictures, clipping,
 AdamW or the optimizer of their own trainer, and an average of the weights. Systems that take text get it. Sampling is
-network evaluations: 20 for 16 pictures, with guidance where the system has it (two evaluations in one batch). Networks
-differ in size, so GFLOP and the share of this machine's measured convolution ceiling stand beside images/s; which
-learns faster is benchmarks/time_to_quality.py. Run it alone: a second load on the cores falsifies everything.
+20 steps for 16 pictures: of the peers so many evaluations of the network, with guidance where the system has it (two in
+one batch); of ours the whole pipeline, refiner and upscaler included. At 64 and 128 px our training is the upscaler's
+(rows of 6.8 to 7.0 M parameters are of the single networks that it took the place of). Networks differ in size, so
+GFLOP and the share of this machine's measured convolution ceiling stand beside images/s; which learns faster is
+benchmarks/time_to_quality.py. Run it alone: a second load on the cores falsifies everything.
 """
 
 from __future__ import annotations
