@@ -236,6 +236,21 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def test_an_error_that_nobody_foresaw_is_in_the_log_and_not_on_the_page(capsys):
+    def broken(_):
+        raise ZeroDivisionError("secret")
+
+    page = pytest.importorskip("pokediff.demo.page")
+    nothing, sentence = page.reader(broken)("a path")
+    with pytest.raises(page.gr.Error) as raised:
+        list(page.spoken(broken)("a path"))
+    assert nothing == page.SKIP
+    for said in (sentence, raised.value.message):
+        assert "went wrong" in said
+        assert "secret" not in said
+    assert capsys.readouterr().err.count("ZeroDivisionError: secret") == 2
+
+
 @pytest.fixture(scope="module")
 def server(data, tmp_path_factory):
     """`pokediff demo` as a process of its own, on the drawn data set; its address, and where it keeps its files."""

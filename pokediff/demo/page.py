@@ -55,12 +55,19 @@ NETWORK: dict[str, Any] = dict(**TURNS, api_visibility="private", show_progress=
 AT_ONCE: dict[str, Any] = dict(queue=False, api_visibility="private", show_progress="hidden")
 OWN = "the model's own"
 GO_ON, REPAINT = "Go on from all of it", "Draw anew what is painted over"
-UNFORESEEN = "Something went wrong on the server. What it was stands in its log."
 TITLE = "pokediff: creatures out of noise"
 
 
+def told(error: Exception) -> str:
+    """What the page says of an error. One that nobody foresaw is printed whole, to the server's log."""
+    if isinstance(error, PokediffError):
+        return str(error)
+    traceback.print_exception(error)
+    return "Something went wrong on the server. What it was stands in its log."
+
+
 def spoken(handler: Callable[..., Any]) -> Callable[..., Iterator[Any]]:
-    """A handler whose errors are sentences on the page; one that nobody foresaw is told in the server's log."""
+    """A handler whose errors are sentences on the page."""
 
     @functools.wraps(handler)
     def wrapped(*args: Any) -> Iterator[Any]:
@@ -69,13 +76,10 @@ def spoken(handler: Callable[..., Any]) -> Callable[..., Iterator[Any]]:
                 yield from handler(*args)
             else:
                 yield handler(*args)
-        except PokediffError as error:
-            raise gr.Error(str(error), title="That did not work", print_exception=False) from None
-        except (gr.Error, GeneratorExit):
+        except gr.Error:
             raise
-        except Exception:
-            traceback.print_exc()
-            raise gr.Error(UNFORESEEN, title="That did not work", print_exception=False) from None
+        except Exception as error:
+            raise gr.Error(told(error), title="That did not work", print_exception=False) from None
 
     return wrapped
 
@@ -89,11 +93,8 @@ def reader(handler: Callable[[str], Any]) -> Callable[[str], tuple[Any, str]]:
     def wrapped(path: str) -> tuple[Any, str]:
         try:
             return handler(path), ""
-        except PokediffError as error:
-            return SKIP, f"**{error}**"
-        except Exception:
-            traceback.print_exc()
-            return SKIP, f"**{UNFORESEEN}**"
+        except Exception as error:
+            return SKIP, f"**{told(error)}**"
 
     return wrapped
 
@@ -557,7 +558,7 @@ def inside_tab(studio: Studio) -> None:
     ) -> str:
         sampler = None if kind == OWN else kind
         config = studio.settings(name, prompt=(text,), num_steps=number, guidance_scale=scale, sampler=sampler)
-        return show.schedule(*studio.sigmas(config), lowest or 0, 100 if highest is None else highest)
+        return show.schedule(*studio.schedule(config), lowest or 0, 100 if highest is None else highest)
 
     @spoken
     def side_by_side(

@@ -173,7 +173,7 @@ class Studio:
         """How many frames `draw` yields."""
         return sampling.count_frames(self.pipeline(self.name_of(config)), config)
 
-    def sigmas(self, config: SampleConfig) -> tuple[list[float], list[str]]:
+    def schedule(self, config: SampleConfig) -> tuple[list[float], list[str]]:
         """The noise at every evaluation, and the network that is asked."""
         pipeline, way = self.pipeline(self.name_of(config)), (config.sampler, config.num_steps)
         return pipeline.sigmas(*way), pipeline.asked(*way)
