@@ -41,6 +41,7 @@ from pokediff.records import read_text, write_whole
 from pokediff.unet import compile_network
 
 DEFAULT_CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "pokediff-32"
+OWN_FILES = re.compile(r"\d{4,}\.png|grid\.png|(denoising|interpolation)\.\w+|frames/.+")  # what a drawing writes
 SHOWN_SIDE = 128  # px that a picture has at least on a sheet or in an animation
 
 
@@ -81,7 +82,8 @@ def sample(config: SampleConfig) -> Path:
     out = Path(config.out or Path("outputs") / slug(prompts[0]))
     out.mkdir(parents=True, exist_ok=True)
     begin_with = read_beginning(config, pipeline.image_size)
-    clear_earlier(out, keep=[config.image, config.mask])
+    refuse_own_files(out, config)
+    clear_earlier(out)
     write_facts(out, pipeline, config, prompts, jobs)  # before the first picture: what stands there is ours to clear
     done: list[np.ndarray] = []
     started, interrupted = time.monotonic(), False
@@ -113,19 +115,21 @@ def sample(config: SampleConfig) -> Path:
     return out
 
 
-def clear_earlier(out: Path, keep: Sequence[str | None] = ()) -> None:
-    """Remove what an earlier run left in this folder, by its sample.json: old and new must not mix.
+def refuse_own_files(out: Path, config: SampleConfig) -> None:
+    """Raise PokediffError when a picture to begin with has a place in `out` where we write, or remove what was."""
+    folder = out.resolve()
+    for path in (Path(name).resolve() for name in (config.image, config.mask) if name):
+        if path.is_relative_to(folder) and OWN_FILES.fullmatch(path.relative_to(folder).as_posix()):
+            raise PokediffError(f"{path} would be replaced by what is drawn from it: choose another --out than {out}")
 
-    Raises PokediffError, before anything is removed, when a file of `keep` is among it.
-    """
+
+def clear_earlier(out: Path) -> None:
+    """Remove what an earlier run left in this folder, by its sample.json: old and new must not mix."""
     try:
         earlier = json.loads((out / "sample.json").read_text(encoding="utf-8"))["pictures"]
         names = [Path(row["file"]).name for row in earlier]
     except (OSError, json.JSONDecodeError, KeyError, TypeError):
         return
-    for path in keep:
-        if path and Path(path).resolve() in {(out / name).resolve() for name in names}:
-            raise PokediffError(f"{path} would be replaced by what is drawn from it: choose another --out than {out}")
     for name in names:
         (out / name).unlink(missing_ok=True)
         shutil.rmtree(out / "frames" / Path(name).stem, ignore_errors=True)

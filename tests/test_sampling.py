@@ -192,13 +192,17 @@ def test_variations_come_nearer_the_smaller_they_are(checkpoint, tmp_path):
 
 
 def test_a_picture_to_begin_with_is_never_replaced(checkpoint, tmp_path):
-    out = sample(settings(checkpoint, tmp_path / "out"))
-    before = (out / "0000.png").read_bytes()
-    for image, words in ((out / "0000.png", "would be replaced"), (out / "missing.png", "No such file")):
+    out = sample(settings(checkpoint, tmp_path / "out", save_frames=1))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    ours = [path for path in before if path.suffix in (".png", ".gif")]
+    assert {path.name for path in ours} >= {"0000.png", "grid.png", "denoising.gif"}
+    for image, words in (*((path, "would be replaced") for path in ours), (out / "missing.png", "No such file")):
         with pytest.raises(PokediffError, match=words):
             sample(settings(checkpoint, out, image=str(image)))
-        assert (out / "0000.png").read_bytes() == before
-        assert (out / "sample.json").is_file()
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    (out / "sample.json").unlink()  # whoever drew it, it would be written over
+    with pytest.raises(PokediffError, match="would be replaced"):
+        sample(settings(checkpoint, out, image=str(ours[0])))
 
 
 def test_an_image_is_begun_with_and_a_mask_keeps_the_rest(checkpoint, tmp_path):
