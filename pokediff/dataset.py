@@ -21,7 +21,7 @@ import numpy as np
 import psutil
 import torch
 
-from pokediff.captions import captions_of, shared_captions
+from pokediff.captions import STYLES, captions_of, shared_captions
 from pokediff.config import DatasetConfig
 from pokediff.errors import PokediffError
 from pokediff.images import BadImage, fit_square, main_colors, read_image, unpremultiply
@@ -97,8 +97,8 @@ def load_pictures(
 ) -> Pictures:
     """Decode a data set (of these styles only, if given) at image_size px.
 
-    A broken picture and a style that does not occur are named through `report` and skipped. Raises PokediffError when
-    more than BROKEN_SHARE are broken, or when nothing is left.
+    A broken picture, and a style of `captions.STYLES` that does not occur, are named through `report` and skipped.
+    Raises PokediffError when more than BROKEN_SHARE are broken, for a style that nobody knows, or when nothing is left.
     """
     folder = Path(folder)
     records = read_records(folder)
@@ -107,9 +107,9 @@ def load_pictures(
         if missing := wanted - known:
             it_has = ", ".join(sorted(style or "(none)" for style in known))
             words = f"{folder} has no pictures of style {', '.join(sorted(missing))}; it has: {it_has}"
-            if missing == wanted:
+            if missing == wanted or missing - STYLES.keys():  # nothing left, or a style that nobody knows: misspelt
                 raise PokediffError(words)
-            report(words)
+            report(f"{words}. The rest is used")
         records = [record for record in records if record.style in wanted]
 
     def load(record: Record) -> tuple[np.ndarray, tuple[str, ...], bytes] | BadImage:

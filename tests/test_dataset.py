@@ -70,10 +70,12 @@ def test_styles_can_be_chosen(data):
     chosen = load_pictures(data, 16, styles=["sprite"])
     assert {record.style for record in chosen.records} == {"sprite"}
     said: list[str] = []
-    assert len(load_pictures(data, 16, styles=["sprite", "fresco"], report=said.append)) == len(chosen)
-    assert said == [f"{data} has no pictures of style fresco; it has: artwork, sprite"]
+    assert len(load_pictures(data, 16, styles=["sprite", "home"], report=said.append)) == len(chosen)
+    assert said == [f"{data} has no pictures of style home; it has: artwork, sprite. The rest is used"]
+    with pytest.raises(PokediffError, match=r"no pictures of style home; it has: artwork, sprite"):
+        load_pictures(data, 16, styles=["home"])
     with pytest.raises(PokediffError, match=r"no pictures of style fresco; it has: artwork, sprite"):
-        load_pictures(data, 16, styles=["fresco"])
+        load_pictures(data, 16, styles=["sprite", "fresco"])
 
 
 def test_a_batch_is_a_function_of_seed_and_step(pictures, data):
