@@ -85,18 +85,18 @@ def export(checkpoint: str | Path, out: str | Path) -> dict[str, Any]:
     except ImportError:
         raise PokediffError(f"onnxscript {MISSING}") from None
     checkpoint, out = Path(checkpoint), Path(out)
-    if not checkpoint.is_dir():
-        raise PokediffError(f"{checkpoint} is no folder: download the checkpoint first")
     if checkpoint.resolve() == out.resolve():
         raise PokediffError(f"{out} is the checkpoint itself: choose another --out")
     pipeline = PokeDiffPipeline.from_pretrained(checkpoint)
+    if not checkpoint.is_dir():
+        raise PokediffError(f"{checkpoint} is of the hub: export a folder, into which you have downloaded it")
     for name, part in pipeline.components.items():  # a run's folder holds much else
         if part is not None:
             weights = shutil.ignore_patterns("diffusion_pytorch_model*")
             shutil.copytree(checkpoint / name, out / name, dirs_exist_ok=True, ignore=weights)
-    for path in checkpoint.glob("*.*"):
-        if path.name in ("model_index.json", "README.md"):
-            shutil.copyfile(path, out / path.name)
+    for name in ("model_index.json", "README.md"):
+        if (checkpoint / name).is_file():
+            shutil.copyfile(checkpoint / name, out / name)
     vector = pipeline.unet.null_text
 
     batch = torch.export.Dim("batch")

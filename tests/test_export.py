@@ -71,12 +71,16 @@ def test_a_picture_of_an_exported_network_does_not_depend_on_its_company(exporte
     np.testing.assert_array_equal(together, np.stack(alone))
 
 
-def test_only_what_draws_is_exported(checkpoint, exported):
+def test_only_what_draws_is_exported(checkpoint, exported, monkeypatch):
     assert (checkpoint / "state").is_dir()
     parts = {"unet", "refiner", "upscaler", "scheduler", "text_encoder", "tokenizer"}
     assert {path.name for path in exported.iterdir()} == parts | {"model_index.json", "README.md"}
     assert not list(exported.rglob("diffusion_pytorch_model*"))
-    with pytest.raises(PokediffError, match="download the checkpoint first"):
+    with pytest.raises(PokediffError, match="is no checkpoint"):
+        export(exported.parent / "nowhere", exported.parent / "other")
+    pipeline = PokeDiffPipeline.from_pretrained(checkpoint)
+    monkeypatch.setattr(PokeDiffPipeline, "from_pretrained", lambda *_: pipeline)  # as if the hub were in reach
+    with pytest.raises(PokediffError, match="is of the hub"):
         export("somebody/something", exported.parent / "other")
 
 
