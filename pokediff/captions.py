@@ -20,6 +20,7 @@ CAPTIONS_PER_PICTURE = 12
 STYLES = {
     "artwork": "official artwork",
     "artwork-alt": "official artwork",
+    "artwork-forms": "official artwork",
     "home": "cel-shaded render",
     "dream-world": "vector drawing",
     "sprite-gen5": "pixel sprite",
@@ -28,7 +29,10 @@ STYLES = {
     "sprite-gen3": "pixel sprite",
     "sprite-gen2": "four-color pixel sprite",
     "sprite-gen1": "gray pixel sprite",
+    "portrait-face": "portrait",
+    "icon-gen7": "tiny pixel icon",
     "icon-gen8": "tiny pixel icon",
+    "icon-gen9": "tiny pixel icon",
 }
 
 # The body shapes of the National Pokédex, as adjectives.

@@ -132,10 +132,10 @@ def test_guidance_one_asks_the_network_once_and_otherwise_twice(pipe, monkeypatc
     sizes = []
     forward = Unet.forward
     monkeypatch.setattr(Unet, "forward", lambda self, x, *args: sizes.append(len(x)) or forward(self, x, *args))
-    list(pipe.denoise(["a", "b"], [0, 1], num_steps=3, guidance_scale=1))
+    list(pipe.denoise(["a", "b"], [0, 1], num_steps=3, precision="bf16", guidance_scale=1))
     assert sizes == [2, 2, 2]
     sizes.clear()
-    list(pipe.denoise(["a", "b"], [0, 1], num_steps=3, guidance_scale=2))
+    list(pipe.denoise(["a", "b"], [0, 1], num_steps=3, precision="bf16", guidance_scale=2))
     assert sizes == [4, 4, 4]
 
 
