@@ -33,9 +33,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pokediff.config import TrainConfig, load_yaml
-from pokediff.pipeline import PokeDiffPipeline, diffusion_loss, quiet
-from pokediff.training import make_low_res, make_noise_schedule, make_pipeline, make_unet, trained_timesteps
-from pokediff.unet import compile_network
+from pokediff.model.denoiser import compile_network
+from pokediff.model.pipeline import PokeDiffPipeline, diffusion_loss, quiet
+from pokediff.training.loop import make_low_res, make_noise_schedule, make_pipeline, make_unet, trained_timesteps
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {32: "pokemon-32", 64: "pokemon-64", 128: "pokemon-128"}

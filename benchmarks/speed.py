@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 
 from pokediff import PokeDiffPipeline
-from pokediff.pipeline import quiet
-from pokediff.sampling import DEFAULT_CHECKPOINT
+from pokediff.drawing.sample import DEFAULT_CHECKPOINT
+from pokediff.model.pipeline import quiet
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from pokediff import PokeDiffPipeline
-from pokediff.captions import STYLES
-from pokediff.dataset import Pictures, load_pictures
+from pokediff.data.captions import STYLES
+from pokediff.data.dataset import Pictures, load_pictures
 from pokediff.evaluation.evaluate import straight
 from pokediff.evaluation.features import load_features
-from pokediff.pipeline import quiet
+from pokediff.model.pipeline import quiet
 
 PHRASES = {
     "official artwork": ("artwork",),

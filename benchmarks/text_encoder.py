@@ -21,11 +21,11 @@ from pathlib import Path
 
 import torch
 
-from pokediff.captions import captions_of
+from pokediff.data.captions import captions_of
+from pokediff.data.records import read_records, split_of
 from pokediff.errors import one_line_errors
-from pokediff.records import read_records, split_of
-from pokediff.text import ClipTextEncoder, encode_captions
-from pokediff.text_distillation import load_teacher
+from pokediff.model.text import ClipTextEncoder, encode_captions
+from pokediff.training.text_distillation import load_teacher
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 ANIMALS = ("snake", "cat", "dog", "bird", "fish", "horse", "turtle", "rabbit", "bear", "frog")

@@ -28,11 +28,11 @@ import torch
 from peers import make_lucidrains
 from torch.optim.swa_utils import AveragedModel
 
-from pokediff import training
 from pokediff.config import TrainConfig, load_yaml
-from pokediff.dataset import Pictures, TrainingBatches, caption_vectors, load_pictures
-from pokediff.images import to_model
-from pokediff.pipeline import diffusion_loss
+from pokediff.data.dataset import Pictures, TrainingBatches, caption_vectors, load_pictures
+from pokediff.data.images import to_model
+from pokediff.model.pipeline import diffusion_loss
+from pokediff.training import loop as training
 
 ROOT = Path(__file__).resolve().parent.parent
 SIGMAS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 15.0)

@@ -21,12 +21,12 @@ import numpy as np
 
 from pokediff import PokeDiffPipeline
 from pokediff.config import SampleConfig
+from pokediff.data.records import read_records, split_of, write_records
+from pokediff.drawing.sample import read_prompts
 from pokediff.errors import one_line_errors
 from pokediff.evaluation.distances import mean_estimate
 from pokediff.evaluation.prompts import picture_distance
-from pokediff.pipeline import quiet
-from pokediff.records import read_records, split_of, write_records
-from pokediff.sampling import read_prompts
+from pokediff.model.pipeline import quiet
 
 
 def split(data: Path, out: Path, seed: int) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pokediff.pipeline import PokeDiffPipeline
+    from pokediff.model.pipeline import PokeDiffPipeline
 
 __version__ = "0.1.0"
 __all__ = ["PokeDiffPipeline"]
@@ -19,7 +19,7 @@ __all__ = ["PokeDiffPipeline"]
 
 def __getattr__(name: str) -> Any:
     if name in __all__:  # torch and diffusers are heavy: only for who asks
-        from pokediff.pipeline import PokeDiffPipeline
+        from pokediff.model.pipeline import PokeDiffPipeline
 
         return PokeDiffPipeline
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -105,7 +105,7 @@ def train(args: Sequence[str] | None = None, prog: str = "train.py") -> None:
     file = _early(args, "--config")
     base = load_yaml(file, TrainConfig) if file else TrainConfig()
     if args and not args[0].startswith("-"):
-        from pokediff.recipes import recipe_for
+        from pokediff.training.recipes import recipe_for
 
         folder, *args = args
         base = replace(base, data=folder) if file else recipe_for(folder)
@@ -113,15 +113,15 @@ def train(args: Sequence[str] | None = None, prog: str = "train.py") -> None:
         base = replace(base, out=f"checkpoints/{Path(file).stem}")
     command = _parse(TrainCommand, args, prog, TrainCommand(base))
 
-    from pokediff.training import train
+    from pokediff.training.loop import train
 
     train(command.settings, command.resume)
 
 
 def distill(args: Sequence[str] | None = None, prog: str = "pokediff distill") -> None:
-    from pokediff.distillation import recipe
-    from pokediff.sampling import DEFAULT_CHECKPOINT
-    from pokediff.training import train
+    from pokediff.drawing.sample import DEFAULT_CHECKPOINT
+    from pokediff.training.distillation import recipe
+    from pokediff.training.loop import train
 
     checkpoint, steps = _early(args, "--checkpoint") or DEFAULT_CHECKPOINT, _early(args, "--steps") or "4"
     if not steps.isdigit() or int(steps) < 1:
@@ -169,12 +169,12 @@ def sample(args: Sequence[str] | None = None, prog: str = "sample.py") -> None:
     file = _early(args, "--from-json")
     base = SampleConfig()
     if file:
-        from pokediff.sampling import read_settings
+        from pokediff.drawing.sample import read_settings
 
         base = read_settings(file)
     command = _parse(SampleCommand, args, prog, SampleCommand(base))
 
-    from pokediff.sampling import sample
+    from pokediff.drawing.sample import sample
 
     sample(command.settings)
 
@@ -184,7 +184,7 @@ def embed(args: Sequence[str] | None = None, prog: str = "pokediff embed") -> No
 
     from tqdm import tqdm
 
-    from pokediff.dataset import embed
+    from pokediff.data.dataset import embed
 
     print(embed(command.data, command.text_encoder, progress=tqdm))
 
@@ -200,8 +200,8 @@ def evaluate(args: Sequence[str] | None = None, prog: str = "pokediff evaluate")
 def export(args: Sequence[str] | None = None, prog: str = "pokediff export") -> None:
     command = _parse(ExportCommand, args, prog)
 
-    from pokediff.export import export
-    from pokediff.sampling import DEFAULT_CHECKPOINT
+    from pokediff.drawing.export import export
+    from pokediff.drawing.sample import DEFAULT_CHECKPOINT
 
     checkpoint = command.checkpoint or DEFAULT_CHECKPOINT
     out = command.out or Path("exports") / checkpoint.name

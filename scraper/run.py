@@ -17,15 +17,15 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
+from pokediff.data.records import Record, write_records, write_whole
 from pokediff.errors import one_line_errors
-from pokediff.records import Record, write_records, write_whole
 from scraper import bulbapedia
 from scraper.bulbapedia import Entry, page_title
 from scraper.client import FetchError, NotThere, PoliteClient, StopRun
@@ -47,7 +47,7 @@ def main(args: Sequence[str] | None = None, prog: str = "scraper/run.py") -> int
         summary = scrape(options)
         tell(summary)
         if options.text_encoder != "none" and summary.stored and summary.stopped is None:
-            from pokediff.dataset import embed
+            from pokediff.data.dataset import embed
 
             print(embed(options.out, options.text_encoder, progress=tqdm))
     return 0 if summary.stopped is None and summary.failed == 0 else 1
@@ -77,7 +77,7 @@ def parse(args: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser.add_argument("--refresh", action="store_true", help="ask for the list page again, even if it is fresh")
     options = parser.parse_args(args)
     if options.text_encoder != "none":
-        from pokediff.text import ENCODERS
+        from pokediff.model.text import ENCODERS
 
         if options.text_encoder.partition(":")[0] not in ENCODERS:
             parser.error(f"--text-encoder {options.text_encoder}: there are none, {', '.join(ENCODERS)}")
@@ -216,7 +216,7 @@ def fetch_images(
 
 def fetch_image(client: PoliteClient, url: str) -> bytes:
     """One picture, decoded and encoded anew as an RGBA PNG. Raises FetchError when it is none."""
-    from pokediff.images import BadImage, encode_png, read_image
+    from pokediff.data.images import BadImage, encode_png, read_image
 
     problem = ""
     for _ in range(3):  # a corrupt picture may be whole the next time
@@ -282,7 +282,7 @@ def _sha256(path: Path) -> str | None:
 
 
 def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def save(out: Path, entries: Mapping[str, Entry], journal: Journal) -> set[str]:

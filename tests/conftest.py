@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from pokediff.config import DatasetConfig, ModelConfig, TrainConfig
-from pokediff.images import encode_png
-from pokediff.records import Record, write_records
+from pokediff.data.images import encode_png
+from pokediff.data.records import Record, write_records
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"

@@ -3,8 +3,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-from pokediff.captions import CAPTIONS_PER_PICTURE, captions_of, shared_captions, visible_sentences
-from pokediff.records import Record, read_records, split_of
+from pokediff.data.captions import CAPTIONS_PER_PICTURE, captions_of, shared_captions, visible_sentences
+from pokediff.data.records import Record, read_records, split_of
 
 SEEDY = Record(
     "images/1.png",

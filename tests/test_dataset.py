@@ -8,13 +8,13 @@ import pytest
 import torch
 from conftest import write_data
 
-from pokediff import dataset
 from pokediff.config import DatasetConfig
-from pokediff.dataset import TrainingBatches, caption_vectors, draw_chances, embed, load_pictures, translate
+from pokediff.data import dataset
+from pokediff.data.dataset import TrainingBatches, caption_vectors, draw_chances, embed, load_pictures, translate
+from pokediff.data.images import premultiply, read_image
+from pokediff.data.records import split_of
 from pokediff.errors import PokediffError
-from pokediff.images import premultiply, read_image
-from pokediff.records import split_of
-from pokediff.text import load_embeddings
+from pokediff.model.text import load_embeddings
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_embed_writes_every_caption_and_training_uses_the_file(data, tmp_path, m
     def no_encoder(_):
         raise AssertionError("everything is in the file")
 
-    monkeypatch.setattr("pokediff.dataset.load_text_encoder", no_encoder)
+    monkeypatch.setattr("pokediff.data.dataset.load_text_encoder", no_encoder)
     vectors = caption_vectors(folder, pictures, "builtin")
     torch.testing.assert_close(vectors.table[0], saved[""])
     row = int(vectors.rows[4][1])

@@ -24,12 +24,12 @@ from conftest import ROOT
 from PIL import Image
 
 from pokediff.config import DemoConfig
+from pokediff.data.images import encode_png
 from pokediff.demo.studio import LIMITS, Studio, labelled_sheet
+from pokediff.drawing.attribution import without, word_influence, words_of
+from pokediff.drawing.sample import read_settings, sample
 from pokediff.errors import PokediffError
-from pokediff.images import encode_png
-from pokediff.insight import without, word_influence, words_of
-from pokediff.pipeline import PokeDiffPipeline
-from pokediff.sampling import read_settings, sample
+from pokediff.model.pipeline import PokeDiffPipeline
 
 CHECKPOINT = ROOT / "checkpoints" / "pokediff-32"
 

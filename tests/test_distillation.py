@@ -11,11 +11,11 @@ from conftest import tiny_config
 from diffusers import DDIMScheduler
 
 from pokediff.config import DiffusionConfig, DistillConfig, ModelConfig, RefineConfig, SampleConfig
-from pokediff.distillation import Distillation, recipe, trailing
+from pokediff.drawing.sample import sample
 from pokediff.errors import PokediffError
-from pokediff.pipeline import PokeDiffPipeline
-from pokediff.sampling import sample
-from pokediff.training import make_noise_schedule, train
+from pokediff.model.pipeline import PokeDiffPipeline
+from pokediff.training.distillation import Distillation, recipe, trailing
+from pokediff.training.loop import make_noise_schedule, train
 
 
 @pytest.fixture(scope="module")

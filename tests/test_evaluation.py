@@ -15,15 +15,15 @@ from conftest import COLORS, ROOT, draw_creature, tiny_config, write_data
 from safetensors.torch import save_file
 
 from pokediff.config import EvaluateConfig
-from pokediff.dataset import load_pictures
+from pokediff.data.dataset import load_pictures
+from pokediff.data.images import composite, encode_png, read_image, unpremultiply
 from pokediff.errors import PokediffError
 from pokediff.evaluation import copies, distances, prompts
 from pokediff.evaluation.evaluate import check_disjoint, evaluate, measure_looks, real_halves
 from pokediff.evaluation.features import CLIP, Lpips, clip_similarity, load_features, resized
 from pokediff.evaluation.report import Report, compare
-from pokediff.images import composite, encode_png, read_image, unpremultiply
-from pokediff.text import load_text_encoder
-from pokediff.training import train
+from pokediff.model.text import load_text_encoder
+from pokediff.training.loop import train
 
 RNG = np.random.default_rng(0)
 
@@ -318,7 +318,7 @@ def test_a_report_says_everything(evaluated):
 def test_run_again_it_draws_and_extracts_nothing(evaluated, monkeypatch):
     config, out = evaluated
     before = json.loads((out / "report.json").read_text())["figures"]
-    monkeypatch.setattr("pokediff.pipeline.PokeDiffPipeline.generate", None)
+    monkeypatch.setattr("pokediff.model.pipeline.PokeDiffPipeline.generate", None)
     monkeypatch.setattr("pokediff.evaluation.features.FeatureNet.__call__", None)
     evaluate(config)
     after = json.loads((out / "report.json").read_text())["figures"]

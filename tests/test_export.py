@@ -9,11 +9,11 @@ import torch
 from conftest import tiny_config
 
 from pokediff.config import DatasetConfig, DiffusionConfig, ModelConfig, RefineConfig, SampleConfig
+from pokediff.drawing.export import export, is_exported, load_exported
+from pokediff.drawing.sample import sample
 from pokediff.errors import PokediffError
-from pokediff.export import export, is_exported, load_exported
-from pokediff.pipeline import PokeDiffPipeline
-from pokediff.sampling import sample
-from pokediff.training import train
+from pokediff.model.pipeline import PokeDiffPipeline
+from pokediff.training.loop import train
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")

@@ -10,26 +10,24 @@ import torch
 from conftest import COLORS, draw_creature
 from PIL import Image
 
-from pokediff import images
-from pokediff.errors import PokediffError
-from pokediff.images import (
+from pokediff.data import images
+from pokediff.data.colors import color_shares, figure_mask, main_colors
+from pokediff.data.images import (
     BadImage,
-    color_shares,
     composite,
     encode_png,
     enlarge,
-    figure_mask,
     fit_square,
     from_model,
     grid,
     is_pixel_art,
-    main_colors,
     premultiply,
     read_image,
     save_animation,
     to_model,
     unpremultiply,
 )
+from pokediff.errors import PokediffError
 
 RED_ON_CLEAR = draw_creature(COLORS["red"], "round")
 
@@ -217,7 +215,7 @@ def test_colours_of_two_halves_and_of_nothing():
 
 
 def test_measured_colours_agree_with_people_on_real_pictures(shared):
-    from pokediff.records import read_records
+    from pokediff.data.records import read_records
 
     folder = shared / "data" / "pokemon"
     records = [r for r in read_records(folder) if r.style == "dream-world" and not r.shiny and not r.form][::6]

@@ -9,10 +9,10 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from pokediff.config import DiffusionConfig, TrainConfig
 from pokediff.errors import PokediffError
-from pokediff.pipeline import SAMPLERS, PokeDiffPipeline, Step, slerp
-from pokediff.text import load_text_encoder
-from pokediff.training import make_noise_schedule
-from pokediff.unet import Unet
+from pokediff.model.denoiser import Unet
+from pokediff.model.pipeline import SAMPLERS, PokeDiffPipeline, Step, slerp
+from pokediff.model.text import load_text_encoder
+from pokediff.training.loop import make_noise_schedule
 
 MEAN, STD = 0.2, 0.2
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from pokediff.drawing.pixelart import apply_palette, finish, harden, pick_palette, read_palette, remove_specks
 from pokediff.errors import PokediffError
-from pokediff.pixelart import apply_palette, finish, harden, pick_palette, read_palette, remove_specks
 
 
 def creature(size: int = 32) -> np.ndarray:

@@ -8,9 +8,9 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
+from pokediff.data.records import read_records
 from pokediff.errors import PokediffError
-from pokediff.recipes import recipe_for
-from pokediff.records import read_records
+from pokediff.training.recipes import recipe_for
 
 
 def own_folder(folder, number: int = 60, side: int = 24):

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from pokediff.data.records import Record, read_records, split_of, write_records, write_whole
 from pokediff.errors import PokediffError
-from pokediff.records import Record, read_records, split_of, write_records, write_whole
 
 
 def write_rows(folder, *rows) -> None:

@@ -10,11 +10,11 @@ from conftest import tiny_config
 from test_pipeline import gaussian
 
 from pokediff.config import DatasetConfig, DiffusionConfig, ModelConfig, RefineConfig, SampleConfig
+from pokediff.drawing.sample import sample, weights_sha256
 from pokediff.errors import PokediffError
-from pokediff.pipeline import PokeDiffPipeline
-from pokediff.sampling import sample, weights_sha256
-from pokediff.training import make_noise_schedule, make_pipeline, make_unet, train, trained_timesteps
-from pokediff.unet import Unet, cosine_sigmas
+from pokediff.model.denoiser import Unet, cosine_sigmas
+from pokediff.model.pipeline import PokeDiffPipeline
+from pokediff.training.loop import make_noise_schedule, make_pipeline, make_unet, train, trained_timesteps
 
 SMALL = dict(widths=(32,), attention=(False,), blocks=(1,), embedding_dim=64, patch=1)
 SHAPE = ModelConfig(**SMALL, plain=True, sigma_data=0.3)

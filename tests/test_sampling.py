@@ -7,11 +7,11 @@ import pytest
 from conftest import tiny_config
 from PIL import Image
 
-from pokediff import sampling
 from pokediff.config import SampleConfig
+from pokediff.drawing import sample as sampling
+from pokediff.drawing.sample import read_settings, sample
 from pokediff.errors import PokediffError
-from pokediff.sampling import read_settings, sample
-from pokediff.training import train
+from pokediff.training.loop import train
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 from conftest import COLORS, ROOT, draw_creature
 
-from pokediff.images import encode_png
-from pokediff.records import read_records
+from pokediff.data.images import encode_png
+from pokediff.data.records import read_records
 from scraper import bulbapedia, client, run
 from scraper.client import FetchError, NotThere, PoliteClient, StopRun
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from conftest import COLORS, draw_creature
 
+from pokediff.data.images import encode_png
 from pokediff.errors import PokediffError
 from pokediff.evaluation.survey import CRITERIA, collect, inattention, krippendorff_alpha, make_survey, table_of
-from pokediff.images import encode_png
 
 
 @pytest.fixture

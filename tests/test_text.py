@@ -6,9 +6,9 @@ import time
 import pytest
 import torch
 
-from pokediff import text
 from pokediff.errors import PokediffError
-from pokediff.text import (
+from pokediff.model import text
+from pokediff.model.text import (
     ClipTextEncoder,
     embeddings_path,
     encode_captions,

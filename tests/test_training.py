@@ -20,14 +20,14 @@ from conftest import ROOT, tiny_config
 from PIL import Image
 from safetensors.torch import load_file
 
-from pokediff import training
 from pokediff.config import ModelConfig, QuickLookConfig, TrainConfig, dump_yaml, load_yaml
-from pokediff.dataset import load_pictures
+from pokediff.data.dataset import load_pictures
+from pokediff.data.images import unpremultiply
 from pokediff.errors import PokediffError
-from pokediff.images import unpremultiply
-from pokediff.pipeline import PokeDiffPipeline
-from pokediff.runs import Progress
-from pokediff.training import ema_with_warmup, learning_rate, mix, train
+from pokediff.model.pipeline import PokeDiffPipeline
+from pokediff.training import loop as training
+from pokediff.training.loop import ema_with_warmup, learning_rate, mix, train
+from pokediff.training.runs import Progress
 
 
 def launch(config: TrainConfig, *options: str, processes: int = 1) -> subprocess.Popen:

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from pokediff.config import DiffusionConfig, TrainConfig
-from pokediff.training import make_noise_schedule
-from pokediff.unet import ChannelNorm, Unet, attend, cosine_sigmas, cosine_timestep, sinusoidal
+from pokediff.model.denoiser import ChannelNorm, Unet, attend, cosine_sigmas, cosine_timestep, sinusoidal
+from pokediff.training.loop import make_noise_schedule
 
 
 def small(**changes) -> Unet:

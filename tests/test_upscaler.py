@@ -11,14 +11,14 @@ from conftest import tiny_config
 from test_pipeline import gaussian
 
 from pokediff.config import DatasetConfig, DiffusionConfig, ModelConfig, RefineConfig, SampleConfig
-from pokediff.distillation import recipe
+from pokediff.data.images import read_image
+from pokediff.drawing.attribution import word_influence
+from pokediff.drawing.sample import sample
 from pokediff.errors import PokediffError
-from pokediff.images import read_image
-from pokediff.insight import word_influence
-from pokediff.pipeline import SAMPLERS, UPSCALER_SHARE, PokeDiffPipeline
-from pokediff.sampling import sample
-from pokediff.training import load_start, make_low_res, make_noise_schedule, make_unet, train, with_base
-from pokediff.unet import Unet
+from pokediff.model.denoiser import Unet
+from pokediff.model.pipeline import SAMPLERS, UPSCALER_SHARE, PokeDiffPipeline
+from pokediff.training.distillation import recipe
+from pokediff.training.loop import load_start, make_low_res, make_noise_schedule, make_unet, train, with_base
 
 SMALL = dict(widths=(32,), attention=(False,), blocks=(1,), embedding_dim=64, patch=2)
 SHAPE = ModelConfig(**SMALL, plain=True, sigma_data=0.3, upscale=2)

@@ -17,16 +17,17 @@ from gradio.components.base import server
 from gradio.components.image_editor import AcceptBlobs
 from PIL import Image
 
-from pokediff.captions import SHAPES, STYLES
 from pokediff.config import SampleConfig
+from pokediff.data.captions import SHAPES, STYLES
+from pokediff.data.colors import COLOR_ANCHORS
+from pokediff.data.images import fit_square, unpremultiply
+from pokediff.data.records import read_text
 from pokediff.demo import show
 from pokediff.demo.studio import LIMITS, Studio, new_seed
+from pokediff.drawing.pixelart import finish, read_palette
+from pokediff.drawing.sample import Frame, make_jobs
 from pokediff.errors import PokediffError
-from pokediff.images import COLOR_ANCHORS, fit_square, unpremultiply
-from pokediff.pipeline import SAMPLERS
-from pokediff.pixelart import finish, read_palette
-from pokediff.records import read_text
-from pokediff.sampling import Frame, make_jobs
+from pokediff.model.pipeline import SAMPLERS
 
 EXAMPLES = (
     "official artwork of a blue water turtle creature",

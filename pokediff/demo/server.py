@@ -14,8 +14,8 @@ from urllib.parse import unquote
 
 from pokediff.config import DemoConfig
 from pokediff.demo.studio import LIMITS, Studio
+from pokediff.drawing.sample import DEFAULT_CHECKPOINT
 from pokediff.errors import PokediffError
-from pokediff.sampling import DEFAULT_CHECKPOINT
 
 # The page needs nothing from elsewhere, and a browser shall not fetch anything there (fonts, telemetry).
 POLICY = "; ".join(

@@ -11,11 +11,11 @@ from typing import Any
 import cv2
 import numpy as np
 
+from pokediff.data.images import encode_png, enlarge, grid
 from pokediff.demo.studio import Compared, Neighbour
+from pokediff.drawing.attribution import Influence
+from pokediff.drawing.sample import Frame
 from pokediff.evaluation import report
-from pokediff.images import encode_png, enlarge, grid
-from pokediff.insight import Influence
-from pokediff.sampling import Frame
 
 MAX_FRAMES, MAX_FILM_PIXELS = 41, 1_000_000
 VERDICTS = {

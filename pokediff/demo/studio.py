@@ -20,16 +20,16 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from pokediff import sampling
 from pokediff.config import SampleConfig, from_values
-from pokediff.dataset import load_pictures
+from pokediff.data.dataset import load_pictures
+from pokediff.data.images import BadImage, composite, encode_png, enlarge, premultiply, read_image, unpremultiply
+from pokediff.data.records import Record, write_whole
+from pokediff.drawing import sample as sampling
+from pokediff.drawing.attribution import Influence, watch_words
+from pokediff.drawing.sample import Frame, Job
 from pokediff.errors import PokediffError
 from pokediff.evaluation.copies import nearest_in_pixels
-from pokediff.images import BadImage, composite, encode_png, enlarge, premultiply, read_image, unpremultiply
-from pokediff.insight import Influence, watch_words
-from pokediff.pipeline import SAMPLERS, PokeDiffPipeline, quiet, settled
-from pokediff.records import Record, write_whole
-from pokediff.sampling import Frame, Job
+from pokediff.model.pipeline import SAMPLERS, PokeDiffPipeline, quiet, settled
 
 T = TypeVar("T")
 HELD_OUT = 300  # unseen real pictures whose distance to the training pictures says what is near

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from pokediff.data.images import premultiply
 from pokediff.evaluation.distances import distance_matrix
-from pokediff.images import premultiply
 
 SIDE, MARGIN = 24, 1  # px of the cut-out figure, and around it: how far it is shifted to look for a match
 COPY_RATIO = 1 / 3

@@ -20,7 +20,9 @@ import numpy as np
 from tqdm import tqdm
 
 from pokediff.config import EvaluateConfig, plain
-from pokediff.dataset import Pictures, caption_vectors, load_pictures
+from pokediff.data.dataset import Pictures, caption_vectors, load_pictures
+from pokediff.data.images import composite, encode_png, read_image, unpremultiply
+from pokediff.data.records import write_whole
 from pokediff.errors import PokediffError
 from pokediff.evaluation import copies, distances, prompts
 from pokediff.evaluation.distances import (
@@ -34,10 +36,8 @@ from pokediff.evaluation.distances import (
 )
 from pokediff.evaluation.features import FeatureNet, Lpips, clip_similarity, load_features
 from pokediff.evaluation.report import Report, write_report
-from pokediff.images import composite, encode_png, read_image, unpremultiply
-from pokediff.pipeline import PokeDiffPipeline, diffusion_loss, quiet, settled
-from pokediff.records import write_whole
-from pokediff.unet import flops_per_image
+from pokediff.model.denoiser import flops_per_image
+from pokediff.model.pipeline import PokeDiffPipeline, diffusion_loss, quiet, settled
 
 KID_UNIT = 1000  # kernel distances are reported times 1000, as the literature does
 HALVES = 10  # random ways to part the real families into two halves
@@ -188,7 +188,7 @@ class Generator:
     def load(cls, config: EvaluateConfig) -> Generator:
         from accelerate import PartialState
 
-        from pokediff.sampling import DEFAULT_CHECKPOINT, pick_device, weights_sha256
+        from pokediff.drawing.sample import DEFAULT_CHECKPOINT, pick_device, weights_sha256
 
         folder = config.checkpoint or str(DEFAULT_CHECKPOINT)
         pipeline = PokeDiffPipeline.from_pretrained(folder).to(pick_device(config.device or str(PartialState().device)))
@@ -598,7 +598,7 @@ def measure_loss(
     import torch.nn.functional as F
     from diffusers import DDPMScheduler
 
-    from pokediff.images import to_model
+    from pokediff.data.images import to_model
 
     pipeline = generator.pipeline
     schedule, device = DDPMScheduler.from_config(pipeline.scheduler.config), pipeline.device

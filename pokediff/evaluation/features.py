@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pokediff.data.images import composite
 from pokediff.errors import PokediffError
-from pokediff.images import composite
-from pokediff.text import cached_or_downloaded
+from pokediff.model.text import cached_or_downloaded
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pokediff.captions import STYLES
-from pokediff.images import COLOR_ANCHORS, composite, main_colors, premultiply
-from pokediff.records import Record
+from pokediff.data.captions import STYLES
+from pokediff.data.colors import COLOR_ANCHORS, main_colors
+from pokediff.data.images import composite, premultiply
+from pokediff.data.records import Record
 
 GRID_STYLES = ("artwork", "home", "dream-world", "sprite-gen5")  # one for each way to ask for a style
 TYPES = ("fire", "water", "grass", "electric", "ghost", "rock")

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from pokediff.data.images import composite, encode_png, enlarge, grid
+from pokediff.data.records import write_whole
 from pokediff.errors import PokediffError
 from pokediff.evaluation.distances import Estimate
-from pokediff.images import composite, encode_png, enlarge, grid
-from pokediff.records import write_whole
 
 SHOWN_SIDE = 64  # px of a picture on the page
 INTRODUCTION = (

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from pokediff.data.images import encode_png, enlarge
+from pokediff.data.records import read_text, write_whole
 from pokediff.errors import PokediffError
-from pokediff.images import encode_png, enlarge
-from pokediff.records import read_text, write_whole
 
 CRITERIA = {
     "creature": "It looks like one whole creature",

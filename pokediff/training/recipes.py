@@ -9,10 +9,10 @@ from pathlib import Path
 from PIL import Image
 
 from pokediff.config import QuickLookConfig, TrainConfig, load_yaml
+from pokediff.data.records import read_records
 from pokediff.errors import PokediffError
-from pokediff.records import read_records
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 LOOKED_AT = 64  # pictures whose size is asked for
 # Steps for N pictures: enough that each is drawn some 300 times in all (docs/LOG.md, the folder of 200), within bounds.
 STEPS_PER_PICTURE, FEWEST_STEPS, MOST_STEPS = 10, 1500, 30_000

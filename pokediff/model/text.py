@@ -19,10 +19,10 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
+from pokediff.data.records import write_whole
 from pokediff.errors import PokediffError, first_line
-from pokediff.records import write_whole
 
-BUILTIN_FOLDER = Path(__file__).resolve().parent.parent / "checkpoints" / "text-encoder"
+BUILTIN_FOLDER = Path(__file__).resolve().parent.parent.parent / "checkpoints" / "text-encoder"
 ALTERNATIVES = 'use "builtin", which needs no download, or give a local folder or file'
 
 

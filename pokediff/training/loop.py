@@ -26,18 +26,18 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from pokediff import runs
 from pokediff.config import DEFAULT_STEPS, TrainConfig, plain
-from pokediff.dataset import Batch, CaptionVectors, Pictures, TrainingBatches, caption_vectors, load_pictures
-from pokediff.distillation import Distillation
+from pokediff.data.dataset import Batch, CaptionVectors, Pictures, TrainingBatches, caption_vectors, load_pictures
+from pokediff.data.images import CHANNELS, composite, encode_png, enlarge, from_model, grid, save_animation, to_model
+from pokediff.data.records import write_whole
 from pokediff.errors import PokediffError
-from pokediff.evaluation.quick import COPYING, QuickLook
-from pokediff.images import CHANNELS, composite, encode_png, enlarge, from_model, grid, save_animation, to_model
-from pokediff.pipeline import UPSCALER_SHARE, PokeDiffPipeline, diffusion_loss, has_bf16, quiet, same_noise
-from pokediff.records import write_whole
-from pokediff.runs import Progress
-from pokediff.text import ClipTextEncoder, load_text_encoder
-from pokediff.unet import Unet, compile_network, cosine_sigmas, cosine_timestep, flops_per_image
+from pokediff.evaluation.validation_metrics import COPYING, QuickLook
+from pokediff.model.denoiser import Unet, compile_network, cosine_sigmas, cosine_timestep, flops_per_image
+from pokediff.model.pipeline import UPSCALER_SHARE, PokeDiffPipeline, diffusion_loss, has_bf16, quiet, same_noise
+from pokediff.model.text import ClipTextEncoder, load_text_encoder
+from pokediff.training import runs
+from pokediff.training.distillation import Distillation
+from pokediff.training.runs import Progress
 
 Objective = Callable[..., torch.Tensor]  # (unet, x0, noise, timesteps, text, augment, low_res) to each picture's loss
 BAD_STEPS = 3  # that many non-finite steps in a row end the run

@@ -31,10 +31,10 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from pokediff.config import TrainConfig, dump_yaml, from_values, plain
-from pokediff.dataset import Pictures
+from pokediff.data.dataset import Pictures
+from pokediff.data.records import write_whole
 from pokediff.errors import PokediffError
-from pokediff.pipeline import PokeDiffPipeline
-from pokediff.records import write_whole
+from pokediff.model.pipeline import PokeDiffPipeline
 
 KEEP_STATES = 2
 OVERFIT_ROWS, OVERFIT_FACTOR = 3, 1.005  # so many validations in a row that much above the lowest

@@ -34,10 +34,10 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from pokediff.config import DEFAULT_GUIDANCE, DEFAULT_STEPS
+from pokediff.data.images import CHANNELS, Channels, from_model, to_model
 from pokediff.errors import PokediffError, first_line
-from pokediff.images import CHANNELS, Channels, from_model, to_model
-from pokediff.text import ClipTextEncoder, TextEncoder, cached_or_downloaded, load_text_encoder
-from pokediff.unet import Unet
+from pokediff.model.denoiser import Unet
+from pokediff.model.text import ClipTextEncoder, TextEncoder, cached_or_downloaded, load_text_encoder
 
 UPSCALER_SHARE = 0.25  # of the evaluations, where there is an upscaler
 Settings = TypeVar("Settings", bound=Any)

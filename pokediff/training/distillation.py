@@ -15,9 +15,9 @@ import torch
 from diffusers import DDPMScheduler
 
 from pokediff.config import DEFAULT_STEPS, DatasetConfig, DiffusionConfig, DistillConfig, ModelConfig, TrainConfig
+from pokediff.data.images import CHANNELS
 from pokediff.errors import PokediffError
-from pokediff.images import CHANNELS
-from pokediff.pipeline import PokeDiffPipeline, same_noise, to_x0
+from pokediff.model.pipeline import PokeDiffPipeline, same_noise, to_x0
 
 
 class Distillation:

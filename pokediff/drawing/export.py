@@ -23,8 +23,8 @@ from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
 from pokediff.errors import PokediffError
-from pokediff.pipeline import PokeDiffPipeline
-from pokediff.text import ClipTextEncoder
+from pokediff.model.pipeline import PokeDiffPipeline
+from pokediff.model.text import ClipTextEncoder
 
 MODEL = "model.onnx"
 OPSET = 18

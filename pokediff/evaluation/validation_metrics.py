@@ -8,11 +8,11 @@ from __future__ import annotations
 import numpy as np
 
 from pokediff.config import TrainConfig
-from pokediff.dataset import Pictures
+from pokediff.data.dataset import Pictures
+from pokediff.data.images import unpremultiply
 from pokediff.evaluation import copies, distances, prompts
 from pokediff.evaluation.features import load_features
-from pokediff.images import unpremultiply
-from pokediff.pipeline import PokeDiffPipeline
+from pokediff.model.pipeline import PokeDiffPipeline
 
 FEW = 50  # validation pictures: the least of fewer says nothing of the rarest percent
 COPYING = 0.05  # share of suspicious pictures from which we speak of copying; 0.01 is chance

@@ -20,12 +20,10 @@ import torch
 from tqdm import tqdm
 
 from pokediff.config import SampleConfig, from_values, plain
-from pokediff.errors import PokediffError
-from pokediff.export import is_exported, load_exported
-from pokediff.images import (
+from pokediff.data.colors import cut_backdrop
+from pokediff.data.images import (
     BadImage,
     composite,
-    cut_backdrop,
     encode_png,
     enlarge,
     fit_square,
@@ -35,12 +33,14 @@ from pokediff.images import (
     read_image,
     save_animation,
 )
-from pokediff.pipeline import PokeDiffPipeline, quiet, settled, slerp
-from pokediff.pixelart import finish, read_palette
-from pokediff.records import read_text, write_whole
-from pokediff.unet import compile_network
+from pokediff.data.records import read_text, write_whole
+from pokediff.drawing.export import is_exported, load_exported
+from pokediff.drawing.pixelart import finish, read_palette
+from pokediff.errors import PokediffError
+from pokediff.model.denoiser import compile_network
+from pokediff.model.pipeline import PokeDiffPipeline, quiet, settled, slerp
 
-DEFAULT_CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "pokediff-32"
+DEFAULT_CHECKPOINT = Path(__file__).resolve().parent.parent.parent / "checkpoints" / "pokediff-32"
 OWN_FILES = re.compile(r"\d{4,}\.png|grid\.png|(denoising|interpolation)\.\w+|frames/.+")  # what a drawing writes
 SHOWN_SIDE = 128  # px that a picture has at least on a sheet or in an animation
 

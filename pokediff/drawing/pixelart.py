@@ -12,9 +12,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from pokediff.data.colors import to_lab
+from pokediff.data.records import read_text
 from pokediff.errors import PokediffError
-from pokediff.images import to_lab
-from pokediff.records import read_text
 
 MAX_COLORS = 256
 SPECK_SHARE = 0.004  # of the picture's pixels: smaller islands are specks (4 pixels at 32 px, 16 at 64 px)

@@ -21,12 +21,13 @@ import numpy as np
 import psutil
 import torch
 
-from pokediff.captions import STYLES, captions_of, shared_captions
 from pokediff.config import DatasetConfig
+from pokediff.data.captions import STYLES, captions_of, shared_captions
+from pokediff.data.colors import main_colors
+from pokediff.data.images import BadImage, fit_square, read_image, unpremultiply
+from pokediff.data.records import Record, Split, read_records, split_of
 from pokediff.errors import PokediffError
-from pokediff.images import BadImage, fit_square, main_colors, read_image, unpremultiply
-from pokediff.records import Record, Split, read_records, split_of
-from pokediff.text import embeddings_path, encode_captions, load_embeddings, load_text_encoder, save_embeddings
+from pokediff.model.text import embeddings_path, encode_captions, load_embeddings, load_text_encoder, save_embeddings
 
 MEMORY_SHARE = 0.3  # of the free memory that decoded pictures may fill; beyond that they lie in a temporary file
 BROKEN_SHARE = 0.01  # with more broken pictures than that, something else is wrong

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from pokediff.records import Record
+from pokediff.data.records import Record
 
 CAPTIONS_PER_PICTURE = 12
 

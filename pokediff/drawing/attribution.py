@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from pokediff.data.images import from_model
 from pokediff.errors import PokediffError
-from pokediff.images import from_model
-from pokediff.pipeline import PokeDiffPipeline
+from pokediff.model.pipeline import PokeDiffPipeline
 
 MAX_WORDS = 24
 LEVELS = (8.0, 3.0, 1.0, 0.3)  # sigmas at which the words are left out

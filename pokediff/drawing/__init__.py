@@ -1,0 +1,1 @@
+"""How a model is used: pictures, sheets, exports."""
