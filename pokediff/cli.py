@@ -237,7 +237,7 @@ def demo(args: Sequence[str] | None = None, prog: str = "pokediff demo") -> None
 
 
 def scrape(args: Sequence[str] | None = None, prog: str = "pokediff scrape") -> None:
-    from scraper.run import main
+    from pokediff.scraper.crawl import main  # the folder scraper/, mapped by setup.cfg
 
     raise SystemExit(main(args, prog))
 

@@ -20,8 +20,8 @@ from conftest import COLORS, ROOT, draw_creature
 
 from pokediff.data.images import encode_png
 from pokediff.data.records import read_records
-from scraper import bulbapedia, client, run
-from scraper.client import FetchError, NotThere, PoliteClient, StopRun
+from pokediff.scraper import bulbapedia, client, crawl
+from pokediff.scraper.client import FetchError, NotThere, PoliteClient, StopRun
 
 NAMES = [f"Creature{chr(97 + i)}" for i in range(12)]
 ARTWORK = encode_png(draw_creature(COLORS["green"], "round"))
@@ -96,7 +96,7 @@ def polite(wiki: Wiki, **options: Any) -> PoliteClient:
 
 
 def scrape(wiki: Wiki, out: Path, *options: str) -> int:
-    return run.main(["--out", str(out), "--base-url", wiki.base, "--text-encoder", "none", *options])
+    return crawl.main(["--out", str(out), "--base-url", wiki.base, "--text-encoder", "none", *options])
 
 
 def failures(out: Path) -> list[dict[str, Any]]:
@@ -377,14 +377,14 @@ def test_a_page_that_is_not_the_list_is_not_kept(wiki, tmp_path, capsys):
 
 
 def test_embeddings_are_written_too(wiki, tmp_path):
-    assert run.main(["--out", str(tmp_path), "--base-url", wiki.base, "--text-encoder", "builtin"]) == 0
+    assert crawl.main(["--out", str(tmp_path), "--base-url", wiki.base, "--text-encoder", "builtin"]) == 0
     assert (tmp_path / "embeddings-builtin.safetensors").is_file()
 
 
 def test_an_encoder_out_of_reach_leaves_the_pictures(wiki, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(SystemExit) as stop:
-        run.main(["--out", str(tmp_path), "--base-url", wiki.base])
+        crawl.main(["--out", str(tmp_path), "--base-url", wiki.base])
     assert stop.value.code == 2
     assert 'use "builtin"' in capsys.readouterr().err
     assert len(read_records(tmp_path)) == 12
