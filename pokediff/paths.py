@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent
 def shipped(kind: Literal["checkpoints", "configs"], name: str = "") -> Path:
     """The path of a file or folder that comes with pokediff, whether or not it exists: shipped("configs", "x.yaml").
 
-    setup.cfg maps checkpoints/ and configs/ of the repository into the package; an editable install reads them in place.
+    setup.cfg maps checkpoints/ and configs/ of the repository into the package; an editable install reads them there.
     """
     inside = PACKAGE / kind
     return (inside if inside.is_dir() else PACKAGE.parent / kind) / name
