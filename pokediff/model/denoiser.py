@@ -1,4 +1,4 @@
-"""The conditional U-Net, in one file.
+"""The denoiser: a conditional U-Net that returns x0, in one file.
 
 A space-to-depth stem folds the picture so that most of the body runs at 16x16, 8x8, 4x4 whatever the picture's size:
 on a CPU that is where a convolution earns most (docs/LOG.md). Timestep, pooled text vector and augmentation are one
@@ -18,23 +18,40 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from pokediff.errors import PokediffError
+from pokediff.model.diffusion import cosine_sigmas
 
-AUGMENT_DIM = 3  # mirrored (0 or 1), shift to the right and downwards as a share of max_shift
 
+class Denoiser(ModelMixin, ConfigMixin):
+    """Predicts x0 from a noisy picture, a timestep, a text vector and, in an upscaler, the small picture.
 
-class Unet(ModelMixin, ConfigMixin):
-    """Predicts v, noise or x0 (whatever it was trained for) from a noisy picture, a timestep and a text vector.
+    Its config.json holds all that a cascade needs to know of it:
 
-    Args: image_size in px, a multiple of 16; in_channels C (4 premultiplied RGBA, 3 RGB, 1 grey); text_dim D;
-    patch p in px (None: image_size / 16); plain: the first level has no norms and its skips are added; sigma_data None
-    or a number s: then the body is preconditioned (`_precondition`) and the network predicts x0, for which it has to
-    know its noise_range (sigma_min, sigma_max, noise_shift) and num_train_timesteps; upscale f: above 1 it enlarges a
-    picture so many times, and f has to divide the patch; the rest as in `config.ModelConfig`.
+    Args:
+        image_size: side of the pictures in px, a multiple of 16.
+        in_channels: C; 4 premultiplied RGBA, 3 RGB, 1 grey.
+        text_dim: D, length of a text vector.
+        augment_dim: A, number of augmentation labels.
+        below: used where sigma is below this; None: at every sigma.
+        steps: number of sampler steps that suit it when its size is drawn.
+        guidance_scale: that suits it; None: it is never guided, since what it refines or enlarges already follows the
+            prompt.
+        fast: a few-step denoiser, used when `Sampling.fast` asks for one.
+        upscale: f > 1 enlarges a picture f times; f divides the patch.
+        patch: p in px, folded into channels by the stem; None: image_size / 16.
+        norm_free: the first level has no norms, and its skip connections are added.
+        sigma_data, gate: see `_precondition` and `forward`.
+        noise_range: (sigma_min, sigma_max, noise_shift), with num_train_timesteps the meaning of a timestep.
+
+    The others as in `config.ModelConfig`.
     """
+
+    # Checkpoints name this class by its public place, so that the file may move.
+    __module__ = "pokediff"
 
     @register_to_config
     def __init__(
@@ -42,16 +59,22 @@ class Unet(ModelMixin, ConfigMixin):
         image_size: int = 32,
         in_channels: int = 4,
         text_dim: int = 384,
+        augment_dim: int = 3,
         widths: tuple[int, ...] = (96, 160, 192),
         blocks: tuple[int, ...] = (2, 2, 1),
         attention: tuple[bool, ...] = (False, True, True),
         head_dim: int = 32,
         embedding_dim: int = 256,
-        dropout: float = 0.1,
+        dropout: float = 0.0,
         patch: int | None = None,
-        plain: bool = False,
+        norm_free: bool = False,
         upscale: int = 1,
-        sigma_data: float | None = None,
+        sigma_data: float = 1.0,
+        gate: bool = False,
+        below: float | None = None,
+        steps: int = 15,
+        guidance_scale: float | None = None,
+        fast: bool = False,
         noise_range: tuple[float, float, float] = (0.006, 100.0, 1.0),
         num_train_timesteps: int = 1000,
     ) -> None:
@@ -65,16 +88,17 @@ class Unet(ModelMixin, ConfigMixin):
         self.text_mlp = nn.Sequential(
             nn.Linear(text_dim, embedding_dim), nn.SiLU(), nn.Linear(embedding_dim, embedding_dim)
         )
-        self.augment = nn.Linear(AUGMENT_DIM, embedding_dim, bias=False)  # all zero: nothing was done to the picture
+        self.augment = nn.Linear(augment_dim, embedding_dim, bias=False)  # all zero: the picture as it is
         self.register_buffer("null_text", torch.zeros(text_dim))  # the vector of the empty prompt
 
         def level(index: int, inputs: int) -> nn.ModuleList:
-            attends, norm = head_dim if attention[index] else None, not (plain and index == 0)
-            parts = (Block(inputs, widths[index], embedding_dim, dropout, attends, norm) for _ in range(blocks[index]))
+            attends, norm = head_dim if attention[index] else None, not (norm_free and index == 0)
+            drop = dropout if index else 0.0  # where maps are small; the first level draws edges, which it would blur
+            parts = (Block(inputs, widths[index], embedding_dim, drop, attends, norm) for _ in range(blocks[index]))
             return nn.ModuleList(parts)
 
-        shown = in_channels * (self.patch // upscale) ** 2 if upscale > 1 else 0  # of the small picture
-        self.stem = nn.Conv2d(folded + shown, widths[0], 3, padding=1)
+        small = in_channels * (self.patch // upscale) ** 2 if upscale > 1 else 0  # channels of the small picture
+        self.stem = nn.Conv2d(folded + small, widths[0], 3, padding=1)
         self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
         for index, width in enumerate(widths):
             self.down.append(level(index, width))
@@ -82,14 +106,14 @@ class Unet(ModelMixin, ConfigMixin):
                 self.downsample.append(nn.Conv2d(width, widths[index + 1], 2, stride=2))
         self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
         for index in reversed(range(len(widths))):
-            added = plain and index == 0
+            added = norm_free and index == 0
             self.up.append(level(index, widths[index] if added else 2 * widths[index]))
             if index > 0:
                 self.upsample.append(nn.Conv2d(widths[index], 4 * widths[index - 1], 1))
-        self.out_norm = nn.Identity() if plain else ChannelNorm(widths[0])
+        self.out_norm = nn.Identity() if norm_free else ChannelNorm(widths[0])
         self.out = _zero(nn.Conv2d(widths[0], folded, 3, padding=1))
-        if sigma_data is not None:
-            self.painted = _zero(nn.Conv2d(widths[0], folded + self.patch**2, 3, padding=1))
+        if gate:
+            self.x0_head = _zero(nn.Conv2d(widths[0], folded + self.patch**2, 3, padding=1))
 
     def forward(
         self,
@@ -99,21 +123,32 @@ class Unet(ModelMixin, ConfigMixin):
         augment: torch.Tensor | None = None,
         low_res: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x (B, C, H, W); timestep (B,) or a number, 0 to 999; text (B, D) unit vectors, None for the empty prompt;
-        augment (B, AUGMENT_DIM), None for pictures as they are; low_res (B, C, H/f, W/f), what a network with upscale f
-        enlarges. Returns (B, C, H, W).
+        """x0 (B, C, H, W), about [-1, 1], float32 outside autocast and half precision.
+
+        Args:
+            x: (B, C, H, W) noisy pictures of unit variance, alpha x0 + std noise.
+            timestep: (B,) or a number, 0 to num_train_timesteps - 1; real numbers are allowed.
+            text: (B, D) unit vectors; None for the empty prompt.
+            augment: (B, A) augmentation labels; None for pictures as they are.
+            low_res: (B, C, H/f, W/f) small pictures, which an upscaler needs and other denoisers ignore.
+
+        With `gate`, two x0 are predicted and mixed for every pixel: EDM's, which carries the input over, and one that
+        does not look at it, better where a picture is plain (docs/LOG.md, the grain at 64 px).
         """
         batch = x.shape[0]
         timestep = torch.as_tensor(timestep, device=x.device).expand(batch)
         text = self.null_text.expand(batch, -1) if text is None else text
-        embedding = self.time_mlp(sinusoidal(timestep, self.config.embedding_dim))
+        waves = get_timestep_embedding(
+            timestep, self.config.embedding_dim, flip_sin_to_cos=True, downscale_freq_shift=0
+        )
+        embedding = self.time_mlp(waves.to(x.dtype))
         embedding = embedding + self.text_mlp(text * math.sqrt(text.shape[1]))  # to unit variance
         if augment is not None:
             embedding = embedding + self.augment(augment)
         embedding = F.silu(embedding)  # (B, E)
 
         h = F.pixel_unshuffle(x, self.patch)  # (B, C*p*p, S/p, S/p)
-        if low_res is not None:  # as many pixels for each of the stem's as it is smaller (Saharia et al., SR3, 2021)
+        if self.config.upscale > 1:  # beside the pixels that it will become (Saharia et al., SR3, 2021)
             h = torch.cat([h, F.pixel_unshuffle(low_res, self.patch // self.config.upscale)], dim=1)
         h = self.stem(h.contiguous(memory_format=torch.channels_last))
         skips = []
@@ -125,37 +160,41 @@ class Unet(ModelMixin, ConfigMixin):
                 h = self.downsample[index](h)  # (B, W', S/2, S/2)
         for index, level in enumerate(self.up):
             for block in cast(nn.ModuleList, level):
-                added = self.config.plain and index == len(self.up) - 1
+                added = self.config.norm_free and index == len(self.up) - 1
                 h = block(h + skips.pop() if added else torch.cat([h, skips.pop()], dim=1), embedding)
             if index < len(self.upsample):
                 h = F.pixel_shuffle(self.upsample[index](h), 2).contiguous(memory_format=torch.channels_last)
-        seen = F.silu(self.out_norm(h))
-        if self.config.sigma_data is None:
-            return F.pixel_shuffle(self.out(seen), self.patch)
-        carried = F.pixel_shuffle(self.out(seen if self.config.plain else h), self.patch).float()
-        painted, share = F.pixel_shuffle(self.painted(seen), self.patch).float().tensor_split([x.shape[1]], dim=1)
-        return torch.lerp(self._precondition(carried, x.float(), timestep), painted, share.sigmoid())
+        features = F.silu(self.out_norm(h))
+        # No norm before what carries the input over: it would scale the noise that has to be subtracted.
+        last = h if self.config.gate and not self.config.norm_free else features
+        carried = self._precondition(F.pixel_shuffle(self.out(last), self.patch).float(), x.float(), timestep)
+        if not self.config.gate:
+            return carried
+        x0, gate = F.pixel_shuffle(self.x0_head(features), self.patch).float().tensor_split([x.shape[1]], dim=1)
+        return torch.lerp(carried, x0, gate.sigmoid())
 
     def _precondition(self, h: torch.Tensor, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """x0 from the body's output: c_skip x + c_out h (Karras et al. 2022, table 1).
+        """x0 from the body's output h: c_skip x + c_out h (Karras et al. 2022, table 1), x of unit variance.
 
-        A body whose first level has few channels for the pixels of a patch cannot carry all the noise from its input to
-        its output, as a v or noise target asks at every level: grain is left. With a small s it is asked for noise only
-        where there is little of it. Two more things matter (docs/LOG.md, the grain at 64 px): no norm before `out`, for
-        one over channels would scale the noise that is to be taken away, everywhere otherwise; and where a picture is
-        plain, its background above all, x0 is better `painted` than carried over from the input. How much of which, the
-        network says for every pixel.
+        sigma_data = 1 makes h the negative of v (Salimans & Ho 2022). A body whose first level has few channels for the
+        pixels of a patch cannot carry all noise from its input to its output, as v asks at every level; with a small
+        sigma_data it has to only where there is little noise.
         """
-        # float32, for ONNX Runtime has no other tan
+        # float32: ONNX Runtime has no other tan
         sigma = cosine_sigmas(timestep.float(), self.config.num_train_timesteps, *self.config.noise_range)
         sigma, s = sigma[:, None, None, None], self.config.sigma_data
         root = (sigma**2 + s**2) ** 0.5
-        return s**2 / root**2 * (1 + sigma**2) ** 0.5 * x + sigma * s / root * h  # x has unit variance: x / alpha
+        return s**2 / root**2 * (1 + sigma**2) ** 0.5 * x + sigma * s / root * h  # x is alpha (x0 + sigma noise)
+
+    @property
+    def below(self) -> float:
+        """The sigma below which it is used; infinite for a base."""
+        return math.inf if self.config.below is None else self.config.below
 
     @torch.no_grad()
-    def start_from(self, other: Unet) -> int:
-        """Take the weights of `other` where the two are alike, level for level from the deepest up: of a network of
-        smaller pictures all that lies below its first level fits. Returns how many numbers were taken.
+    def start_from(self, other: Denoiser) -> int:
+        """Copy the weights of `other` where names and shapes agree, levels counted from the deepest: of a denoiser of
+        smaller pictures, all below its first level fits. Returns the number of weights copied.
         """
         deeper = len(self.config.widths) - len(other.config.widths)
 
@@ -228,28 +267,6 @@ class ChannelNorm(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def sinusoidal(timestep: torch.Tensor, dim: int) -> torch.Tensor:
-    """(B,) to (B, dim): cosines and sines at geometric frequencies (Vaswani et al. 2017, section 3.5)."""
-    frequencies = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=timestep.device) / (dim // 2))
-    angles = timestep.float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-def cosine_sigmas(timestep: torch.Tensor, steps: int, sigma_min: float, sigma_max: float, shift: float) -> torch.Tensor:
-    """Noise to signal at timesteps 0 to steps - 1 of the shifted cosine schedule (Hoogeboom et al., "simple diffusion",
-    2023): shift * tan(u), u evenly spaced. The end is cut at sigma_max, where diffusers' own cosine schedule goes to
-    20,000: samplers that keep x at the scale of sigma lose all digits there.
-    """
-    first, last = math.atan(sigma_min / shift), math.atan(sigma_max / shift)
-    return shift * torch.tan(first + (last - first) * timestep / (steps - 1))
-
-
-def cosine_timestep(sigma: float, steps: int, sigma_min: float, sigma_max: float, shift: float) -> float:
-    """The timestep of `cosine_sigmas` at which the noise is `sigma`."""
-    first, last = math.atan(sigma_min / shift), math.atan(sigma_max / shift)
-    return (math.atan(sigma / shift) - first) / (last - first) * (steps - 1)
-
-
 def compile_network(network: nn.Module) -> None:
     """torch.compile, in place. Raises PokediffError where the compiler that it needs on a CPU is missing."""
     compiler = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
@@ -258,15 +275,15 @@ def compile_network(network: nn.Module) -> None:
     network.compile()
 
 
-def flops_per_image(unet: Unet) -> float:
+def flops_per_image(denoiser: Denoiser) -> float:
     """Floating-point operations of one picture through the network once (a multiply-add is two)."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    side, upscale = unet.config.image_size, unet.config.upscale
-    x = torch.zeros(1, unet.config.in_channels, side, side, device=unet.device)
-    low_res = F.avg_pool2d(x, upscale) if upscale > 1 else None
+    config = denoiser.config
+    x = torch.zeros(1, config.in_channels, config.image_size, config.image_size, device=denoiser.device)
+    low_res = F.avg_pool2d(x, config.upscale)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        unet(x, 0.0, low_res=low_res)
+        denoiser(x, 0.0, low_res=low_res)
     return counter.get_total_flops()
 
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from pokediff.data.records import write_whole
 from pokediff.errors import PokediffError, first_line
 
-BUILTIN_FOLDER = Path(__file__).resolve().parent.parent.parent / "checkpoints" / "text-encoder"
+BUILTIN_FOLDER = Path(__file__).resolve().parent.parent.parent / "checkpoints" / "pokediff"
 ALTERNATIVES = 'use "builtin", which needs no download, or give a local folder or file'
 
 

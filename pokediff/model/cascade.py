@@ -1,0 +1,151 @@
+"""The cascade: an ordered list of small denoisers, each with a size, a range of noise and a variant.
+
+A picture is drawn down the list (Ho et al., "Cascaded Diffusion Models", 2022): a base draws it small, upscalers draw
+it again, larger. Within a size, a denoiser trained on little noise alone takes over from the one above (eDiff-I, Balaji
+et al. 2022). Which one is used where is decided here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+from pokediff.errors import PokediffError
+from pokediff.model.denoiser import Denoiser
+
+DEFAULT_SIZE = 64  # px, of a cascade that has it
+LIST = "config.json"
+
+
+class Cascade(ModelMixin):
+    """Denoisers by name, in the order in which they are trained. On disk: a folder of each, and their list."""
+
+    __module__ = "pokediff"  # as `Denoiser`
+
+    def __init__(self, denoisers: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.denoisers = nn.ModuleDict(dict(denoisers))
+
+    def __getitem__(self, name: str) -> Denoiser:
+        return self.denoisers[name]  # type: ignore[return-value]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.denoisers)
+
+    def __len__(self) -> int:
+        return len(self.denoisers)
+
+    def items(self) -> Iterator[tuple[str, Denoiser]]:
+        return iter(self.denoisers.items())  # type: ignore[arg-type]
+
+    # ------------------------------------------------------------------------------------- which denoiser is used where
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The sizes in px that it draws, ascending."""
+        return tuple(sorted({denoiser.config.image_size for _, denoiser in self.items()}))
+
+    @property
+    def default_size(self) -> int:
+        return DEFAULT_SIZE if DEFAULT_SIZE in self.sizes else self.sizes[-1]
+
+    @property
+    def has_fast(self) -> bool:
+        """Whether it has few-step denoisers."""
+        return any(denoiser.config.fast for _, denoiser in self.items())
+
+    def expert(self, size: int, sigma: float, fast: bool = False) -> str:
+        """The name of the denoiser for this size and noise: of those used at `sigma`, the one trained on the least
+        noise; with `fast` a few-step one before another.
+
+        Raises PokediffError when there is none.
+        """
+        used = self._of_size(size, fast)
+        able = [name for name in used if sigma < self[name].below]
+        if not able:
+            raise PokediffError(f"no denoiser of {size} px for sigma {sigma:.3g}; sizes: {_listed(self.sizes)}")
+        return min(able, key=lambda name: (self[name].below, self[name].config.fast != fast))
+
+    def leading(self, size: int, fast: bool = False) -> Denoiser:
+        """The denoiser of this size for the most noise: it says how many steps the size takes, and from what it draws.
+
+        Raises PokediffError for a size that the cascade does not draw, and for `fast` when it has no such denoiser.
+        """
+        names = self._of_size(size, fast)
+        if not names:
+            raise PokediffError(f"size {size}: this checkpoint draws {_listed(self.sizes)} px")
+        if fast and not self.has_fast:
+            raise PokediffError("fast: this checkpoint has no few-step denoisers")
+        return self[max(names, key=lambda name: (self[name].below, self[name].config.fast == fast))]
+
+    def legs(self, size: int) -> tuple[int, ...]:
+        """The sizes that are drawn one after the other to get `size`, e.g. (32, 128)."""
+        upscale = self.leading(size).config.upscale
+        return (size,) if upscale == 1 else (*self.legs(size // upscale), size)
+
+    def _of_size(self, size: int, fast: bool) -> list[str]:
+        rows = ((name, denoiser.config) for name, denoiser in self.items())
+        return [name for name, config in rows if config.image_size == size and (fast or not config.fast)]
+
+    def updated(self, other: Cascade) -> Cascade:
+        """This cascade with the denoisers of `other` in place of those of the same name, new ones at the end."""
+        return Cascade({**dict(self.items()), **dict(other.items())})
+
+    # -------------------------------------------------------------------------------------------------------- on disk
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write FOLDER/config.json, the list, and FOLDER/<name>/ of each denoiser."""
+        folder = Path(save_directory)
+        for name, denoiser in self.items():
+            denoiser.save_pretrained(folder / name, **kwargs)
+        listed = {"_class_name": "Cascade", "denoisers": list(self)}
+        (folder / LIST).write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Cascade:
+        """Read what `save_pretrained` wrote; `kwargs` are those of a diffusers model.
+
+        Raises PokediffError when the list names a folder outside.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        names = json.loads((folder / LIST).read_text(encoding="utf-8"))["denoisers"]
+        for name in names:
+            if Path(name).name != name or name.startswith("."):
+                raise PokediffError(f"{folder / LIST}: {name!r} is no name of a denoiser")
+        return cls({name: Denoiser.from_pretrained(folder / name, **kwargs) for name in names})
+
+
+def guided(
+    denoiser: Any,
+    scale: float,
+    x: torch.Tensor,
+    timestep: torch.Tensor,
+    text: torch.Tensor,
+    negative: torch.Tensor,
+    augment: torch.Tensor | None = None,
+    low_res: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x0 of `text` moved away from x0 of `negative` (Ho & Salimans, "Classifier-Free Diffusion Guidance", 2022).
+
+    text and negative (B, D), the rest as in `Denoiser.forward`; with scale 1 the denoiser runs once.
+    """
+    if scale == 1:
+        return denoiser(x, timestep, text, augment, low_res)
+
+    def twice(values: torch.Tensor | None) -> torch.Tensor | None:
+        return None if values is None else torch.cat([values, values])
+
+    timesteps = timestep.expand(len(x))
+    both = denoiser(twice(x), twice(timesteps), torch.cat([text, negative]), twice(augment), twice(low_res))
+    wanted, unwanted = both.chunk(2)
+    return torch.lerp(unwanted, wanted, scale)
+
+
+def _listed(sizes: tuple[int, ...]) -> str:
+    return ", ".join(map(str, sizes))
