@@ -191,8 +191,9 @@ def test_the_wheel_holds_the_shipped_files_and_no_run(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"pokediff"}  # and its dist-info
     assert not any("my-run" in name for name in names)
-    for name in ("checkpoints/pokediff/model_index.json", "configs/pokemon.yaml", "scraper/crawl.py", "py.typed"):
-        assert f"pokediff/{name}" in names
+    mapped = [path for kind in ("checkpoints/pokediff", "configs", "scraper") for path in (ROOT / kind).rglob("*")]
+    for path in [ROOT / "py.typed", *(path for path in mapped if path.is_file() and path.suffix != ".pyc")]:
+        assert f"pokediff/{path.relative_to(ROOT).as_posix()}" in names
     assert wheel.stat().st_size < 100e6
 
 
