@@ -3,7 +3,16 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-from pokediff.data.captions import CAPTIONS_PER_PICTURE, captions_of, shared_captions, visible_sentences
+import pytest
+
+from pokediff.data.captions import (
+    CAPTIONS_PER_PICTURE,
+    STYLES,
+    captions_of,
+    shared_captions,
+    visible_sentences,
+    with_article,
+)
 from pokediff.data.records import Record, read_records, split_of
 
 SEEDY = Record(
@@ -54,8 +63,8 @@ def test_the_text_may_leave_the_sign_of_a_sex_out():
 
 
 def test_only_captions_in_common_are_trained_on():
-    records = [Record("1.png", name="Seedy"), Record("2.png", name="Leafy"), Record("3.png"), Record("4.png")]
-    records.append(Record("5.png", captions=("my own words",)))
+    records = [Record("1.png", name="Seedy", dex=1), Record("2.png", name="Leafy", dex=2), Record("3.png")]
+    records += [Record("4.png"), Record("5.png", captions=("my own words",))]
     made = [
         ("a green creature", "a green seed creature"),
         ("a green creature", "a leaf. Seedy sleeps on it", "a creature"),
@@ -66,6 +75,83 @@ def test_only_captions_in_common_are_trained_on():
     kept = shared_captions(records, made)
     assert kept[:3] == [("a green creature",), ("a green creature", "a creature"), ("a creature",)]
     assert kept[3:] == [("a blue snake",), ("my own words",)]
+
+
+def test_a_thing_is_called_by_its_name():
+    cow = Record(
+        "cow.png", name="Cow", style="emoji-flat", kind="animal", genus="cow", descriptions=("farm, cow, milk",)
+    )
+    captions = captions_of(cow, ("brown", "white"))
+    assert captions[:5] == (
+        "flat emoji of a cow",
+        "a cow",
+        "flat emoji of a brown cow",
+        "a brown cow, flat emoji",
+        "flat emoji of a brown animal",
+    )
+    assert "flat emoji of a brown and white cow" in captions
+    assert {"flat emoji of a cow, farm, milk", "flat emoji of a cow, milk, farm"}.intersection(captions)
+    assert all("cow, cow" not in caption for caption in captions)
+    measured = Record("cow.png", name="Cow", style="emoji-flat", kind="animal", colors=("black",))
+    assert captions_of(measured)[2] == "flat emoji of a black cow"
+
+
+def test_the_same_things_may_share_their_name():
+    cows = [Record(f"{index}.png", name="Cow", kind="animal", colors=("brown",)) for index in range(2)]
+    assert "a brown cow" in shared_captions(cows, [captions_of(cow) for cow in cows])[0]
+
+
+@pytest.mark.parametrize(
+    ("values", "colors", "caption"),
+    [
+        (dict(name="black cat"), ("black", "pink"), "pixel tile of a pink black cat"),
+        (dict(name="woman: red hair", kind="person"), (), "pixel tile of a woman with red hair"),
+        (dict(name="alien blue climb2"), (), "an alien blue climb"),
+        (
+            dict(name="Shrab", genus="water Muscly Crab monster"),
+            ("red",),
+            "pixel tile of a red water muscly crab monster",
+        ),
+        (dict(name="Fencer", genus="human Fencer, teal team colour"), (), "pixel tile of a human fencer"),
+        (dict(name="Shrab", descriptions=("a crab; tags: sea, sea",)), (), "pixel tile of a shrab, sea"),
+        (dict(name="cartoon person", kind="face", genus="big smile style cartoon face"), (), "a cartoon face"),
+        (dict(name="imp", kind="monster"), ("red",), "pixel tile of a red imp creature"),
+    ],
+)
+def test_names_of_other_collections(values, colors, caption):
+    assert caption in captions_of(Record("a.png", style="pixel-tile", **{"kind": "monster", **values}), colors)
+
+
+def test_articles():
+    for words, right in {
+        "cow": "a cow",
+        "owl": "an owl",
+        "unicorn": "a unicorn",
+        "unusual bird": "an unusual bird",
+        "hourglass": "an hourglass",
+        "euro": "a euro",
+        "one-eyed imp": "a one-eyed imp",
+        "blue and white jeans": "blue and white jeans",
+        "octopus": "an octopus",
+        "wine glass": "a wine glass",
+        "bear with glasses": "a bear with glasses",
+        "women holding hands": "women holding hands",
+        "the witch-king": "the witch-king",
+    }.items():
+        assert with_article(words) == right
+
+
+def test_open_captions_share_words_and_are_several(shared):
+    folder = shared / "data" / "creatures"
+    if not folder.is_dir():
+        pytest.skip("needs the open pictures in ../shared")
+    records = read_records(folder)
+    captions = [captions_of(record, ("red", "black")) for record in records]
+    assert all(several[0].startswith(tuple(STYLES.values())) for several in captions)
+    assert not any(re.search(r"\b(a|an) (a|an|the)\b|  |None", caption) for several in captions for caption in several)
+    count = Counter(caption for several in captions for caption in several)
+    assert sum(all(count[c] == 1 for c in several) for several in captions) <= 0.001 * len(records)
+    assert sum(map(len, captions)) / len(captions) > 7
 
 
 def test_real_captions_name_nobody_and_belong_to_no_picture_alone(shared):

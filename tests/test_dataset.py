@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,9 +11,18 @@ from conftest import write_data
 
 from pokediff.config import DatasetConfig
 from pokediff.data import dataset
-from pokediff.data.dataset import TrainingBatches, caption_vectors, draw_chances, embed, load_pictures, translate
-from pokediff.data.images import premultiply, read_image
-from pokediff.data.records import split_of
+from pokediff.data.dataset import (
+    TrainingBatches,
+    caption_vectors,
+    draw_chances,
+    embed,
+    load_pictures,
+    measured_colors,
+    translate,
+    warp,
+)
+from pokediff.data.images import fit_square, premultiply, read_image, unpremultiply
+from pokediff.data.records import picture_bytes, read_records, split_of, write_records
 from pokediff.errors import PokediffError
 from pokediff.model.text import load_embeddings
 
@@ -25,9 +35,7 @@ def pictures(data):
 def batches(pictures, data, **changes) -> TrainingBatches:
     vectors = caption_vectors(data, pictures, "builtin")
     values = dict(batch_size=16, caption_dropout=0.25, seed=3)
-    return TrainingBatches(
-        pictures, vectors, changes.pop("config", DatasetConfig(image_size=40)), **{**values, **changes}
-    )
+    return TrainingBatches(pictures, vectors, changes.pop("config", DatasetConfig()), **{**values, **changes})
 
 
 def test_pictures_captions_and_splits(data, pictures):
@@ -59,8 +67,9 @@ def test_broken_pictures_are_named_skipped_and_bounded(tmp_path):
     (folder / "images" / "0007.png").write_bytes(b"<html>")
     said: list[str] = []
     assert len(load_pictures(folder, 16, report=said.append)) == 119
-    assert len(said) == 1
-    assert "images/0007.png" in said[0]
+    assert said[0] == "captions: 120 of 120, from metadata.jsonl"
+    assert len(said) == 2
+    assert "images/0007.png" in said[1]
     (folder / "images" / "0008.png").unlink()
     with pytest.raises(PokediffError, match=r"2 of 120 pictures .* broken"):
         load_pictures(folder, 16, report=said.append)
@@ -71,7 +80,7 @@ def test_styles_can_be_chosen(data):
     assert {record.style for record in chosen.records} == {"sprite"}
     said: list[str] = []
     assert len(load_pictures(data, 16, styles=["sprite", "home"], report=said.append)) == len(chosen)
-    assert said == [f"{data} has no pictures of style home; it has: artwork, sprite. The rest is used"]
+    assert said[1:] == [f"{data} has no pictures of style home; it has: artwork, sprite. The rest is used"]
     with pytest.raises(PokediffError, match=r"no pictures of style home; it has: artwork, sprite"):
         load_pictures(data, 16, styles=["home"])
     with pytest.raises(PokediffError, match=r"no pictures of style fresco; it has: artwork, sprite"):
@@ -98,9 +107,7 @@ def test_processes_take_slices_of_the_same_batch(pictures, data):
 
 
 def test_the_label_says_what_was_done_to_the_picture(pictures, data):
-    made = batches(
-        pictures, data, config=DatasetConfig(image_size=40, flip=0.5, shift=0.5, max_shift=0.1), caption_dropout=0.0
-    )
+    made = batches(pictures, data, config=DatasetConfig(flip=0.5, shift=0.5, max_shift=0.1), caption_dropout=0.0)
     seen = {tuple(np.sign(row)) for step in range(20) for row in made[step].augment.tolist()}
     assert len(seen) > 6
     for step in range(3):
@@ -108,10 +115,110 @@ def test_the_label_says_what_was_done_to_the_picture(pictures, data):
         for pixels, (mirrored, right, down) in zip(batch.pixels.numpy(), batch.augment.tolist(), strict=True):
             back = translate(pixels, -round(right * 4), -round(down * 4))
             back = back[:, ::-1] if mirrored else back
-            distance = np.abs(pictures.pixels.astype(int) - back.astype(int)).mean(axis=(1, 2, 3))
+            distance = np.abs(pictures.pixels[:].astype(int) - back.astype(int)).mean(axis=(1, 2, 3))
             assert distance.min() < 0.5  # it is one of the pictures again
-    plain = batches(pictures, data, config=DatasetConfig(image_size=40, flip=0, shift=0))[0]
+    plain = batches(pictures, data, config=DatasetConfig(flip=0, shift=0))[0]
     assert plain.augment.abs().max() == 0
+
+
+def test_more_labels_are_zero_without_warp(pictures, data):
+    three, eight, ten = (batches(pictures, data, augment_dim=number)[4] for number in (3, 8, 10))
+    assert (three.augment.shape, eight.augment.shape, ten.augment.shape) == ((16, 3), (16, 8), (16, 10))
+    torch.testing.assert_close(eight.augment[:, :3], three.augment, rtol=0, atol=0)
+    assert eight.augment[:, 3:].abs().max() == ten.augment[:, 3:].abs().max() == 0
+    torch.testing.assert_close(eight.pixels, three.pixels, rtol=0, atol=0)
+
+
+def test_warped_pictures_have_labels(pictures, data):
+    with pytest.raises(PokediffError, match="needs 8 augmentation labels"):
+        batches(pictures, data, config=DatasetConfig(warp=0.5))
+    made = batches(pictures, data, config=DatasetConfig(warp=0.5), augment_dim=8)
+    plain = batches(pictures, data, augment_dim=8)
+    changed = 0
+    for step in range(5):
+        a, b = made[step], plain[step]
+        torch.testing.assert_close(a.augment[:, :3], b.augment[:, :3], rtol=0, atol=0)
+        for k in range(16):
+            same = bool((a.pixels[k] == b.pixels[k]).all())
+            assert same == bool((a.augment[k, 3:] == 0).all())
+            changed += not same
+        assert a.augment.abs().max() <= 2
+        assert (a.pixels[..., :3] <= a.pixels[..., 3:]).all()  # still premultiplied
+    assert 0.75 < changed / 80 < 0.98  # 1 - 0.5 ** 3 = 0.875
+
+
+def test_warp_does_what_its_numbers_say():
+    square = np.zeros((32, 32, 4), np.uint8)
+    square[12:20, 12:20] = 255
+    area = square[..., 3].sum() / 255
+
+    def sides(picture: np.ndarray) -> tuple[int, int]:
+        mask = picture[..., 3] > 127
+        return int(mask.any(1).sum()), int(mask.any(0).sum())
+
+    assert abs(warp(square, 0, 0, 0, 0).astype(int) - square).max() <= 64  # the edge is averaged
+    assert sides(warp(square, 1, 0, 0, 0)) == (16, 16)
+    assert sides(warp(square, 0, 0, 1, 0)) == (4, 16)  # along the x axis
+    assert sides(warp(square, 0, np.pi / 4, 0, 0)) in ((12, 12), (10, 10), (11, 11))
+    for values in ((0, 0.3, 0, 0), (0, 0, 0.3, 0.7), (0, -0.2, 0.2, 2.0)):  # these keep the area
+        assert warp(square, *values)[..., 3].sum() / 255 == pytest.approx(area, rel=0.02)
+
+
+def test_straight_is_what_the_files_hold(data, pictures):
+    straight = pictures.straight()
+    expected = unpremultiply(fit_square(read_image((data / pictures.records[7].file_name).read_bytes()), 40))
+    np.testing.assert_array_equal(straight[7], expected)
+    assert straight.shape == (80, 40, 40, 4)
+
+
+def test_data_sets_can_be_joined(tmp_path, data, pictures):
+    other = write_data(tmp_path / "other", number=40)
+    embed(other, "builtin", report=lambda _: None)
+    both = load_pictures([data, other], 40)
+    assert len(both) == 120
+    assert {record.root for record in both.records} == {str(data), str(other)}
+    np.testing.assert_array_equal(both.pixels[80:], load_pictures(other, 40).pixels[:])
+    assert len({both.digest, pictures.digest, load_pictures([other, data], 40).digest}) == 3
+    vectors = caption_vectors([data, other], both, "builtin")
+    saved = load_embeddings(other / "embeddings-builtin.safetensors", "builtin")
+    row = int(vectors.rows[100][0])
+    torch.testing.assert_close(vectors.table[row], saved[both.captions[100][0]], rtol=0, atol=0)
+
+
+def test_colours_in_the_row_are_not_measured(tmp_path, monkeypatch):
+    folder = write_data(tmp_path / "d", number=40)
+    first = load_pictures(folder, 16)
+    assert first.records[1].colors == ("green",)
+    rows = [
+        replace(record, colors=measured_colors(read_image(picture_bytes(record)))) for record in read_records(folder)
+    ]
+    write_records(folder, rows)
+
+    def no_measuring(_):
+        raise AssertionError("colours are in the rows")
+
+    monkeypatch.setattr(dataset, "main_colors", no_measuring)
+    again = load_pictures(folder, 16)
+    assert again.captions == first.captions
+    assert again.digest == first.digest
+    for path in (folder / "images").glob("*.png"):  # embed needs no picture
+        path.unlink()
+    saved = load_embeddings(embed(folder, "builtin"), "builtin")
+    assert saved.keys() == {""} | {caption for several in first.captions for caption in several}
+
+
+def test_pictures_of_a_parquet_file(tmp_path, data):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    records = read_records(data)[:30]
+    images = [{"bytes": (data / record.file_name).read_bytes(), "path": None} for record in records]
+    table = pyarrow.table({"image": images, "text": [f"picture {k}" for k in range(30)]})
+    parquet.write_table(table, tmp_path / "train.parquet", row_group_size=7)
+    found = load_pictures(tmp_path, 40)
+    np.testing.assert_array_equal(found.pixels[:], load_pictures(data, 40).pixels[:30])
+    assert found.captions[29] == ("picture 29",)
+    assert min(len(found.split(split)) for split in ("train", "validation", "test")) >= 3
 
 
 def test_captions_are_dropped_as_often_as_asked_and_drawn_anew(pictures, data):
@@ -157,16 +264,16 @@ def test_a_set_too_big_for_memory_lies_on_disk_and_gives_the_same_batches(data, 
     in_memory = load_pictures(data, 16)
     monkeypatch.setattr(dataset, "MEMORY_SHARE", 0.0)
     on_disk = load_pictures(data, 16)
-    assert isinstance(on_disk.pixels, dataset.OnDisk)
+    assert isinstance(on_disk.pixels.array, np.memmap)
     assert on_disk.digest == in_memory.digest
     assert on_disk.pixels.shape == in_memory.pixels.shape
     batches = []
     for pictures in (in_memory, on_disk):
         train = pictures.split("train").with_shared_captions()
         vectors = caption_vectors(data, train, "builtin")
-        config = DatasetConfig(image_size=16)
+        config = DatasetConfig()
         batches.append(TrainingBatches(train, vectors, config, batch_size=8, caption_dropout=0.1, seed=0)[3])
         spread = pictures.split("validation").spread(2)
         assert isinstance(spread.pixels[:2], np.ndarray)
     torch.testing.assert_close(batches[0].pixels, batches[1].pixels)
-    assert isinstance(on_disk.split("train").pixels, dataset.OnDisk)  # nothing was copied into memory on the way
+    assert on_disk.split("train").pixels.array is on_disk.pixels.array  # not copied

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 
-from pokediff.data.records import Record, read_records, split_of, write_records, write_whole
+from pokediff.data.records import Record, read_records, split_of, with_full_splits, write_records, write_whole
 from pokediff.errors import PokediffError
 
 
@@ -68,6 +69,43 @@ def test_the_split_goes_by_family_and_stays_when_data_is_added():
     splits = [split_of(Record(f"{i}.png", family=i)) for i in range(4000)]
     assert 0.08 < splits.count("test") / 4000 < 0.12
     assert 0.035 < splits.count("validation") / 4000 < 0.065
+
+
+def test_a_small_set_has_validation_and_test_pictures():
+    """60 files 0.jpg .. 59.jpg: the hash alone may give none."""
+    for seed in range(20):
+        names = [f"{seed}/{index}.jpg" for index in range(200)]
+        held_out: set[str] = set()
+        known: set[str] = set()
+        for number in (60, 61, 75, 120, 200):
+            splits = {r.file_name: split_of(r) for r in with_full_splits([Record(name) for name in names[:number]])}
+            count = Counter(splits.values())
+            assert count["validation"] >= 3
+            assert count["test"] >= 3
+            assert count["train"] >= 0.6 * number
+            now = {name for name, split in splits.items() if split != "train"}
+            assert now - held_out <= splits.keys() - known  # added data moves no picture out of training
+            held_out, known = now, set(splits)
+
+
+def test_a_large_set_keeps_its_splits_and_one_family_is_not_torn():
+    large = [Record(f"{index}.png", family=index) for index in range(1000)]
+    assert with_full_splits(large) == large
+    one = [Record(f"{index}.png", family=1) for index in range(100)]
+    assert with_full_splits(one) == one  # no family is cut, and most of the set must stay for training
+
+
+def test_the_split_of_a_row_is_obeyed(tmp_path):
+    write_rows(tmp_path, {"file_name": "a.png", "split": "dev"}, {"file_name": "b.png", "split": "fold 3"})
+    a, b = read_records(tmp_path)
+    assert (a.split, b.split) == ("validation", None)
+
+
+def test_the_text_of_a_scraped_row_repeats_its_captions(tmp_path):
+    record = Record("a.png", dex=1, name="Seedy", colors=("green",), types=("grass",))
+    write_records(tmp_path, [record], ["a green grass creature"])
+    assert json.loads((tmp_path / "metadata.jsonl").read_text())["text"] == "a green grass creature"
+    assert read_records(tmp_path) == [record]
 
 
 def test_without_a_family_the_species_is_kept_together():

@@ -1,7 +1,7 @@
-"""From a folder of pictures to training batches.
+"""From folders of pictures to training batches.
 
-Every batch is a pure function of (seed, step): which pictures, which captions, how they are moved. So a resumed run
-sees what an uninterrupted one would have seen, and several processes take their slices of the same batch.
+A batch is a pure function of (seed, step): pictures, captions, augmentation. So a resumed run continues exactly, and
+several processes take slices of the same batch.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import psutil
 import torch
@@ -25,108 +26,119 @@ from pokediff.config import DatasetConfig
 from pokediff.data.captions import STYLES, captions_of, shared_captions
 from pokediff.data.colors import main_colors
 from pokediff.data.images import BadImage, fit_square, read_image, unpremultiply
-from pokediff.data.records import Record, Split, read_records, split_of
+from pokediff.data.records import Record, Split, picture_bytes, read_records, split_of
 from pokediff.errors import PokediffError
 from pokediff.model.text import embeddings_path, encode_captions, load_embeddings, load_text_encoder, save_embeddings
 
-MEMORY_SHARE = 0.3  # of the free memory that decoded pictures may fill; beyond that they lie in a temporary file
-BROKEN_SHARE = 0.01  # with more broken pictures than that, something else is wrong
-COLOR_SIZE = 64  # px at which colours are measured, whatever size the model has: captions must not depend on it
+MEMORY_SHARE = 0.3  # of the free memory that pixels may fill; a larger set lies in a temporary file
+BROKEN_SHARE = 0.01  # a larger share of broken pictures is an error
+COLOR_SIZE = 64  # px at which colours are measured at any model size, so that captions do not depend on it
+SCALE, ROTATION, STRETCH = 0.2, 20.0, 0.2  # standard deviations: log2, degrees, log2 (cut at 1.5 of them)
+AUGMENT_LABELS = 8  # mirrored, shift right, shift down; scale, rotation (2), anisotropy (2)
+
+Folders = str | Path | Sequence[str | Path]
+Progress = Callable[..., Iterable]  # as tqdm: progress(items, total=, desc=, unit=)
 
 
-class OnDisk:
-    """Some of the rows of an array that lies in a mapped file: what is asked for is read, nothing else is in memory."""
+def folder_list(folders: Folders) -> list[Path]:
+    """One folder or several, as a list."""
+    return [Path(folders)] if isinstance(folders, str | Path) else [Path(folder) for folder in folders]
 
-    def __init__(self, rows: np.memmap, index: np.ndarray) -> None:
-        self.rows, self.index = rows, index
-        self.shape = (len(index), *rows.shape[1:])
+
+# ---------------------------------------------------------------------------------------------------------- pictures
+
+
+class Rows:
+    """A view of some rows of an array in memory or in a mapped file; indexing reads just these rows (read only)."""
+
+    def __init__(self, array: np.ndarray, index: np.ndarray) -> None:
+        self.array, self.index = array, index
+        self.shape = (len(index), *array.shape[1:])
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, which: Any) -> Any:
-        """One row or several, as an array of their own; whoever keeps a part of many takes it by `pick`."""
-        return np.array(self.rows[self.index[which]])
+    def __getitem__(self, which: Any) -> np.ndarray:
+        return np.asarray(self.array[self.index[which]])
 
-    def pick(self, index: Sequence[int]) -> OnDisk:
-        return OnDisk(self.rows, self.index[list(index)])
+    def pick(self, index: Sequence[int]) -> Rows:
+        return Rows(self.array, self.index[list(index)])
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Decoded pictures in file order, with their captions. `pixels` is premultiplied RGBA uint8 (N, S, S, 4), in memory
-    or, of a set too big for it, in a temporary file.
-    """
+    """Decoded pictures with their captions, in file order."""
 
     records: tuple[Record, ...]
-    pixels: Any  # np.ndarray or OnDisk
+    pixels: Rows  # (N, S, S, 4) uint8, premultiplied RGBA
     captions: tuple[tuple[str, ...], ...]
-    digest: str  # sha256 over names, families, captions and file contents of all that was loaded
+    digest: str  # sha256 of names, families, captions and file contents of all that was loaded
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def straight(self) -> np.ndarray:
+        """All pictures as straight RGBA, uint8 (N, S, S, 4)."""
+        pixels = np.empty(self.pixels.shape, np.uint8)
+        for index in range(len(self)):  # one at a time: unpremultiply works in float32
+            pixels[index] = unpremultiply(self.pixels[index])
+        return pixels
 
     def split(self, split: Split) -> Pictures:
         return self.where(lambda record: split_of(record) == split)
 
     def where(self, keep: Callable[[Record], bool]) -> Pictures:
-        """Only the pictures whose record `keep` accepts."""
+        """The pictures whose record `keep` accepts."""
         return self.pick([index for index, record in enumerate(self.records) if keep(record)])
 
     def spread(self, number: int) -> Pictures:
-        """At most `number` pictures, spread evenly over the data set."""
+        """At most `number` pictures, evenly spaced over the data set."""
         if number >= len(self):
             return self
         return self.pick(np.linspace(0, len(self) - 1, number).round().astype(int).tolist())
 
     def with_shared_captions(self) -> Pictures:
-        """Only captions that several of these pictures have in common: what is to be trained on."""
+        """With only those captions that several of these pictures share: the captions for training."""
         return replace(self, captions=tuple(shared_captions(self.records, self.captions)))
 
     def pick(self, index: Sequence[int]) -> Pictures:
-        records = tuple(self.records[i] for i in index)
-        pixels = self.pixels.pick(index) if isinstance(self.pixels, OnDisk) else self.pixels[list(index)]
-        return Pictures(records, pixels, tuple(self.captions[i] for i in index), self.digest)
+        """The pictures at these positions; a view of the pixels."""
+        records, captions = tuple(self.records[i] for i in index), tuple(self.captions[i] for i in index)
+        return Pictures(records, self.pixels.pick(index), captions, self.digest)
 
 
 def load_pictures(
-    folder: str | Path,
+    folders: Folders,
     image_size: int,
     styles: Iterable[str] | None = None,
-    report: Callable[[str], None] = print,
-    progress: Callable[..., Iterable] = lambda items, **_: items,
+    report: Callable[[str], Any] = print,
+    progress: Progress = lambda items, **_: items,
 ) -> Pictures:
-    """Decode a data set (of these styles only, if given) at image_size px.
+    """Decode one data set, or several as one (of these styles only, if given), at image_size px.
 
-    A broken picture, and a style of `captions.STYLES` that does not occur, are named through `report` and skipped.
-    Raises PokediffError when more than BROKEN_SHARE are broken, for a style that nobody knows, or when nothing is left.
+    `report` gets a line that says where the captions come from, one for every broken picture, which is skipped, and
+    one for styles of `captions.STYLES` that do not occur. Raises PokediffError when more than BROKEN_SHARE are
+    broken, for an unknown style, or when nothing is left.
     """
-    folder = Path(folder)
-    records = read_records(folder)
+    folders = folder_list(folders)
+    name = " and ".join(map(str, folders))
+    records = [record for folder in folders for record in read_records(folder, report)]
     if styles is not None:
-        wanted, known = set(styles), {record.style for record in records}
-        if missing := wanted - known:
-            it_has = ", ".join(sorted(style or "(none)" for style in known))
-            words = f"{folder} has no pictures of style {', '.join(sorted(missing))}; it has: {it_has}"
-            if missing == wanted or missing - STYLES.keys():  # nothing left, or a style that nobody knows: misspelt
-                raise PokediffError(words)
-            report(f"{words}. The rest is used")
-        records = [record for record in records if record.style in wanted]
+        records = _of_styles(records, set(styles), name, report)
 
-    def load(record: Record) -> tuple[np.ndarray, tuple[str, ...], bytes] | BadImage:
+    def load(record: Record) -> tuple[Record, np.ndarray, bytes] | BadImage:
         try:
-            data = (folder / record.file_name).read_bytes()
+            data = picture_bytes(record)
             rgba = read_image(data)
         except OSError as error:
             return BadImage(error.strerror or str(error))
         except BadImage as error:
             return error
-        colors = main_colors(unpremultiply(fit_square(rgba, COLOR_SIZE)))
-        return fit_square(rgba, image_size), captions_of(record, colors), hashlib.sha256(data).digest()
+        return _with_colors(record, rgba), fit_square(rgba, image_size), hashlib.sha256(data).digest()
 
     digest = hashlib.sha256()
     kept: list[tuple[Record, tuple[str, ...]]] = []
-    store = _room_for(len(records), image_size)
+    store = _array_for((len(records), image_size, image_size, 4))
     broken: list[str] = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = progress(pool.map(load, records), total=len(records), desc="pictures", unit="")
@@ -135,24 +147,42 @@ def load_pictures(
                 broken.append(record.file_name)
                 report(f"skipped {record.file_name}: {result}")
                 continue
-            pixels, captions, content = result
-            digest.update(repr((record.file_name, record.family_key, captions)).encode() + content)
-            store[len(kept)] = pixels
+            record, store[len(kept)], content = result
+            captions = captions_of(record)
+            named = (record.split,) if record.split else ()  # the hash is not part of the digest, a given split is
+            digest.update(repr((record.file_name, record.family_key, captions, *named)).encode() + content)
             kept.append((record, captions))
     if len(broken) > BROKEN_SHARE * len(records):
-        raise PokediffError(
-            f"{len(broken)} of {len(records)} pictures in {folder} are broken, the first is {broken[0]}"
-        )
-    chosen_records, captions = zip(*kept, strict=True)
-    stored: Any = store[: len(kept)]
-    if isinstance(store, np.memmap):
-        stored = OnDisk(store, np.arange(len(kept)))
-    return Pictures(chosen_records, stored, captions, digest.hexdigest())
+        raise PokediffError(f"{len(broken)} of {len(records)} pictures in {name} are broken, the first is {broken[0]}")
+    kept_records, captions_of_all = zip(*kept, strict=True)
+    return Pictures(kept_records, Rows(store, np.arange(len(kept))), captions_of_all, digest.hexdigest())
 
 
-def _room_for(number: int, side: int) -> np.ndarray:
-    """An array for so many pictures: in memory, or in a file that vanishes with it where memory is short."""
-    shape = (number, side, side, 4)
+def _of_styles(records: list[Record], wanted: set[str], name: str, report: Callable[[str], Any]) -> list[Record]:
+    known = {record.style for record in records}
+    if missing := wanted - known:
+        it_has = ", ".join(sorted(style or "(none)" for style in known))
+        words = f"{name} has no pictures of style {', '.join(sorted(missing))}; it has: {it_has}"
+        if missing == wanted or missing - STYLES.keys():  # nothing is left, or a style is misspelt
+            raise PokediffError(words)
+        report(f"{words}. The rest is used")
+    return [record for record in records if record.style in wanted]
+
+
+def _with_colors(record: Record, rgba: np.ndarray) -> Record:
+    """Measure the main colours where captions need them and the row does not have them."""
+    if record.captions or record.colors:
+        return record
+    return replace(record, colors=measured_colors(rgba))
+
+
+def measured_colors(rgba: np.ndarray) -> tuple[str, ...]:
+    """The main colours of a straight RGBA picture of any size, for its row."""
+    return main_colors(unpremultiply(fit_square(rgba, COLOR_SIZE)))
+
+
+def _array_for(shape: tuple[int, ...]) -> np.ndarray:
+    """An uninitialized uint8 array, in memory or, where memory is short, in a temporary file that goes with it."""
     if math.prod(shape) <= MEMORY_SHARE * psutil.virtual_memory().available:
         return np.empty(shape, np.uint8)
     with tempfile.TemporaryFile() as file:
@@ -164,33 +194,67 @@ def _room_for(number: int, side: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class CaptionVectors:
-    """The vector of every caption in use, and which rows belong to which picture. Row 0 is the empty prompt."""
+    """The vectors of all captions, and which of them belong to which picture. Row 0 is the empty prompt."""
 
     captions: tuple[str, ...]  # M texts
     table: torch.Tensor  # (M, D) float32
-    rows: tuple[np.ndarray, ...]  # per picture, the rows of its captions
+    rows: tuple[np.ndarray, ...]  # of each picture, the rows of its captions
 
 
 def caption_vectors(
-    folder: str | Path,
-    pictures: Pictures,
-    encoder_name: str,
-    progress: Callable[..., Iterable] = lambda items, **_: items,
+    folders: Folders, pictures: Pictures, encoder_name: str, progress: Progress = lambda items, **_: items
 ) -> CaptionVectors:
-    """Vectors from FOLDER/embeddings-<encoder>.safetensors; what is not there is encoded now (and not written)."""
-    captions = ["", *dict.fromkeys(caption for several in pictures.captions for caption in several)]
-    known = load_embeddings(embeddings_path(folder, encoder_name), encoder_name)
-    missing = [caption for caption in captions if caption not in known]
-    if missing:
-        vectors = encode_captions(
-            load_text_encoder(encoder_name),
-            missing,
-            progress=lambda items: progress(items, desc="captions", unit="batch"),
-        )
-        known.update(zip(missing, vectors, strict=True))
+    """Vectors from FOLDER/embeddings-<encoder>.safetensors of all folders; others are encoded now, but not written."""
+    captions, table = _encoded(folder_list(folders), pictures.captions, encoder_name, progress)
     row_of = {caption: row for row, caption in enumerate(captions)}
     rows = tuple(np.array([row_of[caption] for caption in several]) for several in pictures.captions)
-    return CaptionVectors(tuple(captions), torch.stack([known[caption] for caption in captions]), rows)
+    return CaptionVectors(captions, table, rows)
+
+
+def embed(
+    folder: str | Path,
+    encoder_name: str,
+    report: Callable[[str], Any] = print,
+    progress: Progress = lambda items, **_: items,
+) -> Path:
+    """Write the vectors of all captions of a data set into its folder; existing ones are kept. Returns the path.
+
+    Decodes only pictures whose captions need colours that their row does not have.
+    """
+    load_text_encoder(encoder_name)  # first, for it may be unavailable
+    records = read_records(folder, report)
+
+    def captions(record: Record) -> tuple[str, ...]:
+        if not record.captions and not record.colors:
+            try:
+                record = _with_colors(record, read_image(picture_bytes(record)))
+            except (OSError, BadImage):
+                return ()  # load_pictures skips it, too
+        return captions_of(record)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = list(progress(pool.map(captions, records), total=len(records), desc="captions", unit=""))
+    texts, table = _encoded([Path(folder)], found, encoder_name, progress)
+    path = embeddings_path(folder, encoder_name)
+    save_embeddings(path, encoder_name, texts, table)
+    return path
+
+
+def _encoded(
+    folders: Sequence[Path], captions: Iterable[Sequence[str]], encoder_name: str, progress: Progress
+) -> tuple[tuple[str, ...], torch.Tensor]:
+    """The empty prompt and all different captions (M), and their vectors (M, D) float32."""
+    texts = ("", *dict.fromkeys(caption for several in captions for caption in several if caption))
+    known: dict[str, torch.Tensor] = {}
+    for folder in folders:
+        known.update(load_embeddings(embeddings_path(folder, encoder_name), encoder_name))
+    if missing := [text for text in texts if text not in known]:
+        encoder = load_text_encoder(encoder_name)
+        vectors = encode_captions(
+            encoder, missing, progress=lambda items: progress(items, desc="embeddings", unit="batch")
+        )
+        known.update(zip(missing, vectors, strict=True))
+    return texts, torch.stack([known[text] for text in texts])
 
 
 # ------------------------------------------------------------------------------------------------------------ batches
@@ -198,13 +262,21 @@ def caption_vectors(
 
 @dataclass(frozen=True)
 class Batch:
-    pixels: torch.Tensor  # (B, S, S, 4) uint8, premultiplied
+    """The tensors of one training step."""
+
+    pixels: torch.Tensor  # (B, S, S, 4) uint8, premultiplied RGBA
     text: torch.Tensor  # (B, D) float32
-    augment: torch.Tensor  # (B, 3) float32: mirrored, shifted right, shifted down
+    augment: torch.Tensor  # (B, augment_dim) float32, 0 where nothing was done to the picture
 
 
 class TrainingBatches(torch.utils.data.Dataset):
-    """`batches[step]` is the slice that process `rank` of `world` takes of that step's batch."""
+    """`batches[step]` is the slice of process `rank` of `world` of that step's batch.
+
+    Args:
+        batch_size: pictures in a batch, over all processes.
+        caption_dropout: share of captions replaced by the empty prompt, for classifier-free guidance.
+        augment_dim: labels a picture, the first of AUGMENT_LABELS. With config.warp it must be AUGMENT_LABELS.
+    """
 
     def __init__(
         self,
@@ -217,17 +289,23 @@ class TrainingBatches(torch.utils.data.Dataset):
         seed: int,
         rank: int = 0,
         world: int = 1,
+        augment_dim: int = 3,
     ) -> None:
         if batch_size % world:
             raise PokediffError(f"batch_size {batch_size} cannot be shared by {world} processes")
+        if config.warp and augment_dim < AUGMENT_LABELS:
+            raise PokediffError(
+                f"dataset.warp needs {AUGMENT_LABELS} augmentation labels, this network has {augment_dim}: set it to 0"
+            )
         self.pictures, self.vectors, self.config = pictures, vectors, config
         self.batch_size, self.caption_dropout, self.seed = batch_size, caption_dropout, seed
+        self.augment_dim = augment_dim
         self.mine = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
         self.chances = np.cumsum(draw_chances(pictures.records, config.styles))
 
     def __getitem__(self, step: int) -> Batch:
         rng = np.random.default_rng([self.seed, step])
-        size = self.batch_size  # draw for all processes alike, then take our slice
+        size = self.batch_size  # draw for all processes alike, then take this one's slice
         index = np.searchsorted(self.chances, rng.random(size) * self.chances[-1], side="right")
         caption, dropped = rng.random(size), rng.random(size) < self.caption_dropout
         mirrored = rng.random(size) < self.config.flip
@@ -235,20 +313,33 @@ class TrainingBatches(torch.utils.data.Dataset):
         moved = rng.random(size) < self.config.shift
         shift = rng.integers(-reach, reach + 1, (size, 2)) * moved[:, None]  # (B, 2): right, down
 
+        warped = rng.random((size, 3)) < self.config.warp  # scale, rotation, anisotropy
+        normal = rng.standard_normal((size, 3)).clip(-1.5, 1.5) * warped
+        scale, angle, stretch = normal[:, 0] * SCALE, np.radians(ROTATION) * normal[:, 1], normal[:, 2] * STRETCH
+        along = rng.random(size) * np.pi  # the axis of the stretch
+
         pixels, rows = [], []
         for i in range(size)[self.mine]:
             picture = self.pictures.pixels[index[i]]
-            pixels.append(translate(picture[:, ::-1] if mirrored[i] else picture, *shift[i]))
+            picture = translate(picture[:, ::-1] if mirrored[i] else picture, *shift[i])
+            if warped[i].any():
+                picture = warp(picture, scale[i], angle[i], stretch[i], along[i])
+            pixels.append(picture)
             mine = self.vectors.rows[index[i]]
             rows.append(0 if dropped[i] else mine[int(caption[i] * len(mine))])
-        augment = np.column_stack([mirrored, shift / max(1, reach)])[self.mine]
-        return Batch(
-            torch.from_numpy(np.stack(pixels)), self.vectors.table[rows], torch.from_numpy(augment.astype(np.float32))
-        )
+        turned = [(np.cos(angle) - 1) * 5, np.sin(angle) * 2]
+        stretched = [stretch * np.cos(2 * along) * 5, stretch * np.sin(2 * along) * 5]
+        labels = np.column_stack(
+            [mirrored, shift / max(1, reach), scale * 5, *turned, *stretched]
+        )  # each about -1 to 1
+        augment = torch.zeros(len(rows), self.augment_dim)
+        known = min(self.augment_dim, AUGMENT_LABELS)
+        augment[:, :known] = torch.from_numpy(labels[self.mine, :known].astype(np.float32))
+        return Batch(torch.from_numpy(np.stack(pixels)), self.vectors.table[rows], augment)
 
 
 def draw_chances(records: Sequence[Record], shares: Mapping[str, float] | None) -> np.ndarray:
-    """(N,) chances with which pictures are drawn: all alike, or so that each style gets its share."""
+    """(N,) chances with which pictures are drawn: all equal, or so that each style gets its share."""
     if shares is None:
         return np.full(len(records), 1 / len(records))
     count = Counter(record.style for record in records)
@@ -257,7 +348,7 @@ def draw_chances(records: Sequence[Record], shares: Mapping[str, float] | None) 
 
 
 def translate(pixels: np.ndarray, right: int, down: int) -> np.ndarray:
-    """A picture (S, S, 4) moved by whole pixels; what comes in from outside is transparent."""
+    """A picture (S, S, 4) moved by whole pixels; the uncovered rows and columns are transparent."""
     moved = np.zeros_like(pixels)
     height, width = pixels.shape[:2]
     moved[max(0, down) : height + min(0, down), max(0, right) : width + min(0, right)] = pixels[
@@ -266,11 +357,19 @@ def translate(pixels: np.ndarray, right: int, down: int) -> np.ndarray:
     return moved
 
 
-def embed(folder: str | Path, encoder_name: str, progress: Callable[..., Any] = lambda items, **_: items) -> Path:
-    """Write the vectors of all captions of a data set beside it; known ones are kept. Returns the path."""
-    load_text_encoder(encoder_name)  # first: it may be out of reach
-    pictures = load_pictures(folder, COLOR_SIZE, progress=progress)
-    vectors = caption_vectors(folder, pictures, encoder_name, progress)
-    path = embeddings_path(folder, encoder_name)
-    save_embeddings(path, encoder_name, vectors.captions, vectors.table)
-    return path
+def warp(pixels: np.ndarray, scale: float, angle: float, stretch: float, along: float) -> np.ndarray:
+    """Scale by 2^scale, rotate, and stretch by 2^stretch along an axis, about the centre.
+
+    Geometric part of the augmentation pipe of Karras et al., "Elucidating the Design Space of Diffusion-Based
+    Generative Models" (2022), appendix F.2. `pixels` is premultiplied uint8 (S, S, 4), angles are radians.
+    """
+
+    def rotation(a: float) -> np.ndarray:
+        return np.array([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]])
+
+    side = pixels.shape[0]
+    stretched = rotation(along) @ np.diag([2**stretch, 2**-stretch]) @ rotation(-along)
+    double = stretched @ rotation(angle) * 2**scale * 2  # rendered at twice the size, then averaged: no aliasing
+    offset = np.array([side - 0.5] * 2) - double @ np.array([(side - 1) / 2] * 2)
+    large = cv2.warpAffine(pixels, np.column_stack([double, offset]), (2 * side, 2 * side), flags=cv2.INTER_LINEAR)
+    return large.reshape(side, 2, side, 2, 4).mean((1, 3)).round().astype(np.uint8)

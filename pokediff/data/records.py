@@ -1,148 +1,200 @@
-"""Record: one row of `metadata.jsonl`, in the ImageFolder convention of Hugging Face (`file_name` first)."""
+"""Record: one picture of a data set and what is known of it; read_records(folder) reads any layout."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-import os
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from pokediff.data import layouts
+from pokediff.data.files import read_text, write_whole
 from pokediff.errors import PokediffError
 
-METADATA = "metadata.jsonl"
+__all__ = ["Record", "Split", "picture_bytes", "read_records", "read_text", "split_of", "write_records", "write_whole"]
 
-PICTURES = {".png", ".webp", ".gif", ".jpg", ".jpeg", ".bmp"}
-NAMELESS = {"img", "image", "picture", "pic", "sprite", "dsc", "screenshot", "untitled", "frame", "final", "copy"}
+CAPTION_COLUMNS = ("captions", "text", "caption", "prompt")  # the first that is not empty is read
+LISTS = ("types", "colors")  # in a CSV their values are separated by commas
 
 Split = Literal["train", "validation", "test"]
 VALIDATION_SHARE, TEST_SHARE = 0.05, 0.10  # of the families
+FEWEST_HELD_OUT, SMALLEST_SET = 3, 20  # pictures in validation and in test at least, in a set of at least 20
 
 
 @dataclass(frozen=True)
 class Record:
     """One picture and what is known of it. Only `file_name` is required."""
 
-    file_name: str  # relative to the folder, forward slashes
-    captions: tuple[str, ...] = ()  # written by people; empty: captions.py makes them from what follows
+    file_name: str  # relative to the folder, forward slashes; a row of a parquet file is "train.parquet#17"
+    captions: tuple[str, ...] = ()  # written by people; empty: captions.py makes them from the fields below
 
-    name: str | None = None
-    dex: int | None = None
+    name: str | None = None  # of a species (a row with `dex`), never in a caption; else of a thing, a word of captions
+    dex: int | None = None  # National Pokédex number
     form: str | None = None
-    family: str | int | None = None  # the evolution line; splits never cut through one
+    family: str | int | None = None  # the evolution line, or any group that one split keeps together
     style: str | None = None
+    kind: str | None = None  # of a thing: animal, monster, plant, person, face, object
     types: tuple[str, ...] = ()
-    generation: int | None = None
-    color: str | None = None
+    color: str | None = None  # of the species
+    colors: tuple[str, ...] = ()  # the one or two main colours measured on this picture
     shape: str | None = None
     genus: str | None = None
-    descriptions: tuple[str, ...] = ()
-    shiny: bool = False  # recoloured: `color` belongs to the species and is wrong for this picture
+    descriptions: tuple[str, ...] = ()  # sentences; of a thing, also keywords separated by commas
+    shiny: bool = False  # recoloured: `color` is wrong for this picture
 
+    author: str | None = None
+    source: str | None = None
     source_url: str | None = None
     page_url: str | None = None
     license: str | None = None
     sha256: str | None = None  # of the stored file
     retrieved_at: str | None = None  # ISO 8601, UTC
 
+    split: Split | None = None  # None: by a hash of the family
+    root: str = field(default="", compare=False)  # the data set's folder; not a column
+
     @property
     def family_key(self) -> str:
-        """What a split must keep together: the family, else the species, else the picture alone."""
+        """What one split keeps together: the family, else the species, else the picture."""
         for part in (self.family, self.dex, self.name):
             if part not in (None, ""):
                 return str(part)
         return self.file_name
 
+    @property
+    def is_species(self) -> bool:
+        """A species has a proper name, which no caption may hold; a thing is called by its name."""
+        return self.dex is not None or (self.kind is None and bool(self.types or self.shape))
+
+    @property
+    def is_described(self) -> bool:
+        """Does anything but the file name say what the picture shows?"""
+        known = (self.captions, self.style, self.kind, self.types, self.color, self.shape, self.genus)
+        return any((*known, self.descriptions, self.name and self.dex is None))
+
+
+# ---------------------------------------------------------------------------------------------------------- splits
+
 
 def split_of(record: Record) -> Split:
-    """By a hash of the evolution family: no family stands on both sides, and adding data moves nothing."""
-    digest = hashlib.sha256(record.family_key.encode()).digest()
-    place = int.from_bytes(digest[:8], "big") / 2**64  # uniform in [0, 1)
+    """The split of a picture: its column, else a hash of its family, so that adding data moves no other picture."""
+    if record.split is not None:
+        return record.split
+    place = _place(record.family_key)
     if place < TEST_SHARE:
         return "test"
     return "validation" if place < TEST_SHARE + VALIDATION_SHARE else "train"
 
 
-def read_records(folder: str | Path) -> list[Record]:
-    """All rows of `folder/metadata.jsonl`, in file order; without one, a row for every picture file (`bare_records`).
+def _place(family_key: str) -> float:
+    """A hash of the family, uniform in [0, 1)."""
+    return int.from_bytes(hashlib.sha256(family_key.encode()).digest()[:8], "big") / 2**64
 
-    Columns we do not know are left alone; `text` (one caption) is read as `captions`. Raises PokediffError, with file
-    and line, for a row that is not JSON, lacks `file_name`, has a value of the wrong type, names a file outside the
-    folder, or repeats a `file_name`.
+
+def with_full_splits(records: Sequence[Record]) -> list[Record]:
+    """Give a small set validation and test pictures where the hash gives too few.
+
+    A set of at least SMALLEST_SET pictures gets FEWEST_HELD_OUT in each, as long as half of it stays for training.
+    The training families with the smallest hashes are taken, so data added later moves no picture out of training.
     """
-    path = Path(folder) / METADATA
-    if not path.is_file():
-        return bare_records(Path(folder))
+    splits = [split_of(record) for record in records]
+    if len(records) < SMALLEST_SET:
+        return list(records)
+    families = sorted({record.family_key for record in records}, key=_place)
+    members: dict[str, list[int]] = {family: [] for family in families}
+    for index, record in enumerate(records):
+        members[record.family_key].append(index)
+    moved: list[int] = []
+    for split in ("test", "validation"):
+        for family in families:
+            if splits.count(split) >= FEWEST_HELD_OUT:
+                break
+            if all(splits[index] == "train" for index in members[family]):
+                for index in members[family]:
+                    splits[index] = split  # type: ignore[call-overload]
+                moved += members[family]
+    if splits.count("train") < len(records) / 2:
+        return list(records)
+    filled = list(records)
+    for index in moved:
+        filled[index] = replace(records[index], split=splits[index])
+    return filled
+
+
+# --------------------------------------------------------------------------------------------------------- reading
+
+
+def read_records(folder: str | Path, report: Callable[[str], Any] = lambda _: None) -> list[Record]:
+    """All pictures of a folder in any layout of layouts.py, in file order.
+
+    `report` gets one line that says where the captions come from ("captions: 60 of 60, from metadata.csv"), and one
+    for what was found and not read. A picture of which nothing is known gets the words of its file name as genus.
+    Unknown columns are ignored. Raises PokediffError, with file and line, for a row that lacks `file_name`, has a
+    value of the wrong type, names a file outside the folder, or repeats a `file_name`.
+    """
+    folder = Path(folder)
+    listing = layouts.read_listing(folder)
     records: list[Record] = []
     seen: set[str] = set()
-    for where, row in _rows(path):
-        record = record_from_json(row, where)
+    for where, row in listing.rows:
+        record = replace(record_from_json(row, where), root=str(folder))
         if record.file_name in seen:
             raise PokediffError(f"{where}: {record.file_name} stands twice")
         seen.add(record.file_name)
         records.append(record)
     if not records:
-        raise PokediffError(f"{path} is empty")
-    return records
+        raise PokediffError(f"{folder / listing.source} is empty")
+    described = sum(record.is_described for record in records)
+    records = [record if record.is_described else _named_by_file(record) for record in records]
+    named = sum(record.is_described for record in records) - described
+    report(_caption_line(described, named, len(records), listing.source))
+    for note in listing.notes:
+        report(note)
+    return with_full_splits(records)
 
 
-def bare_records(folder: Path) -> list[Record]:
-    """A row for every picture below `folder`, in the order of their names, from what the files themselves tell.
-
-    A text file of the same name holds captions, one a line (the convention of most trainers). Without it the words of
-    the file's name are its `genus` ("fire_dragon_03.png": fire dragon) and the folder it lies in is its `style`.
-    Raises PokediffError when there is no such folder, or no picture in it.
-    """
-    if not folder.is_dir():
-        raise PokediffError(f"{folder} not found")
-    records = []
-    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES and path.is_file()):
-        beside = path.with_suffix(".txt")
-        lines = (line.strip() for line in read_text(beside).splitlines()) if beside.is_file() else ()
-        words = [word for word in re.findall(r"[^\W\d_]{3,}", path.stem.lower()) if word not in NAMELESS]
-        place = path.relative_to(folder)
-        records.append(
-            Record(
-                file_name=place.as_posix(),
-                captions=tuple(filter(None, lines)),
-                genus=" ".join(words) or None,
-                style=place.parent.as_posix().replace("/", " ") if len(place.parts) > 1 else None,
-            )
-        )
-    if not records:
-        raise PokediffError(f"{folder} holds neither a {METADATA} nor pictures (docs/data.md)")
-    return records
+def picture_bytes(record: Record) -> bytes:
+    """The picture file of a record that read_records returned. Raises OSError when it cannot be read."""
+    return layouts.picture_bytes(Path(record.root), record.file_name)
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise PokediffError(f"{where}: not JSON ({error.msg})") from None
-        if not isinstance(row, dict):
-            raise PokediffError(f"{where}: a row must be a JSON object")
-        yield where, row
+def _named_by_file(record: Record) -> Record:
+    stem = "" if layouts.PARQUET_ROW.fullmatch(record.file_name) else PurePosixPath(record.file_name).stem
+    return replace(record, genus=layouts.words_of(stem) or None)
+
+
+def _caption_line(described: int, named: int, total: int, source: str) -> str:
+    counts = f"captions: {described} of {total}"
+    line = f"{counts}, from {source}" if described else counts
+    if described == total:
+        return line
+    if named:
+        return f"{line}; file names are used for the rest" if described else f"{line}; file names are used instead"
+    return f"{line}; only colours are known of the rest" if described else f"{line}; only colours are known"
 
 
 def record_from_json(row: dict[str, Any], where: str) -> Record:
-    """Validate one row. `where` stands at the head of the PokediffError raised for a bad one."""
+    """Validate one row. `where` begins the PokediffError that is raised for a bad one."""
     from pydantic import ValidationError
 
-    row = dict(row)
-    text = row.pop("text", None)
-    if text and not row.get("captions"):
-        row["captions"] = (text,)
+    row = {key: value for key, value in row.items() if value is not None and key != "root"}
+    captions = next((row[column] for column in CAPTION_COLUMNS if row.get(column)), ())
+    if row.get("dex") and row.get("colors") and not row.get("captions"):
+        captions = ()  # a row of the scraper: its text is the first of the captions that are made of the other columns
+    row["captions"] = (captions,) if isinstance(captions, str) else captions
+    for column in LISTS:
+        if isinstance(row.get(column), str):
+            row[column] = [part.strip() for part in re.split("[,;|]", row[column]) if part.strip()]
+    if isinstance(row.get("descriptions"), str):
+        row["descriptions"] = [row["descriptions"]]
+    row["split"] = layouts.SPLITS.get(str(row.get("split")).lower())
     try:
-        record = _validator().validate_python({key: value for key, value in row.items() if value is not None})
+        record = _validator().validate_python(row)
     except ValidationError as error:
         first = error.errors()[0]
         raise PokediffError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
@@ -159,31 +211,18 @@ def _validator() -> Any:
     return TypeAdapter(Record)
 
 
-def write_records(folder: str | Path, records: Iterable[Record]) -> None:
-    """Write `folder/metadata.jsonl` whole or not at all; fields that are not known are left out."""
-    lines = []
-    for record in records:
-        row = {key: value for key, value in dataclasses.asdict(record).items() if value not in (None, (), "")}
-        lines.append(json.dumps(row, ensure_ascii=False))
-    write_whole(Path(folder) / METADATA, "".join(line + "\n" for line in lines))
+# --------------------------------------------------------------------------------------------------------- writing
 
 
-def read_text(path: Path) -> str:
-    """A text file that a person may have written: UTF-8, with or without a byte order mark, any line ends.
+def write_records(folder: str | Path, records: Iterable[Record], texts: Iterable[str] | None = None) -> None:
+    """Write `folder/metadata.jsonl`; empty fields are left out.
 
-    Raises PokediffError when it is something else.
+    `texts`: one caption a record, for the column `text` that text-to-image trainers read.
     """
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise PokediffError(f"{path} is not UTF-8 text: save it as UTF-8") from None
-
-
-def write_whole(path: Path, data: str | bytes) -> None:
-    """Write a file under a temporary name, then rename: killed at any moment, it is whole or not there."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data.encode("utf-8") if isinstance(data, str) else data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    records = list(records)
+    lines = []
+    for record, text in zip(records, texts if texts is not None else [""] * len(records), strict=True):
+        row = {"file_name": record.file_name, "text": text, **dataclasses.asdict(replace(record, root=""))}
+        known = {key: value for key, value in row.items() if value not in (None, (), "") and value is not False}
+        lines.append(json.dumps(known, ensure_ascii=False) + "\n")
+    write_whole(Path(folder) / layouts.METADATA[0], "".join(lines))

@@ -1,0 +1,322 @@
+"""Layouts: the usual forms of a folder of pictures, read as rows.
+
+| layout | captions |
+| --- | --- |
+| metadata.jsonl, .csv, .json or .parquet, in the folder or in each subfolder (Hugging Face ImageFolder) | its columns |
+| parquet files with an image column, as `datasets` writes them | their other columns |
+| x.png with x.txt, x.caption or x.png.txt (kohya) | one a line |
+| a folder per class, or kohya's 10_name | the folder's name |
+| pictures alone | none: records.py takes the words of the file names |
+
+The first layout that fits is read. Hidden files and system folders are skipped. Nothing here decodes a picture.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pokediff.data.files import read_text
+from pokediff.errors import PokediffError
+
+# What Pillow opens of the formats that people keep pictures in.
+PICTURES = frozenset(
+    """.png .apng .webp .gif .jpg .jpeg .jpe .jfif .bmp .dib .tif .tiff .avif .jp2 .tga .ico .ppm .pgm .pbm .pnm
+    .qoi""".split()
+)
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.json", "metadata.parquet")  # the first of a folder is read
+SIDECARS = (".txt", ".caption")
+TABLES = {".jsonl", ".csv", ".json", ".parquet", ".tsv", ".xlsx", ".arrow"}  # named when they are not read
+# Files of the scraper and of `datasets` that hold no captions.
+NO_CAPTIONS = {"failures.jsonl", "state.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
+SYSTEM_FOLDERS = {"__macosx", "@eadir", "$recycle.bin", "system volume information"}
+SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation"}
+SPLITS |= {"test": "test"}
+GENERIC = frozenset(
+    """img image images picture pictures pic pics sprite sprites photo photos dsc screenshot untitled frame frames
+    final copy data dataset file files folder class train valid validation test""".split()
+)
+KOHYA_FOLDER = re.compile(r"\d+_(?=.*[^\W\d])")  # "10_sks dog": seen ten times an epoch
+PARQUET_ROW = re.compile(r"(.+\.parquet)#(\d+)", re.IGNORECASE)
+ROW_GROUPS_IN_MEMORY = 4
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The rows of a folder, before validation."""
+
+    rows: tuple[tuple[str, dict[str, Any]], ...]  # (where for error messages, columns with file_name)
+    source: str  # where the captions come from, "" when there are none
+    notes: tuple[str, ...]  # what was found and not read
+
+
+def read_listing(folder: Path) -> Listing:
+    """The rows of a folder of pictures, in file order.
+
+    Raises PokediffError when the folder does not exist, holds no pictures, has a broken metadata file, or has parquet
+    files and pyarrow is not installed.
+    """
+    if not folder.is_dir():
+        raise PokediffError(f"{folder} not found")
+    files = sorted(_walk(folder))
+    pictures = [file for file in files if file.suffix.lower() in PICTURES]
+    tables = _metadata_files(files)
+    if not tables and not pictures:
+        tables = [file for file in files if file.suffix.lower() == ".parquet"]
+    if tables:
+        rows = [(where, _placed(row, file)) for file in tables for where, row in _read_table(folder, file)]
+        listed = {row.get("file_name") for _, row in rows}
+        source = _names(tables)
+        beside = len({file.as_posix() for file in pictures} - listed) if pictures else 0
+        missing = [f"not used: {beside} pictures that are not in {source}"] if beside else []
+        return Listing(_with_splits(rows), source, (*missing, *_unread(files, tables, source)))
+    if not pictures:
+        raise PokediffError(f"{folder} holds neither a {METADATA[0]} nor pictures (docs/data.md)")
+    rows, source = _rows_of_pictures(folder, files, pictures)
+    return Listing(_with_splits(rows), source, tuple(_unread(files, (), source)))
+
+
+def picture_bytes(folder: Path, file_name: str) -> bytes:
+    """The picture file of a row: a file of the folder, or a row of a parquet file ("train.parquet#17").
+
+    Raises OSError when it cannot be read.
+    """
+    match = PARQUET_ROW.fullmatch(file_name)
+    if not match:
+        return (folder / file_name).read_bytes()
+    path = folder / match[1]
+    starts = _row_group_starts(path)
+    group = max(index for index, start in enumerate(starts) if start <= int(match[2]))
+    value = _image_column(path, group)[int(match[2]) - starts[group]].as_py()
+    if isinstance(value, dict) and value.get("bytes") is None and value.get("path"):
+        return (path.parent / value["path"]).read_bytes()
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if data is None:
+        raise OSError("the row holds no picture")
+    return data
+
+
+def words_of(name: str, shortest: int = 3) -> str:
+    """The words of a file or folder name: "fire_dragon_03" is "fire dragon", "IMG_1234" is ""."""
+    words = re.findall(rf"[^\W\d_]{{{shortest},}}", name.lower())
+    return " ".join(word for word in words if word not in GENERIC)
+
+
+# ------------------------------------------------------------------------------------------------------ the folder
+
+
+def _walk(folder: Path) -> Iterator[PurePosixPath]:
+    """All files below a folder, relative to it, without hidden ones and without what systems leave there."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name[0] not in ".~" and name.lower() not in SYSTEM_FOLDERS]
+        inside = PurePosixPath(Path(place).relative_to(folder).as_posix())
+        yield from (inside / name for name in names if name[0] not in ".~")
+
+
+def _metadata_files(files: Sequence[PurePosixPath]) -> list[PurePosixPath]:
+    """The metadata file of the folder itself, else that of every subfolder that has one."""
+    found: dict[PurePosixPath, PurePosixPath] = {}
+    for name in METADATA:
+        for file in files:
+            if file.name.lower() == name:
+                found.setdefault(file.parent, file)
+    top = found.get(PurePosixPath("."))
+    return [top] if top else sorted(found.values())
+
+
+def _placed(row: dict[str, Any], table: PurePosixPath) -> dict[str, Any]:
+    """file_name is relative to the metadata file; make it relative to the data set's folder."""
+    name = row.get("file_name")
+    if isinstance(name, str) and table.parent.parts and not PARQUET_ROW.fullmatch(name):
+        return {**row, "file_name": (table.parent / name).as_posix()}
+    return row
+
+
+def _with_splits(rows: Sequence[tuple[str, dict[str, Any]]]) -> tuple[tuple[str, dict[str, Any]], ...]:
+    """Give the rows below train/, validation/ and test/ their split. train/ alone is split like any other data."""
+    of_row = [SPLITS.get(str(row.get("file_name")).partition("/")[0].lower()) for _, row in rows]
+    if "validation" not in of_row:
+        of_row = [None if split == "train" else split for split in of_row]
+    named = zip(rows, of_row, strict=True)
+    return tuple((where, {"split": split, **row} if split else row) for (where, row), split in named)
+
+
+def _unread(files: Sequence[PurePosixPath], read: Sequence[PurePosixPath], source: str) -> list[str]:
+    """One line that names the files which look like metadata and were not read."""
+    sidecars = {beside for file in files if file.suffix.lower() in PICTURES for beside in _sidecar_names(file)}
+
+    def looks_like_metadata(file: PurePosixPath) -> bool:
+        if file in read or file.name.lower() in NO_CAPTIONS:
+            return False
+        if file.suffix.lower() in SIDECARS:  # the sidecars themselves are read where no table is
+            named = re.search(r"caption|prompt|label|metadata|tags", file.stem.lower())
+            return str(file).lower() in sidecars if read else bool(named and str(file).lower() not in sidecars)
+        return file.suffix.lower() in TABLES
+
+    found = [file for file in files if looks_like_metadata(file)]
+    if not found:
+        return []
+    hint = f"captions come from {source}" if source else f"captions are read from {METADATA[0]} or {METADATA[1]}"
+    return [f"not read: {_names(found)} ({hint})"]
+
+
+def _names(files: Sequence[PurePosixPath]) -> str:
+    """ "metadata.csv", "train/metadata.jsonl, test/metadata.jsonl", or the first two and how many more."""
+    shown = ", ".join(map(str, files[:2]))
+    return f"{shown} and {len(files) - 2} more" if len(files) > 2 else shown
+
+
+# --------------------------------------------------------------------------------------- pictures without a table
+
+
+def _rows_of_pictures(
+    folder: Path, files: Sequence[PurePosixPath], pictures: Sequence[PurePosixPath]
+) -> tuple[list[tuple[str, dict[str, Any]]], str]:
+    """A row for every picture: captions from the text file beside it, else the words of its class folder."""
+    texts = {str(file).lower(): file for file in files if file.suffix.lower() in SIDECARS}
+    classes = _class_words(pictures)
+    rows, sources = [], Counter[str]()
+    for picture in pictures:
+        row: dict[str, Any] = {"file_name": picture.as_posix()}
+        beside = next((texts[name] for name in _sidecar_names(picture) if name in texts), None)
+        lines = read_text(folder / beside).splitlines() if beside else []
+        if captions := [line.strip() for line in lines if line.strip()]:
+            row["captions"] = captions
+            sources[f"{beside.suffix.lower()} files"] += 1  # type: ignore[union-attr]
+        elif picture in classes:
+            row["genus"] = classes[picture]
+            sources["folder names"] += 1
+        rows.append((str(folder / picture), row))
+    return rows, " and ".join(source for source, _ in sources.most_common())
+
+
+def _sidecar_names(picture: PurePosixPath) -> list[str]:
+    """The names, in lower case, of the text files that may belong to a picture."""
+    stem, name = str(picture.with_suffix("")).lower(), str(picture).lower()
+    return [beside + suffix for beside in (stem, name) for suffix in SIDECARS]
+
+
+def _class_words(pictures: Sequence[PurePosixPath]) -> dict[PurePosixPath, str]:
+    """{picture: the words of its folder}, empty unless the layout is a folder per class.
+
+    As ImageFolder infers it: every picture lies in a folder at one depth (below a split's folder, if any), and there
+    are several such folders, each with a name that says something. One folder is enough if it is kohya's "10_name".
+    """
+    places = {picture: picture.parent.parts for picture in pictures}
+    places = {
+        picture: parts[1:] if parts and parts[0].lower() in SPLITS else parts for picture, parts in places.items()
+    }
+    if any(len(parts) != 1 for parts in places.values()):
+        return {}
+    names = {parts[0] for parts in places.values()}
+    words = {name: words_of(KOHYA_FOLDER.sub("", name, count=1), shortest=2) for name in names}
+    is_kohya = all(KOHYA_FOLDER.match(name) for name in names)
+    if not all(words.values()) or len(names) < (1 if is_kohya else 2):
+        return {}
+    return {picture: words[parts[0]] for picture, parts in places.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------- tables
+
+
+def _read_table(folder: Path, file: PurePosixPath) -> Iterator[tuple[str, dict[str, Any]]]:
+    path = folder / file
+    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".json": _read_json}
+    if path.suffix.lower() == ".parquet":
+        yield from _read_parquet(path, file.as_posix())
+    else:
+        yield from readers[path.suffix.lower()](path)
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            yield f"{path}:{number}", _json_object(line, f"{path}:{number}")
+
+
+def _json_object(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise PokediffError(f"{where}: not JSON ({error.msg})") from None
+    if not isinstance(row, dict):
+        raise PokediffError(f"{where}: a row must be a JSON object")
+    return row
+
+
+def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        rows = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise PokediffError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise PokediffError(f"{path}: must be a list of objects, each with a file_name")
+    yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    lines = read_text(path).splitlines(keepends=True)
+    header = lines[0] if lines else ""
+    delimiter = max(",;\t", key=header.count)  # spreadsheets of some countries write semicolons
+    table = csv.DictReader(lines, delimiter=delimiter)
+    if "file_name" not in [str(name).strip().lower() for name in table.fieldnames or ()]:
+        raise PokediffError(f"{path}:1: the header must have a column file_name")
+    for row in table:
+        where = f"{path}:{table.line_num}"
+        if None in row:
+            raise PokediffError(f"{where}: more values than columns: put quotes around text with a {delimiter}")
+        yield where, {key.strip().lower(): value.strip() for key, value in row.items() if value and value.strip()}
+
+
+def _read_parquet(path: Path, file_name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a parquet file. Where it has a column of pictures, file_name is the file and the row's number."""
+    file = _parquet(path)
+    image = _image_name(file)
+    columns = [name for name in file.schema_arrow.names if name != image]
+    number = 0
+    for batch in file.iter_batches(columns=columns):
+        for row in batch.to_pylist():
+            place = {"file_name": f"{file_name}#{number}"} if image else {}
+            yield f"{path}: row {number}", {**row, **place}
+            number += 1
+
+
+def _parquet(path: Path) -> Any:
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise PokediffError(f'reading {path.name} needs pyarrow: pip install "pokediff[parquet]"') from None
+    try:
+        return ParquetFile(path)
+    except (OSError, ValueError) as error:
+        raise PokediffError(f"{path} is not a parquet file ({str(error).splitlines()[0]})") from None
+
+
+def _image_name(file: Any) -> str | None:
+    """The column of pictures: a struct with `bytes`, as `datasets` writes it, or plain bytes."""
+    for field in file.schema_arrow:
+        parts = {field.type.field(i).name for i in range(field.type.num_fields)}
+        if "bytes" in parts or str(field.type) in ("binary", "large_binary"):
+            return field.name
+    return None
+
+
+@lru_cache(maxsize=64)
+def _row_group_starts(path: Path) -> list[int]:
+    metadata = _parquet(path).metadata
+    return [0, *accumulate(metadata.row_group(index).num_rows for index in range(metadata.num_row_groups - 1))]
+
+
+@lru_cache(maxsize=ROW_GROUPS_IN_MEMORY)
+def _image_column(path: Path, group: int) -> Any:
+    file = _parquet(path)
+    return file.read_row_group(group, columns=[_image_name(file)]).column(0)

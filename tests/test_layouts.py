@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+import csv
+import json
+from io import BytesIO
+
+import pytest
+from PIL import Image
+
+from pokediff.data import layouts
+from pokediff.data.captions import captions_of
+from pokediff.data.images import encode_png, read_image
+from pokediff.data.records import picture_bytes, read_records, split_of
+from pokediff.errors import PokediffError
+
+
+def draw(folder, *names: str) -> None:
+    """Small pictures; the suffix decides their format."""
+    for number, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kind = Image.registered_extensions()[path.suffix.lower()]
+        Image.new("RGB", (8, 8), (20 * number % 256, 90, 40)).save(path, kind)
+
+
+def read(folder):
+    """{file_name: record} and the lines that were reported."""
+    lines: list[str] = []
+    return {record.file_name: record for record in read_records(folder, lines.append)}, lines
+
+
+# ---------------------------------------------------------------------------------------------------------- tables
+
+
+@pytest.mark.parametrize("column", ["text", "caption", "captions", "prompt"])
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "json"])
+def test_every_table_and_caption_column_is_read(tmp_path, kind, column):
+    draw(tmp_path, "a.png", "images/b.png")
+    rows = [{"file_name": "a.png", column: "a red, round dragon"}, {"file_name": "images/b.png", column: 'a "cat"'}]
+    with (tmp_path / f"metadata.{kind}").open("w", encoding="utf-8", newline="") as file:
+        if kind == "csv":
+            writer = csv.DictWriter(file, ["file_name", column])
+            writer.writeheader()
+            writer.writerows(rows)
+        else:
+            file.write(json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows)))
+    records, lines = read(tmp_path)
+    assert records["a.png"].captions == ("a red, round dragon",)
+    assert records["images/b.png"].captions == ('a "cat"',)
+    assert lines == [f"captions: 2 of 2, from metadata.{kind}"]
+
+
+def test_a_table_in_each_split_folder_is_read_with_its_split(tmp_path):
+    for split in ("train", "validation", "test"):
+        draw(tmp_path, f"{split}/0.png", f"{split}/images/1.png")
+        rows = [{"file_name": "0.png", "text": f"one {split}"}, {"file_name": "images/1.png", "text": "two"}]
+        (tmp_path / split / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    records, lines = read(tmp_path)
+    assert len(records) == 6
+    assert records["test/images/1.png"].captions == ("two",)
+    assert [split_of(records[f"{split}/0.png"]) for split in ("train", "validation", "test")] == [
+        "train",
+        "validation",
+        "test",
+    ]
+    assert lines == ["captions: 6 of 6, from test/metadata.jsonl, train/metadata.jsonl and 1 more"]
+    assert picture_bytes(records["test/0.png"]) == (tmp_path / "test" / "0.png").read_bytes()
+
+
+def test_train_alone_is_split_like_other_data(tmp_path):
+    draw(tmp_path, "train/0.png", "test/1.png")
+    records, _ = read(tmp_path)
+    assert records["train/0.png"].split is None
+    assert records["test/1.png"].split == "test"
+
+
+def test_a_table_of_a_spreadsheet(tmp_path):
+    draw(tmp_path, "a.png", "b.png", "c.png")
+    text = '\ufefffile_name;Text;dex;types\r\na.png;"a dog; or a cat";7;\r\nb.png;;;fire, water\r\nc.png;;;\r\n'
+    (tmp_path / "metadata.csv").write_text(text, encoding="utf-8")
+    records, lines = read(tmp_path)
+    assert records["a.png"].captions == ("a dog; or a cat",)
+    assert records["a.png"].dex == 7
+    assert records["b.png"].types == ("fire", "water")
+    assert lines == ["captions: 2 of 3, from metadata.csv; only colours are known of the rest"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("metadata.csv", "image,text\na.png,x\n", "metadata.csv:1: the header must have a column file_name"),
+        ("metadata.csv", "file_name,text\na.png,x,y\n", "metadata.csv:2: more values than columns"),
+        ("metadata.csv", "file_name,dex\n\na.png,many\n", "metadata.csv:3: dex"),
+        ("metadata.json", '{"a.png": "x"}', "must be a list of objects"),
+        ("metadata.json", "[{]", "metadata.json:1: not JSON"),
+        ("metadata.json", '[{"text": "x"}]', "metadata.json: row 1: file_name"),
+        ("metadata.csv", "", "column file_name"),
+        ("metadata.json", "[]", "metadata.json is empty"),
+    ],
+)
+def test_a_broken_table_is_named_with_its_line(tmp_path, name, text, words):
+    draw(tmp_path, "a.png")
+    (tmp_path / name).write_text(text)
+    with pytest.raises(PokediffError, match=words):
+        read_records(tmp_path)
+
+
+def test_what_is_not_read_is_named(tmp_path):
+    draw(tmp_path, "a.png", "b.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}')
+    for name in ("metadata.csv", "labels.tsv", "failures.jsonl", "README.txt"):
+        (tmp_path / name).write_text("file_name,text\n")
+    (tmp_path / "a.txt").write_text("another x")
+    _, lines = read(tmp_path)
+    assert lines == [
+        "captions: 1 of 1, from metadata.jsonl",
+        "not used: 1 pictures that are not in metadata.jsonl",
+        "not read: a.txt, labels.tsv and 1 more (captions come from metadata.jsonl)",
+    ]
+
+
+def test_a_table_of_another_name_is_no_table_but_named(tmp_path):
+    draw(tmp_path, "a.png")
+    (tmp_path / "captions.csv").write_text("file_name,text\na.png,x\n")
+    (tmp_path / "captions.txt").write_text("x")
+    _, lines = read(tmp_path)
+    assert lines == [
+        "captions: 0 of 1; only colours are known",
+        "not read: captions.csv, captions.txt (captions are read from metadata.jsonl or metadata.csv)",
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------- kohya
+
+
+def test_text_files_beside_pictures(tmp_path):
+    draw(tmp_path, "one.png", "two.JPG", "three.webp", "four.png", "five.png")
+    (tmp_path / "ONE.txt").write_text("a box\n\n a red box \n")
+    (tmp_path / "two.caption").write_text("a dog")
+    (tmp_path / "three.webp.TXT").write_text("a cat")
+    (tmp_path / "five.txt").write_text("\n")
+    records, lines = read(tmp_path)
+    assert records["one.png"].captions == ("a box", "a red box")
+    assert records["two.JPG"].captions == ("a dog",)
+    assert records["three.webp"].captions == ("a cat",)
+    assert records["four.png"].genus == "four"
+    assert lines == ["captions: 3 of 5, from .txt files and .caption files; file names are used for the rest"]
+
+
+def test_the_folder_of_kohya_is_a_caption_without_its_number(tmp_path):
+    draw(tmp_path, "10_sks dog/a.png", "10_sks dog/b.png")
+    (tmp_path / "10_sks dog" / "a.txt").write_text("a dog that sits")
+    records, lines = read(tmp_path)
+    assert records["10_sks dog/a.png"].captions == ("a dog that sits",)
+    assert records["10_sks dog/b.png"].genus == "sks dog"
+    assert "a sks dog" in captions_of(records["10_sks dog/b.png"])
+    assert lines == ["captions: 2 of 2, from .txt files and folder names"]
+
+
+# -------------------------------------------------------------------------------------------------------- folders
+
+
+def test_a_folder_per_class(tmp_path):
+    draw(tmp_path, "cat/IMG_1.png", "cat/IMG_2.png", "red_panda/x.png", "red_panda/y.png")
+    records, lines = read(tmp_path)
+    assert records["red_panda/x.png"].genus == "red panda"
+    assert captions_of(records["cat/IMG_1.png"], ("brown",))[:3] == ("a cat", "a brown cat", "a brown creature")
+    assert lines == ["captions: 4 of 4, from folder names"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("cat/fox_1.png", "fox_2.png"),  # a picture outside of the classes
+        ("cat/fox_1.png", "cat/fox_2.png"),  # one folder
+        ("images/fox_1.png", "more/fox_2.png"),  # a name that says nothing
+        ("2019/fox_1.png", "2020/fox_2.png"),
+        ("cat/tabby/fox_1.png", "dog/fox_2.png"),  # two depths
+    ],
+)
+def test_other_folders_are_no_classes(tmp_path, names):
+    draw(tmp_path, *names)
+    records, lines = read(tmp_path)
+    assert all(record.genus == "fox" for record in records.values())
+    assert lines == ["captions: 0 of 2; file names are used instead"]
+
+
+def test_classes_below_splits(tmp_path):
+    draw(tmp_path, "train/cat/0.png", "train/dog/0.png", "val/cat/1.png", "val/dog/1.png")
+    records, _ = read(tmp_path)
+    assert {name: (record.genus, split_of(record)) for name, record in records.items()} == {
+        "train/cat/0.png": ("cat", "train"),
+        "train/dog/0.png": ("dog", "train"),
+        "val/cat/1.png": ("cat", "validation"),
+        "val/dog/1.png": ("dog", "validation"),
+    }
+
+
+def test_hidden_and_system_files_are_skipped(tmp_path):
+    draw(tmp_path, "a.png", "._a.png", ".ipynb_checkpoints/a.png", "__MACOSX/a.png", ".git/b.png", "x/@eaDir/a.png")
+    (tmp_path / "__MACOSX" / "metadata.csv").write_text("nothing")
+    records, lines = read(tmp_path)
+    assert list(records) == ["a.png"]
+    assert lines == ["captions: 0 of 1; only colours are known"]
+
+
+def test_pillow_opens_every_suffix(tmp_path):
+    known = Image.registered_extensions()
+    assert all(known.get(suffix) in Image.OPEN for suffix in layouts.PICTURES)
+    names = [f"a{suffix}" for suffix in (".tif", ".jfif", ".avif", ".tga", ".png")]
+    draw(tmp_path, *names)
+    records, _ = read(tmp_path)
+    assert sorted(records) == sorted(names)
+    for record in records.values():
+        assert read_image(picture_bytes(record)).shape == (8, 8, 4)
+
+
+# -------------------------------------------------------------------------------------------------------- parquet
+
+
+def red(level: int) -> bytes:
+    buffer = BytesIO()
+    Image.new("RGBA", (8, 8), (level, 0, 0, 255)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_parquet_as_datasets_writes_it(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    (tmp_path / "data").mkdir()
+    draw(tmp_path / "data", "beside.png")
+    beside = (tmp_path / "data" / "beside.png").read_bytes()
+    (tmp_path / "data" / "beside.png").unlink()
+    for part in range(2):
+        images = [{"bytes": red(10 * part + k), "path": f"{k}.png"} for k in range(7)]
+        table = pyarrow.table({"image": images, "text": [f"picture {part} {k}" for k in range(7)]})
+        parquet.write_table(table, tmp_path / "data" / f"train-{part}.parquet", row_group_size=3)
+    records, lines = read(tmp_path)
+    assert len(records) == 14
+    assert lines == ["captions: 14 of 14, from data/train-0.parquet, data/train-1.parquet"]
+    for part, k in ((1, 6), (0, 2), (0, 3), (1, 0)):
+        record = records[f"data/train-{part}.parquet#{k}"]
+        assert record.captions == (f"picture {part} {k}",)
+        assert read_image(picture_bytes(record))[0, 0].tolist() == [10 * part + k, 0, 0, 255]
+    (tmp_path / "data" / "beside.png").write_bytes(beside)
+    table = pyarrow.table({"file_name": ["beside.png"], "text": ["a table without pictures"]})
+    parquet.write_table(table, tmp_path / "data" / "metadata.parquet")
+    records, _ = read(tmp_path)
+    assert records["data/beside.png"].captions == ("a table without pictures",)
+    assert picture_bytes(records["data/beside.png"]) == beside
+
+
+def test_a_file_that_is_no_parquet(tmp_path):
+    pytest.importorskip("pyarrow")
+    (tmp_path / "train.parquet").write_bytes(encode_png(read_image(red(1))))
+    with pytest.raises(PokediffError, match=r"train\.parquet is not a parquet file"):
+        read_records(tmp_path)
+
+
+def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
+    (tmp_path / "train.parquet").write_bytes(b"PAR1")
+    with pytest.raises(PokediffError, match=r'pip install "pokediff\[parquet\]"'):
+        read_records(tmp_path)
