@@ -313,6 +313,8 @@ class EvaluateConfig:
     features: tuple[str, ...] = ("inception",)  # inception, dinov2, clip:MODEL, mobilenet_v2:FILE
     lpips: str | None = None  # squeeze:FILE.safetensors, for the variety within a prompt
     clip: str | None = None  # a CLIP of transformers for score and retrieval; not the model's own text encoder
+    concepts: tuple[str, ...] = ()  # data sets of named things for recognition, e.g. data/creatures (default: data)
+    concept_style: str | None = None  # the style of the prompts of recognition (default: the most frequent one there)
     background: str = "white"  # behind both sides
     kid_subsets: int = 100  # random subsets for the mean and standard deviation that papers give
     kid_subset_size: int = 100  # at most the number of pictures
