@@ -1,4 +1,4 @@
-"""Colours: what is figure and what is backdrop, and the basic colour that a person would name."""
+"""Figure and backdrop of a picture, and the basic colours that people name."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from functools import cache
 import cv2
 import numpy as np
 
-# The eleven basic colour terms (Berlin & Kay, "Basic Color Terms", 1969), each by a few anchors in sRGB. A pixel has
-# the name of its nearest anchor in CIELAB.
+# The eleven basic colour terms (Berlin & Kay, "Basic Color Terms", 1969), each by a few anchors in sRGB. A pixel gets
+# the name of the nearest anchor in CIELAB.
 COLOR_ANCHORS: dict[str, str] = {
     "black": "000000 1c1c1c 2e2a2e 20242e 38363c 40404a",
     "gray": "585858 707070 888888 a0a0a0 b4b4b4 8a8680 94989c",
@@ -26,15 +26,15 @@ COLOR_ANCHORS: dict[str, str] = {
     "brown": "804020 603010 a05828 a87848 784830 50301c c09058 c8a078 906040 b88868 8c6c54 d0b088 5c4838 887464 a08c78 "
     "685c50",
 }
-# Shadow and shine make parts of every creature gray or white: people name the rest first.
+# Shadow and shine make parts of every creature gray or white, so people name the other colours first.
 SALIENCE = {"gray": 0.6, "white": 0.8, "black": 0.9}
 
 
 def color_shares(rgba: np.ndarray) -> dict[str, float]:
-    """How much of a creature has which basic colour: {name: share of its opaque pixels}, largest first, sum 1.
+    """{basic colour: share of the opaque pixels}, largest first, sum 1.
 
-    `rgba` is straight uint8 (H, W, 4). The rim of the figure is left out where enough remains: drawn outlines are dark
-    whatever the creature's colour. Empty for a picture without opaque pixels.
+    `rgba` is straight uint8 (H, W, 4). The outermost pixels of the figure are left out where enough others remain, for
+    outlines are dark whatever the creature's colour. Empty for a picture without opaque pixels.
     """
     mask = figure_mask(rgba)
     padded = cv2.copyMakeBorder(mask.astype(np.uint8), 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
@@ -49,9 +49,9 @@ def color_shares(rgba: np.ndarray) -> dict[str, float]:
 
 
 def figure_mask(rgba: np.ndarray) -> np.ndarray:
-    """(H, W) bool: where the creature is. By alpha; in a picture without any, all that is not a plain backdrop.
+    """(H, W) bool: the pixels of the figure. By alpha; in an opaque picture, all but a plain backdrop.
 
-    A backdrop has nearly one colour all around the edge; its parts are what is of that colour and reaches the edge.
+    A backdrop is nearly one colour all along the edge: the regions of that colour that touch the edge.
     """
     mask = rgba[..., 3] >= 128
     if not mask.all():
@@ -60,7 +60,7 @@ def figure_mask(rgba: np.ndarray) -> np.ndarray:
     edge = np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]])
     middle = np.median(edge, axis=0)
     if (np.abs(edge - middle).max(1) <= 24).mean() < 0.8:
-        return mask  # the creature, or a scene, fills the picture
+        return mask  # a scene, or a figure that fills the picture
     plain = (np.abs(rgb - middle).max(2) <= 24).astype(np.uint8)
     _, parts = cv2.connectedComponents(plain, connectivity=4)
     outside = np.unique(np.concatenate([parts[0], parts[-1], parts[:, 0], parts[:, -1]]))
@@ -69,27 +69,27 @@ def figure_mask(rgba: np.ndarray) -> np.ndarray:
 
 
 def cut_backdrop(rgba: np.ndarray) -> np.ndarray:
-    """The figure alone, straight RGBA: an opaque picture on a plain backdrop gets transparent there, others stay."""
+    """Make the plain backdrop of an opaque picture transparent; others are returned as they are. Straight RGBA."""
     if (rgba[..., 3] < 255).any():
         return rgba
     return np.where(figure_mask(rgba)[..., None], rgba, 0).astype(np.uint8)
 
 
 def main_colors(rgba: np.ndarray) -> tuple[str, ...]:
-    """The one or two basic colours a person would name, the more striking first; empty without opaque pixels."""
+    """The one or two basic colours a person would name, the main one first; empty without opaque pixels."""
     scores = {name: share * SALIENCE.get(name, 1.0) for name, share in color_shares(rgba).items()}
     ranked = sorted(scores, key=lambda name: -scores[name])
     return tuple(name for name in ranked[:2] if scores[name] >= max(0.15, 0.5 * scores[ranked[0]]) or name == ranked[0])
 
 
 def color_name(rgb: Sequence[int]) -> str:
-    """The basic colour that (r, g, b), 0..255, is called."""
+    """The basic colour of (r, g, b), 0..255."""
     r, g, b = (value >> 3 for value in rgb)
     return list(COLOR_ANCHORS)[int(_basic_colors()[r, g, b])]
 
 
 def is_typical(rgb: Sequence[int]) -> bool:
-    """Would most people give (r, g, b) the same name? Not when another basic colour is hardly farther in CIELAB."""
+    """Would most people give (r, g, b) the same name? Not if a second basic colour is nearly as close in CIELAB."""
     kinds, anchors = _anchors()
     distance = np.linalg.norm(to_lab(np.array([rgb], np.uint8)) - anchors, axis=-1)
     nearest = kinds[distance.argmin()]
@@ -104,7 +104,7 @@ def to_lab(rgb: np.ndarray) -> np.ndarray:
 
 @cache
 def _anchors() -> tuple[np.ndarray, np.ndarray]:
-    """For every anchor the position of its name in COLOR_ANCHORS (A,), and its CIELAB (A, 3)."""
+    """Of every anchor, the position of its name in COLOR_ANCHORS (A,) and its CIELAB colour (A, 3)."""
     codes = [(index, code) for index, line in enumerate(COLOR_ANCHORS.values()) for code in line.split()]
     colors = np.array([list(bytes.fromhex(code)) for _, code in codes], np.uint8)
     return np.array([index for index, _ in codes]), to_lab(colors)

@@ -1,11 +1,11 @@
-"""The only place that knows pixels.
+"""Pixel formats, picture files, sizes, sheets and animations.
 
-Three forms, converted nowhere else:
+Three pixel formats, converted only here:
 
-* *straight* RGBA, uint8 (H, W, 4): what files hold and what people get;
-* *premultiplied* RGBA, uint8 (H, W, 4), every colour multiplied by its alpha: what is resized and kept in memory, since
-  averaging straight colours lets the meaningless colour of transparent pixels bleed into the edges
-  (Porter & Duff, "Compositing Digital Images", 1984);
+* *straight* RGBA, uint8 (H, W, 4): the format of files and of results;
+* *premultiplied* RGBA, uint8 (H, W, 4), every colour multiplied by its alpha: the format for resizing, since the
+  average of straight colours mixes the arbitrary colour of transparent pixels into the edges (Porter & Duff,
+  "Compositing Digital Images", 1984);
 * *model* space, float32 (N, C, H, W) in [-1, 1], C = 4 premultiplied RGBA, 3 RGB on white, 1 grey on white.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Sequence
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -29,10 +30,9 @@ if TYPE_CHECKING:
 
 Channels = Literal["rgba", "rgb", "grey"]
 CHANNELS: dict[Channels, int] = {"rgba": 4, "rgb": 3, "grey": 1}
-# What Pillow raises for broken files; the last ones come from broken EXIF and text blocks.
+# Raised by Pillow for broken files; the last three for broken EXIF and text blocks.
 DECODER_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, struct.error, EOFError, TypeError)
-MAX_PIXELS = 64_000_000  # beyond this a small file is more likely a decompression bomb than a sprite
-FAINT = 3  # of 255
+MAX_PIXELS = 64_000_000  # a limit against decompression bombs
 
 
 class BadImage(PokediffError):
@@ -43,16 +43,16 @@ class BadImage(PokediffError):
 
 
 def read_image(data: bytes, max_pixels: int | None = None) -> np.ndarray:
-    """Decode any common picture file (PNG, WebP, JPEG, GIF; P, LA, L, RGB, RGBA, 16-bit) to straight RGBA.
+    """Decode a picture file that Pillow knows, of any mode and depth, to straight RGBA, uint8 (H, W, 4).
 
-    Returns uint8 (H, W, 4). Of an animation, the first frame. Raises BadImage when the bytes are no picture, are cut
-    or hold more than `max_pixels` (default MAX_PIXELS).
+    Of an animation, the first frame. Raises BadImage when the bytes are no picture, are truncated or hold more than
+    `max_pixels` (default MAX_PIXELS).
     """
     max_pixels = MAX_PIXELS if max_pixels is None else max_pixels
     try:
         with Image.open(BytesIO(data)) as file:
             if file.width * file.height > max_pixels:
-                raise BadImage(f"{file.width}x{file.height} is beyond {max_pixels:,} pixels")
+                raise BadImage(f"{file.width}x{file.height} is more than {max_pixels:,} pixels")
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I"):  # 16-bit grey: Pillow would clip it to 8 bits instead of scaling
                 grey = np.asarray(image, dtype=np.float64).clip(0, 65535) / 257
@@ -97,10 +97,10 @@ def is_pixel_art(rgba: np.ndarray) -> bool:
 
 
 def fit_square(rgba: np.ndarray, size: int) -> np.ndarray:
-    """Straight RGBA of any shape to a premultiplied (size, size, 4) square, uint8; the picture stays whole and centred.
+    """Straight RGBA of any shape to a premultiplied uint8 (size, size, 4) square: whole, centred, padded.
 
-    Shrinking averages areas. Pixel art is enlarged by a whole factor with NEAREST and padded, so that its grid stays
-    a grid; other pictures are enlarged bicubically.
+    Shrinking averages areas. Pixel art is enlarged by a whole factor with NEAREST and padded, so that it keeps its
+    grid; other pictures are enlarged bicubically.
     """
     pixels = premultiply(rgba)
     height, width = pixels.shape[:2]
@@ -165,20 +165,19 @@ def to_model(premultiplied: torch.Tensor, channels: Channels) -> torch.Tensor:
 
 
 def from_model(x: torch.Tensor) -> np.ndarray:
-    """Float (N, C, H, W) in [-1, 1], C = 4, 3 or 1, to straight RGBA uint8 (N, H, W, 4); values outside are clipped.
+    """Float (N, C, H, W) in [-1, 1], C = 4, 3 or 1, to straight RGBA uint8 (N, H, W, 4).
 
-    Alpha below FAINT becomes 0: nobody sees what a network leaves there, but it spoils whatever trims or counts.
+    Values outside are clipped, and so is a premultiplied colour that exceeds its alpha.
     """
     pixels = ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     if pixels.shape[-1] == 4:
-        pixels[pixels[..., 3] < FAINT] = 0
         pixels[..., :3] = np.minimum(pixels[..., :3], pixels[..., 3:])
         return unpremultiply(pixels)
     rgb = np.broadcast_to(pixels, (*pixels.shape[:-1], 3))
     return np.concatenate([rgb, np.full_like(pixels[..., :1], 255)], axis=-1)
 
 
-# ---------------------------------------------------------------------------------------------------------- shows
+# ------------------------------------------------------------------------------------------------ sheets and animations
 
 
 def grid(rgba: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:
@@ -193,14 +192,19 @@ def grid(rgba: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarr
     return sheet
 
 
-def save_animation(path: Path, frames: Sequence[np.ndarray], seconds: float = 3.0, hold: float = 1.5) -> None:
-    """Write opaque frames, uint8 (H, W, 3), as GIF, APNG (.png, .apng) or MP4, by the ending of `path`.
+def can_write_mp4() -> bool:
+    """Is imageio-ffmpeg installed (extra `mp4`)?"""
+    return find_spec("imageio_ffmpeg") is not None
 
-    The frames take `seconds` together and the last one stays for `hold` seconds more. Raises PokediffError for
-    another ending and where this OpenCV has no MP4 encoder.
+
+def save_animation(path: Path, frames: Sequence[np.ndarray], seconds: float = 3.0, hold: float = 1.5) -> None:
+    """Write opaque frames, uint8 (H, W, 3), as GIF, APNG (.png, .apng) or MP4 (H.264), by the suffix of `path`.
+
+    The frames take `seconds` in all, and the last one stays for `hold` more seconds. Raises PokediffError for another
+    suffix, and for MP4 without imageio-ffmpeg.
     """
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    frame_ms = max(20, round(1000 * seconds / len(frames)))  # viewers turn less than 20 ms into 100 ms
+    frame_ms = max(20, round(1000 * seconds / len(frames)))  # viewers show shorter frames for 100 ms
     if path.suffix == ".gif":
         _save_gif(temporary, frames, frame_ms, round(1000 * hold))
     elif path.suffix in (".png", ".apng"):
@@ -211,12 +215,12 @@ def save_animation(path: Path, frames: Sequence[np.ndarray], seconds: float = 3.
         still = [frames[-1]] * round(1000 * hold / frame_ms)
         _save_mp4(temporary, [*frames, *still], 1000 / frame_ms)
     else:
-        raise PokediffError(f"{path.name}: an animation ends in .gif, .png, .apng or .mp4")
+        raise PokediffError(f"{path.name}: the suffix of an animation is .gif, .png, .apng or .mp4")
     os.replace(temporary, path)
 
 
 def _save_gif(path: Path, frames: Sequence[np.ndarray], frame_ms: int, hold_ms: int) -> None:
-    # One palette for the whole clip, taken from frames spread over it: a palette per frame makes colours flicker.
+    # One palette for all frames, from a sample of them: with a palette a frame the colours flicker.
     sample = np.concatenate([frames[i] for i in np.linspace(0, len(frames) - 1, 8).astype(int)])
     palette = Image.fromarray(sample).quantize(256, method=Image.Quantize.MEDIANCUT)
     images = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
@@ -225,12 +229,17 @@ def _save_gif(path: Path, frames: Sequence[np.ndarray], frame_ms: int, hold_ms: 
 
 
 def _save_mp4(path: Path, frames: Sequence[np.ndarray], fps: float) -> None:
-    height, width = (side - side % 2 for side in frames[0].shape[:2])  # the codec wants even sides
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), fps, (width, height))
-    if not writer.isOpened():
-        raise PokediffError(f"{path.name}: this OpenCV cannot write MP4; use .gif or .apng")
+    try:
+        import imageio_ffmpeg
+    except ImportError:
+        raise PokediffError('MP4 needs imageio-ffmpeg: pip install "pokediff[mp4]", or use .gif or .apng') from None
+    height, width = (side - side % 2 for side in frames[0].shape[:2])  # yuv420p needs even sides
+    writer = imageio_ffmpeg.write_frames(
+        str(path), (width, height), fps=fps, codec="libx264", pix_fmt_out="yuv420p", macro_block_size=2, quality=8
+    )
+    writer.send(None)
     try:
         for frame in frames:
-            writer.write(cv2.cvtColor(np.ascontiguousarray(frame[:height, :width]), cv2.COLOR_RGB2BGR))
+            writer.send(np.ascontiguousarray(frame[:height, :width]))
     finally:
-        writer.release()
+        writer.close()
