@@ -113,8 +113,10 @@ def load_pictures(
     styles: Iterable[str] | None = None,
     report: Callable[[str], Any] = print,
     progress: Progress = lambda items, **_: items,
+    limit: int | None = None,
 ) -> Pictures:
-    """Decode one data set, or several as one (of these styles only, if given), at image_size px.
+    """Decode one data set, or several as one (of these styles only, if given), at image_size px; with `limit`, at most
+    that many pictures, spread evenly.
 
     `report` gets a line that says where the captions come from, one for every broken picture, which is skipped, and
     one for styles of `captions.STYLES` that do not occur. Raises PokediffError when more than BROKEN_SHARE are
@@ -125,6 +127,8 @@ def load_pictures(
     records = [record for folder in folders for record in read_records(folder, report)]
     if styles is not None:
         records = _of_styles(records, set(styles), name, report)
+    if limit is not None and limit < len(records):
+        records = [records[index] for index in np.linspace(0, len(records) - 1, limit).round().astype(int)]
 
     def load(record: Record) -> tuple[Record, np.ndarray, bytes] | BadImage:
         try:
