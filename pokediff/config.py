@@ -186,6 +186,7 @@ class TrainConfig:
     data: tuple[str, ...] = ("data/bulbapedia",)  # folders of pictures, joined
     out: str | None = None  # folder of the run (default: checkpoints/<name of the config>)
     base: str | None = None  # a checkpoint whose denoisers come before these stages and are not trained
+    start_from: str | None = None  # a checkpoint: every stage starts from its denoiser of the same name
     text_encoder: str = "builtin"  # builtin, clip:REPOSITORY or open_clip:ARCHITECTURE:TAG
     seed: int = 0
 
@@ -195,6 +196,7 @@ class TrainConfig:
     stages: dict[str, StageConfig] = field(default_factory=lambda: {"base-32": StageConfig()})
 
     max_minutes: float | None = None  # time limit of the whole run, previews and validation included
+    fit_limit: bool = False  # shorten all stages in proportion, so that the whole cascade fits into max_minutes
     precision: Precision = "auto"  # auto: bf16 where the processor has it
     threads: int | None = None  # CPU threads of each process (default: all cores, shared by the processes)
     workers: int = 0  # processes that prepare batches

@@ -8,7 +8,7 @@ et al. 2022). Which one is used where is decided here and nowhere else.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ class Cascade(ModelMixin):
 
     __module__ = "pokediff"  # as `Denoiser`
 
-    def __init__(self, denoisers: Mapping[str, Any]) -> None:
+    def __init__(self, denoisers: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.denoisers = nn.ModuleDict(dict(denoisers))
 
@@ -43,6 +43,10 @@ class Cascade(ModelMixin):
 
     def items(self) -> Iterator[tuple[str, Denoiser]]:
         return iter(self.denoisers.items())  # type: ignore[arg-type]
+
+    def forward(self, name: str, *inputs: torch.Tensor | None) -> torch.Tensor:
+        """x0 by the denoiser `name`; arguments as in `Denoiser.forward`. Hooks of CPU offload run here."""
+        return self.denoisers[name](*inputs)
 
     # ------------------------------------------------------------------------------------- which denoiser is used where
 
@@ -104,8 +108,7 @@ class Cascade(ModelMixin):
         folder = Path(save_directory)
         for name, denoiser in self.items():
             denoiser.save_pretrained(folder / name, **kwargs)
-        listed = {"_class_name": "Cascade", "denoisers": list(self)}
-        (folder / LIST).write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
+        write_list(folder, list(self))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Cascade:
@@ -121,8 +124,14 @@ class Cascade(ModelMixin):
         return cls({name: Denoiser.from_pretrained(folder / name, **kwargs) for name in names})
 
 
+def write_list(folder: Path, names: list[str]) -> None:
+    """Write the list of a cascade's folder."""
+    listed = {"_class_name": "Cascade", "denoisers": names}
+    (folder / LIST).write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
+
+
 def guided(
-    denoiser: Any,
+    denoiser: Callable[..., torch.Tensor],
     scale: float,
     x: torch.Tensor,
     timestep: torch.Tensor,

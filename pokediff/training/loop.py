@@ -1,4 +1,4 @@
-"""train(config): the accelerate loop.
+"""train_stage(run, name): the accelerate loop of one stage, which trains one denoiser of a cascade.
 
 Everything random in step n is drawn from (seed, n), never from what happened before: a run that was killed and resumed
 is bit for bit the run that was not, without a random state to save. What a run writes is in runs.py.
@@ -9,319 +9,360 @@ from __future__ import annotations
 import copy
 import math
 import os
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDPMScheduler
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from pokediff.config import DEFAULT_STEPS, TrainConfig, plain
-from pokediff.data.dataset import Batch, CaptionVectors, Pictures, TrainingBatches, caption_vectors, load_pictures
-from pokediff.data.images import CHANNELS, composite, encode_png, enlarge, from_model, grid, save_animation, to_model
+from pokediff.config import Sampling, StageConfig, TrainConfig, plain
+from pokediff.data.dataset import Pictures, TrainingBatches, caption_vectors, load_pictures
+from pokediff.data.images import CHANNELS, composite, encode_png, enlarge, from_model, grid, save_animation
 from pokediff.data.records import write_whole
 from pokediff.errors import PokediffError
-from pokediff.evaluation.validation_metrics import COPYING, QuickLook
-from pokediff.model.denoiser import Unet, compile_network, cosine_sigmas, cosine_timestep, flops_per_image
-from pokediff.model.pipeline import UPSCALER_SHARE, PokeDiffPipeline, diffusion_loss, has_bf16, quiet, same_noise
-from pokediff.model.text import ClipTextEncoder, load_text_encoder
+from pokediff.evaluation.validation_metrics import COPYING, ValidationMetrics
+from pokediff.model.cascade import Cascade
+from pokediff.model.denoiser import Denoiser, compile_network, flops_per_image
+from pokediff.model.pipeline import PokeDiffPipeline, has_bf16
 from pokediff.training import runs
+from pokediff.training.clock import Limit, Window, agreed, interruptible
 from pokediff.training.distillation import Distillation
+from pokediff.training.objectives import (
+    Batch,
+    Objective,
+    denoising,
+    mix,
+    on_device,
+    training_batch,
+    validation_batches,
+)
 from pokediff.training.runs import Progress
 
-Objective = Callable[..., torch.Tensor]  # (unet, x0, noise, timesteps, text, augment, low_res) to each picture's loss
-BAD_STEPS = 3  # that many non-finite steps in a row end the run
+BAD_STEPS = 3  # non-finite steps in a row that end the run
 VALIDATION_PICTURES = 512
+AUGMENT_DIM = {False: 3, True: 8}  # labels: mirrored and shifted; with dataset.warp also scaled, rotated, stretched
 
 
-def train(config: TrainConfig, resume: str = "never") -> Path:
-    """Train as `config` says. Returns the run's folder.
+@dataclass
+class Run:
+    """What the stages of a run share."""
 
-    Args:
-        resume: "never" refuses a folder that already holds a run; "auto" goes on from its newest state, or starts;
-            a path goes on from that state folder.
+    config: TrainConfig
+    out: Path
+    accelerator: Accelerator
+    schedule: DDPMScheduler
+    pipeline: PokeDiffPipeline | None  # the cascade so far
+    limit: Limit
+    sample: int | None = None  # load that many pictures only (a trial)
+    silent: bool = False
 
-    Raises:
-        PokediffError: data or encoder out of reach, a run in the way, a configuration that does not fit the state, or
-            a loss that stays non-finite (the last state is intact).
-    """
-    quiet()
-    out = Path(config.out or "checkpoints/run")
-    state_folder = runs.find_state(out, resume)
-    accelerator = Accelerator(mixed_precision=mixed_precision(config.precision))
-    if accelerator.device.type == "cpu":  # accelerate launch leaves all but one core idle
-        torch.set_num_threads(config.threads or max(1, usable_cores() // accelerator.num_processes))
-    main = accelerator.is_main_process
-    say: Callable[[str], None] = tqdm.write if main else (lambda _: None)
-    bar: Callable[..., Any] = tqdm if main else (lambda items, **_: items)
+    @property
+    def main(self) -> bool:
+        return self.accelerator.is_main_process
 
-    # ---- data
-    pictures = load_pictures(config.data, config.dataset.image_size, config.dataset.styles, report=say, progress=bar)
+    def say(self, text: str) -> None:
+        if self.main and not self.silent:
+            tqdm.write(text)
+
+    def bar(self, items: Iterable, **options: Any) -> Any:
+        return tqdm(items, **options) if self.main and not self.silent else items
+
+
+@dataclass
+class Stage:
+    """One denoiser, and everything that its training needs."""
+
+    name: str
+    config: StageConfig
+    training: Pictures
+    validation: list[Batch]
+    batches: TrainingBatches
+    denoiser: Denoiser
+    average: AveragedModel
+    optimizer: torch.optim.Optimizer
+    objective: Objective
+    pipeline: PokeDiffPipeline  # the cascade so far, with the averaged weights of this stage
+    digest: str
+    facts: dict[str, Any]
+    metrics: ValidationMetrics | None = None
+    progress: Progress = field(default_factory=Progress)
+
+
+def prepare(run: Run, name: str, resume: str) -> Stage:
+    """Load data and weights of a stage. Raises PokediffError for what is out of reach or does not fit together."""
+    config, stage, accelerator = run.config, run.config.stages[name], run.accelerator
+    pictures = load_pictures(
+        config.data,
+        stage.image_size,
+        stage.styles or config.dataset.styles,
+        report=run.say,
+        progress=run.bar,
+        limit=run.sample,
+    )
     training, validation = pictures.split("train"), pictures.split("validation").spread(VALIDATION_PICTURES)
     training = training.with_shared_captions()
     if not len(training) or not len(validation):
         found = f"{len(training)} training and {len(validation)} validation pictures"
-        raise PokediffError(f"{config.data}: {found}; both are needed, so add pictures of other families")
-    vectors = caption_vectors(config.data, training, config.text_encoder, progress=bar)
+        raise PokediffError(f"{' '.join(config.data)}: {found}; both are needed, so add pictures of other families")
+    vectors = caption_vectors(config.data, training, config.text_encoder, progress=run.bar)
     validation_vectors = caption_vectors(config.data, validation, config.text_encoder)
+    augment_dim = AUGMENT_DIM[config.dataset.warp > 0]
     batches = TrainingBatches(
         training,
         vectors,
-        config.dataset,
-        batch_size=config.batch_size,
+        replace(config.dataset, styles=stage.styles or config.dataset.styles),
+        batch_size=stage.batch_size,
         caption_dropout=config.diffusion.caption_dropout,
         seed=config.seed,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
+        augment_dim=augment_dim,
     )
-
-    # ---- network, its average, optimizer
     torch.manual_seed(config.seed)
-    network = make_unet(config, text_dim=vectors.table.shape[1])
-    if start := config.start_from or (config.distill and config.distill.teacher):
-        taken = network.start_from(load_start(start, config))
-        say(f"{taken / 1e6:.2f} M weights taken from {start}")
-    network.null_text.copy_(vectors.table[0])
-    network = network.to(memory_format=torch.channels_last)
-    if config.compile:
-        compile_network(network)
-    average = AveragedModel(network, multi_avg_fn=ema_with_warmup(config.ema_decay)).to(accelerator.device).eval()
-    schedule = make_noise_schedule(config)
-    objective = make_objective(config, schedule, accelerator.device)
-    pipeline = make_pipeline(average.module, schedule, config)
-    unet, optimizer = accelerator.prepare(network, make_optimizer(network, config))
-    progress = Progress()
-    if state_folder:
-        progress = runs.load_state(state_folder, config, pictures.digest, network, average, optimizer)
-        say(f"resumed {state_folder}")
-
-    # ---- what this run is, told before the first step
-    if main:
-        facts = {
-            "data": {"folder": config.data, "sha256": pictures.digest, "pictures": len(pictures)},
-            "training_pictures": len(training),
-            "validation_pictures": len(validation),
-            "parameters": sum(p.numel() for p in network.parameters()),
-            "flops_per_image_forward": flops_per_image(network),
-        }
-        runs.describe(out, config, accelerator, facts)
-        left, seconds = (
-            config.max_steps - progress.step,
-            seconds_per_step(accelerator, network, objective, batches, config),
+    denoiser = make_denoiser(config, stage, vectors.table.shape[1], augment_dim)
+    start_weights(run, name, denoiser)
+    denoiser.null_text.copy_(vectors.table[0])
+    denoiser = denoiser.to(accelerator.device, memory_format=torch.channels_last).train()
+    average = AveragedModel(denoiser, multi_avg_fn=ema_with_warmup(stage.ema_decay)).eval()
+    pipeline = with_denoiser(run, name, average.module)
+    prepared = Stage(
+        name,
+        stage,
+        training,
+        validation_batches(validation, validation_vectors, config, stage),
+        batches,
+        denoiser,
+        average,
+        make_optimizer(denoiser, stage),
+        make_objective(run, name),
+        pipeline,
+        pictures.digest,
+        facts_of(run, pictures, training, validation, denoiser),
+    )
+    if config.metrics.every and run.main:
+        prepared.metrics = ValidationMetrics(config.metrics, training, validation)
+    if folder := runs.find_state(run.out, name, resume):
+        prepared.progress = runs.load_state(
+            folder, config, name, pictures.digest, denoiser, average, prepared.optimizer
         )
-        say(
-            f"{facts['parameters'] / 1e6:.2f} M parameters, {facts['flops_per_image_forward'] / 1e9:.2f} GFLOP "
-            f"an image, {len(training)} training and {len(validation)} validation pictures\n"
-            f"{left} steps of {config.batch_size} pictures, about {duration(seconds * left)} "
-            f"({config.batch_size / seconds:.0f} images/s, {accelerator.mixed_precision} on {accelerator.device})"
-        )
-        runs.start_trackers(accelerator, out, config, progress.step)
-    accelerator.wait_for_everyone()
+        run.say(f"{name}: resumed from {folder}")
+    return prepared
 
-    # ---- the loop
-    look = QuickLook(config, training, validation) if main and config.evaluation.every else None
-    training_loss_now: float | None = None
 
-    def keep_best(kind: str, scores: dict[str, float]) -> None:
-        if kind == config.evaluation.best_by and progress.is_best(scores[kind]):
-            runs.publish(pipeline, out / "best", runs.model_card(config, pictures, progress))
+def train_stage(run: Run, stage: Stage) -> bool:
+    """Train until max_steps, the time limit, copying (with early_stop), or a signal. Returns whether it is finished.
 
-    started, bad, window = time.monotonic(), 0, Window()
-    steps = range(progress.step, config.max_steps)
-    loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=steps, num_workers=config.workers)
-    steps_bar = tqdm(total=config.max_steps, initial=progress.step, unit="step", disable=not main, smoothing=0.05)
-    unet.train()
-    with interruptible() as interrupted:
-        for step, batch in zip(steps, loader, strict=True):
+    Raises PokediffError for a loss that stays non-finite; the last state is intact.
+    """
+    config, accelerator, progress = stage.config, run.accelerator, stage.progress
+    if run.config.compile:
+        compile_network(stage.denoiser)
+    denoiser, optimizer = accelerator.prepare(stage.denoiser, stage.optimizer)
+    loader = torch.utils.data.DataLoader(
+        stage.batches,
+        batch_size=None,
+        sampler=range(progress.step, config.max_steps),
+        num_workers=run.config.workers,
+        prefetch_factor=4 if run.config.workers else None,
+    )
+    actions = periodic_actions(run, stage)
+    window, bad = Window(), 0
+    with (
+        interruptible() as interrupted,
+        tqdm(total=config.max_steps, initial=progress.step, desc=stage.name, unit="step", disable=not run.main) as bar,
+    ):
+        window.resume()
+        for step, pictures in zip(range(progress.step, config.max_steps), loader, strict=True):
             window.waited()
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, step)
-            torch.manual_seed(mix(config.seed, step, 1 + accelerator.process_index))  # dropout
-            loss = training_loss(unet, objective, batch, accelerator, config, step)
-            accelerator.backward(loss)
-            norm = accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
-            if torch.isfinite(norm):
-                optimizer.step()
-                average.update_parameters(network)
-                window.add(loss, norm)
-                bad = 0
-            else:
+            loss, norm = train_step(run, stage, denoiser, optimizer, pictures, step)
+            if norm is None:
                 bad += 1
-                say(f"step {step}: loss {loss.item()} or its gradient is not finite, step skipped")
-            optimizer.zero_grad(set_to_none=True)
+                run.say(f"step {step}: loss {loss.item()} or its gradient is not finite, step skipped")
+            else:
+                bad = 0
+                window.add(loss, norm)
             if bad == BAD_STEPS:
                 raise PokediffError(
-                    f"the loss was not finite {BAD_STEPS} steps in a row, at step {step}; the newest state in "
-                    f"{out / 'state'} is intact. Try --learning-rate {config.learning_rate / 3:.2g}, --precision fp32, "
-                    "or a smaller --max-grad-norm, with --resume auto"
+                    f"the loss was not finite {BAD_STEPS} steps in a row, at step {step} of {stage.name}; the newest "
+                    f"state in {run.out / 'state' / stage.name} is intact. Try --stages.{stage.name}.learning-rate "
+                    f"{config.learning_rate / 3:.2g}, --precision fp32, or a smaller max-grad-norm, with --resume auto"
                 )
             progress.step, progress.images_seen = step + 1, progress.images_seen + config.batch_size
             window.done(config.batch_size)
-            steps_bar.update()
-
-            now = progress.step
-            late = config.max_minutes is not None and time.monotonic() - started >= 60 * config.max_minutes
-            copying = config.evaluation.early_stop and progress.copying_since is not None
-            stop = now == config.max_steps or agreed(accelerator, late or copying or interrupted())
-            if stop or now % config.log_every == 0:
+            bar.update()
+            copying = run.config.metrics.early_stop and progress.copying_since is not None
+            late = run.limit.reached() or copying or interrupted()
+            stop = agreed(accelerator, late) or progress.step == config.max_steps
+            if stop or progress.step % run.config.log_every == 0:
                 values = {**window.close(accelerator), "lr": learning_rate(config, step)}
-                training_loss_now = values.get("loss", training_loss_now)
-                steps_bar.set_postfix(loss=f"{values.get('loss', math.nan):.4f}", img_s=f"{values['images_per_s']:.0f}")
-                accelerator.log(values, step=now)
-            if main and (stop or now % config.validate_every == 0):
-                losses = validate(average.module, objective, validation, validation_vectors, config, accelerator)
-                accelerator.log({**losses, "images_seen": progress.images_seen}, step=now)
-                progress.note(training_loss_now, losses["validation_loss"])
-                if (lowest := progress.overfitting_since()) is not None:
-                    say(f"step {now}: validation loss rises since step {lowest} while training loss falls: overfitting")
-                keep_best("validation_loss", losses)
-            if main and look and (stop or now % config.evaluation.every == 0):
-                looked = look(pipeline)
-                accelerator.log(looked, step=now)
-                if looked["copy_ratio"] > COPYING and progress.copying_since is None:
-                    progress.copying_since = now
-                    say(f"step {now}: {looked['copy_ratio']:.0%} of the pictures come too near to a training picture")
-                keep_best("kernel_distance", looked)
-            if main and (stop or now % config.preview_every == 0):
-                preview(pipeline, config, out / "previews", now)
-            if main and (stop or now % config.checkpoint_every == 0):
-                # The state last: a run killed between the two is resumed before this step and writes both again.
-                runs.publish(pipeline, out, runs.model_card(config, pictures, progress))
-                runs.save_state(out / "state", config, pictures.digest, network, average, optimizer, progress)
+                progress.training_loss = values.get("loss", progress.training_loss)
+                bar.set_postfix(loss=f"{progress.training_loss or math.nan:.4f}", img_s=f"{values['images_per_s']:.0f}")
+                accelerator.log({f"{stage.name}/{key}": value for key, value in values.items()}, step=progress.step)
+            for every, action in actions:
+                if run.main and (stop or progress.step % every == 0):
+                    action()
             if stop:
                 break
             window.resume()
-    steps_bar.close()
     accelerator.wait_for_everyone()
-    say(f"{progress.step} steps, {progress.images_seen:,} pictures, validation loss {progress.loss_text()}: {out}")
-    accelerator.end_training()
-    return out
+    run.say(
+        f"{stage.name}: {progress.step} steps, {progress.images_seen:,} pictures, validation loss "
+        f"{progress.loss_text()}: {run.out}"
+    )
+    return progress.step == config.max_steps or (run.config.metrics.early_stop and progress.copying_since is not None)
+
+
+def train_step(
+    run: Run, stage: Stage, denoiser: Any, optimizer: Any, pictures: Any, step: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One optimizer step. Returns the loss and the gradient's norm; None for a norm that is not finite, when nothing
+    was changed.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(stage.config, step)
+    torch.manual_seed(mix(run.config.seed, step, 1 + run.accelerator.process_index))  # dropout
+    batch = training_batch(pictures, run.config, stage.config, run.accelerator, step)
+    with run.accelerator.autocast():
+        loss = stage.objective(denoiser, batch).mean()
+    run.accelerator.backward(loss)
+    norm = run.accelerator.clip_grad_norm_(denoiser.parameters(), stage.config.max_grad_norm)
+    finite = bool(torch.isfinite(loss) and torch.isfinite(norm))
+    if finite:
+        optimizer.step()
+        stage.average.update_parameters(stage.denoiser)
+    optimizer.zero_grad(set_to_none=True)
+    return loss, norm if finite else None
+
+
+def periodic_actions(run: Run, stage: Stage) -> list[tuple[int, Callable[[], None]]]:
+    """(every n steps, what the main process does), in this order."""
+    config, progress = stage.config, stage.progress
+
+    def keep_best(measure: str, value: float) -> None:
+        if run.config.metrics.best_by == measure and progress.is_best(value):
+            runs.publish_part(stage.pipeline, run.out / "best", stage.name, base="..")
+
+    def check_loss() -> None:
+        losses = validate(stage, run.accelerator)
+        seen = {"images_seen": progress.images_seen}
+        run.accelerator.log({f"{stage.name}/{k}": v for k, v in {**losses, **seen}.items()}, step=progress.step)
+        progress.note(progress.training_loss, losses["validation_loss"])
+        if (lowest := progress.overfitting_since()) is not None:
+            run.say(f"{stage.name}: validation loss rises since step {lowest} while training loss falls: overfitting")
+        keep_best("validation_loss", losses["validation_loss"])
+
+    def measure_pictures() -> None:
+        assert stage.metrics is not None
+        measured = stage.metrics(stage.pipeline, config.image_size)
+        run.accelerator.log({f"{stage.name}/{k}": v for k, v in measured.items()}, step=progress.step)
+        if measured["copy_ratio"] > COPYING and progress.copying_since is None:
+            progress.copying_since = progress.step
+            run.say(f"{stage.name}: {measured['copy_ratio']:.0%} of the pictures are close to a training picture")
+        keep_best("kernel_distance", measured.get("kernel_distance", math.nan))
+
+    def checkpoint() -> None:
+        # The state last: a run killed between the two is resumed before this step and writes both again.
+        facts = {**stage.facts, **progress.facts()}
+        runs.publish(stage.pipeline, run.out, stage.name, run.config, facts)
+        runs.save_state(
+            run.out, run.config, stage.name, stage.digest, stage.denoiser, stage.average, stage.optimizer, progress
+        )
+
+    actions = [(config.validate_every, check_loss)]
+    if stage.metrics is not None:
+        actions.append((run.config.metrics.every, measure_pictures))
+    actions.append((config.preview_every, partial(preview, run, stage)))
+    actions.append((config.checkpoint_every, checkpoint))
+    return actions
 
 
 # ---------------------------------------------------------------------------------------------------------- the parts
 
 
-def make_unet(config: TrainConfig, text_dim: int) -> Unet:
-    return Unet(
-        image_size=config.dataset.image_size,
+def make_denoiser(config: TrainConfig, stage: StageConfig, text_dim: int, augment_dim: int) -> Denoiser:
+    return Denoiser(
+        image_size=stage.image_size,
         in_channels=CHANNELS[config.dataset.channels],
         text_dim=text_dim,
-        **plain(config.model),
+        augment_dim=augment_dim,
+        **plain(stage.model),
+        fast=stage.fast,
         noise_range=config.diffusion.range,
         num_train_timesteps=config.diffusion.num_train_timesteps,
     )
 
 
-def load_start(folder: str, config: TrainConfig) -> Unet:
-    """The network of a checkpoint that does what this one shall, or else the one that draws. Raises PokediffError when
-    the folder holds none.
-    """
-    pipeline = PokeDiffPipeline.from_pretrained(folder, text_encoder=None, tokenizer=None)
-    same = pipeline.upscaler if config.model.upscale > 1 else pipeline.refiner if config.refine else None
-    return pipeline.unet if same is None else same
+def start_weights(run: Run, name: str, denoiser: Denoiser) -> None:
+    """Copy the weights to start from: of `start_from`, of a student's teacher, or none."""
+    stage = run.config.stages[name]
+    if source := stage.start_from or run.config.start_from:
+        folder, _, wanted = source.partition(":")
+        cascade = PokeDiffPipeline.from_pretrained(folder, text_encoder=None, tokenizer=None).cascade
+        if wanted and wanted not in cascade:
+            raise PokediffError(f"start_from: {folder} has no {wanted}; it has {', '.join(cascade)}")
+        other = cascade[wanted or (name if name in cascade else next(iter(cascade)))]
+    elif stage.distill and run.pipeline is not None and stage.distill.teacher in run.pipeline.cascade:
+        source, other = stage.distill.teacher, run.pipeline.cascade[stage.distill.teacher]
+    else:
+        return
+    run.say(f"{name}: {denoiser.start_from(other) / 1e6:.2f} M weights from {source}")
 
 
-def make_noise_schedule(config: TrainConfig) -> DDPMScheduler:
-    noise = config.diffusion
-    timesteps = torch.arange(noise.num_train_timesteps, dtype=torch.float64)
-    return DDPMScheduler(
-        num_train_timesteps=noise.num_train_timesteps,
-        trained_betas=betas_of(cosine_sigmas(timesteps, len(timesteps), *noise.range)),
-        prediction_type=noise.prediction_type,
-        timestep_spacing="trailing",  # sampling starts at the last timestep, pure noise (Lin et al. 2023, section 3.3)
-        clip_sample=False,
-    )
-
-
-def trained_timesteps(config: TrainConfig) -> int:
-    """How many timesteps, from the least noise, are learned: all, or those that a refiner is asked at."""
-    total = config.diffusion.num_train_timesteps
-    if config.refine is None:
-        return total
-    return min(total, 1 + math.ceil(cosine_timestep(config.refine.below, total, *config.diffusion.range)))
-
-
-def betas_of(sigmas: torch.Tensor) -> list[float]:
-    """The betas of a schedule given by its noise to signal at every timestep."""
-    alphas_cumprod = 1 / (1 + sigmas**2)
-    return (1 - alphas_cumprod / torch.cat([torch.ones(1), alphas_cumprod[:-1]])).tolist()
-
-
-def make_optimizer(unet: Unet, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW; vectors (biases, norms) are not decayed."""
-    parameters = [p for p in unet.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
-
-
-def make_objective(config: TrainConfig, schedule: DDPMScheduler, device: torch.device) -> Objective:
-    """What is minimised: the denoising error, or the distance to a teacher."""
-    return Distillation(config.distill, schedule, device) if config.distill else partial(diffusion_loss, schedule)
-
-
-def make_pipeline(unet: Any, schedule: DDPMScheduler, config: TrainConfig) -> PokeDiffPipeline:
-    """The pipeline that is previewed and saved. Only the built-in encoder travels in it; others are loaded by name."""
-    if config.refine:
-        return with_base(unet, schedule, config)
-    encoder = load_text_encoder(config.text_encoder) if config.text_encoder == "builtin" else None
-    model, tokenizer = (encoder.model, encoder.tokenizer) if isinstance(encoder, ClipTextEncoder) else (None, None)
-    if config.distill:  # what it was taught: so many DDIM steps, and the teacher's guidance with them
-        sampler = DDIMScheduler.from_config(schedule.config)
-        teacher = PokeDiffPipeline.from_pretrained(config.distill.teacher, text_encoder=None, tokenizer=None)
-        steps, refiner, below = config.distill.steps, teacher.refiner, teacher.config.refine_below
-        student = PokeDiffPipeline(unet, sampler, model, tokenizer, config.text_encoder, steps, 1.0, refiner, below)
-        return student.to(unet.device)
-    sampler = DPMSolverMultistepScheduler.from_config(schedule.config)
-    return PokeDiffPipeline(unet, sampler, model, tokenizer, config.text_encoder)
-
-
-def with_base(unet: Any, schedule: DDPMScheduler, config: TrainConfig) -> PokeDiffPipeline:
-    """The base's pipeline, `unet` its refiner or upscaler. Raises PokediffError when the two do not fit together."""
-    assert config.refine is not None
-    pipeline = PokeDiffPipeline.from_pretrained(config.refine.base)
-    base = pipeline.unet.config
+def with_denoiser(run: Run, name: str, denoiser: Any) -> PokeDiffPipeline:
+    """The cascade so far with `denoiser` as its part `name`. Raises PokediffError when it does not fit."""
+    if run.pipeline is None:
+        return runs.new_pipeline(Cascade({name: denoiser}), run.schedule, run.config).to(denoiser.device)
+    own, base = denoiser.config, run.pipeline.base.config
     for key, ours, theirs in (
-        ("dataset.image_size", unet.config.image_size, base.image_size * config.model.upscale),
-        ("dataset.channels", unet.config.in_channels, base.in_channels),
-        ("text_encoder", config.text_encoder, pipeline.config.text_encoder_name),
-        ("diffusion.prediction_type", config.diffusion.prediction_type, pipeline.prediction_type(unet)),
+        ("dataset.channels", own.in_channels, base.in_channels),
+        ("text_encoder", own.text_dim, base.text_dim),
+        ("diffusion", tuple(own.noise_range), tuple(base.noise_range)),
     ):
         if ours != theirs:
-            raise PokediffError(f"{key}: {ours} here, {theirs} in {config.refine.base} (refine.base)")
-    if not same_noise(schedule, pipeline.scheduler):
-        raise PokediffError(f"refine.base: {config.refine.base} has another noise schedule (diffusion.*)")
-    if config.model.upscale > 1:
-        pipeline.register_modules(upscaler=unet)
-        pipeline.register_to_config(upscale_below=config.refine.below)
-        if (steps := pipeline.config.num_steps) != DEFAULT_STEPS:  # a student: it keeps the steps that it was taught
-            more = max(1, round(steps * UPSCALER_SHARE / (1 - UPSCALER_SHARE)))
-            pipeline.register_to_config(num_steps=steps + more)
-    else:
-        pipeline.register_modules(refiner=unet)
-        pipeline.register_to_config(refine_below=config.refine.below)
-    if config.refine.guidance_scale is not None:
-        pipeline.register_to_config(guidance_scale=config.refine.guidance_scale)
-    return pipeline.to(unet.device)
+            raise PokediffError(f"{name}: {key} differs from that of the cascade ({ours} and {theirs})")
+    small = own.image_size // own.upscale
+    if own.upscale > 1 and small not in run.pipeline.sizes:
+        raise PokediffError(f"{name}: nothing in the cascade draws {small} px, the size that it enlarges")
+    parts: dict[str, Any] = {"scheduler": run.pipeline.scheduler, "tokenizer": run.pipeline.tokenizer}
+    parts["text_encoder"] = run.pipeline.text_encoder
+    settings = {key: run.pipeline.config[key] for key in PokeDiffPipeline.settings}
+    cascade = run.pipeline.cascade.updated(Cascade({name: denoiser}))
+    return PokeDiffPipeline(cascade, **parts, **settings).to(denoiser.device)
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
+def make_optimizer(denoiser: Denoiser, stage: StageConfig) -> torch.optim.Optimizer:
+    """AdamW; vectors (biases, norms) are not decayed."""
+    parameters = [p for p in denoiser.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": stage.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=stage.learning_rate, betas=(0.9, 0.99), fused=True)
+
+
+def make_objective(run: Run, name: str) -> Objective:
+    """What is minimised: the denoising error, or the distance to a teacher."""
+    stage = run.config.stages[name]
+    if stage.distill is None:
+        return denoising(run.schedule)
+    if run.pipeline is None:
+        raise PokediffError(f"{name}: distill needs a cascade that holds the teacher {stage.distill.teacher}")
+    cascade = copy.deepcopy(run.pipeline.cascade).to(run.accelerator.device)
+    return Distillation(stage.distill, cascade, stage.model.steps, stage.image_size, run.schedule)
+
+
+def learning_rate(stage: StageConfig, step: int) -> float:
     """Linear warm-up, flat, then (with decay_steps) linear to zero at max_steps: a function of the step alone."""
-    rise = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    fall = min(1.0, (config.max_steps - step) / config.decay_steps) if config.decay_steps else 1.0
-    return config.learning_rate * rise * fall
+    rise = min(1.0, (step + 1) / max(1, stage.warmup_steps))
+    fall = min(1.0, (stage.max_steps - step) / stage.decay_steps) if stage.decay_steps else 1.0
+    return stage.learning_rate * rise * fall
 
 
 def ema_with_warmup(decay: float) -> Callable[..., None]:
@@ -336,7 +377,7 @@ def ema_with_warmup(decay: float) -> Callable[..., None]:
 
 
 def mixed_precision(precision: str) -> str:
-    """accelerate's word for it. Never fp16: its overflow is the most reported failure of diffusion training."""
+    """accelerate's name of it. Never fp16: its overflow is the most reported failure of diffusion training."""
     if precision == "auto":
         precision = "bf16" if has_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu")) else "fp32"
     return "no" if precision == "fp32" else precision
@@ -347,183 +388,60 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def mix(*numbers: int) -> int:
-    """One seed from several numbers, well mixed."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-# -------------------------------------------------------------------------------------------------------- the losses
-
-
-def training_loss(
-    unet: Any, objective: Objective, batch: Batch, accelerator: Accelerator, config: TrainConfig, step: int
-) -> torch.Tensor:
-    """Mean loss of this process's slice of the step's batch."""
-    x0 = to_model(batch.pixels.to(accelerator.device), config.dataset.channels)
-    generator = torch.Generator(accelerator.device).manual_seed(mix(config.seed, step, 0))
-    # Noise and timesteps are drawn for all processes together, then sliced: any number of them trains the same model.
-    total = (accelerator.num_processes * x0.shape[0],)
-    timesteps = torch.randint(0, trained_timesteps(config), total, generator=generator, device=x0.device)
-    noise = torch.randn(total + x0.shape[1:], generator=generator, device=x0.device)
-    first = accelerator.process_index * x0.shape[0]
-    mine = slice(first, first + x0.shape[0])
-    text, augment = batch.text.to(x0.device), batch.augment.to(x0.device)
-    low_res = make_low_res(x0, config, generator, total[0], mine)
-    return objective(unet, x0, noise[mine], timesteps[mine], text, augment, low_res).mean()
-
-
-def make_low_res(
-    x0: torch.Tensor, config: TrainConfig, generator: torch.Generator, total: int, mine: slice
-) -> torch.Tensor | None:
-    """(B, C, H/f, W/f): the small pictures that a network with upscale f is shown; None for any other network.
-
-    With noise, of another strength for each: those to be enlarged are drawn ones, whose detail is not to be trusted.
-    """
-    if config.refine is None or config.model.upscale == 1:
-        return None
-    small = F.avg_pool2d(x0, config.model.upscale)
-    sigma = config.refine.low_res_noise * torch.rand(total, generator=generator, device=generator.device)
-    noise = torch.randn((total, *small.shape[1:]), generator=generator, device=generator.device)
-    return small + (sigma[:, None, None, None] * noise)[mine].to(small)
+def facts_of(
+    run: Run, pictures: Pictures, training: Pictures, validation: Pictures, denoiser: Denoiser
+) -> dict[str, Any]:
+    """What is known of a stage before its first step."""
+    return {
+        "data_sha256": pictures.digest,
+        "pictures": len(pictures),
+        "training_pictures": len(training),
+        "validation_pictures": len(validation),
+        "parameters": sum(p.numel() for p in denoiser.parameters()),
+        "gflops": round(flops_per_image(denoiser) / 1e9, 3),
+    }
 
 
 @torch.inference_mode()
-def validate(
-    unet: Any,
-    objective: Objective,
-    pictures: Pictures,
-    vectors: CaptionVectors,
-    config: TrainConfig,
-    accelerator: Accelerator,
-) -> dict[str, float]:
-    """Mean loss on the validation families, and by thirds of the timesteps; always the same noise and timesteps."""
-    unet.eval()
-    generator = torch.Generator().manual_seed(0)
-    number, total = len(pictures), trained_timesteps(config)
-    timesteps = ((torch.arange(number) + 0.5) / number * total).long()[torch.randperm(number, generator=generator)]
+def validate(stage: Stage, accelerator: Accelerator) -> dict[str, float]:
+    """Mean loss of the averaged weights on the validation families, and by thirds of the timesteps."""
     losses = []
-    for start in range(0, number, 64):
-        part = slice(start, start + 64)
-        x0 = to_model(torch.from_numpy(pictures.pixels[part]), config.dataset.channels)
-        noise = torch.randn(x0.shape, generator=generator)
-        text = vectors.table[[rows[0] for rows in vectors.rows[part]]]
-        low_res = make_low_res(x0, config, generator, len(x0), slice(None))
-        tensors = (tensor.to(accelerator.device) for tensor in (x0, noise, timesteps[part], text))
-        low_res = low_res if low_res is None else low_res.to(accelerator.device)
+    for batch in stage.validation:
         with accelerator.autocast():
-            losses.append(objective(unet, *tensors, low_res=low_res).cpu())
-    loss = torch.cat(losses)
+            losses.append(stage.objective(stage.average.module, on_device(batch, accelerator.device)).cpu())
+    loss, timesteps = torch.cat(losses), torch.cat([batch.timesteps for batch in stage.validation])
     result = {"validation_loss": loss.mean().item()}
+    total = int(timesteps.max()) + 1
     for third, name in enumerate(("low_noise", "mid_noise", "high_noise")):
-        part_of = timesteps * 3 // total == third
-        if part_of.any():
-            result[f"validation_loss_{name}"] = loss[part_of].mean().item()
+        rows = timesteps * 3 // total == third
+        if rows.any():
+            result[f"validation_loss_{name}"] = loss[rows].mean().item()
     return result
 
 
-def preview(pipeline: PokeDiffPipeline, config: TrainConfig, folder: Path, step: int) -> None:
-    """Draw the preview prompts from the averaged weights: a sheet (PNG) and how it emerged (GIF)."""
+def preview(run: Run, stage: Stage) -> None:
+    """Draw the preview prompts from the averaged weights: a sheet (PNG) and the denoising (GIF)."""
+    folder, size = run.out / "previews", stage.config.image_size
     folder.mkdir(exist_ok=True)
-    prompts = list(config.preview_prompts)
-    sheets = [grid(from_model(state.x0), columns=4) for state in pipeline.denoise(prompts, range(len(prompts)))]
-    factor = max(1, 128 // config.dataset.image_size)
-    write_whole(folder / f"step-{step:08}.png", encode_png(enlarge(sheets[-1], factor)))
-    save_animation(folder / f"step-{step:08}.gif", [composite(enlarge(sheet, factor)) for sheet in sheets])
+    prompts = list(run.config.preview_prompts)
+    sampling = Sampling(size=size, fast=stage.config.fast)
+    states = stage.pipeline.denoise(prompts, range(len(prompts)), sampling)
+    sheets = [grid(enlarge(from_model(state.x0), size // state.x0.shape[-1]), columns=4) for state in states]
+    factor, name = max(1, 128 // size), f"{stage.name}-{stage.progress.step:08}"
+    write_whole(folder / f"{name}.png", encode_png(enlarge(sheets[-1], factor)))
+    save_animation(folder / f"{name}.gif", [composite(enlarge(sheet, factor)) for sheet in sheets])
 
 
-# ----------------------------------------------------------------------------------------------- clocks and signals
-
-
-class Window:
-    """Averages since the last log line. Validation, previews and checkpoints do not count as training time."""
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        self.losses: list[torch.Tensor] = []
-        self.norms: list[torch.Tensor] = []
-        self.images, self.seconds, self.waiting = 0, 0.0, 0.0
-        self.resume()
-
-    def resume(self) -> None:
-        """The clock runs from here."""
-        self.mark = time.monotonic()
-
-    def waited(self) -> None:
-        """The batch is here: the time since `resume` was spent waiting for data."""
-        self.waiting += time.monotonic() - self.mark
-
-    def add(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
-        """What a step that was taken measured."""
-        self.losses.append(loss.detach())
-        self.norms.append(norm.detach())
-
-    def done(self, images: int) -> None:
-        """A step is over, taken or skipped."""
-        self.images += images
-        self.seconds += time.monotonic() - self.mark
-
-    def close(self, accelerator: Accelerator) -> dict[str, float]:
-        """The averages, the loss over all processes; a new window begins."""
-        values = {"images_per_s": self.images / self.seconds, "data_wait_share": self.waiting / self.seconds}
-        if self.losses:  # not when every step was skipped; the same on all processes, as they share the gradient
-            loss = accelerator.reduce(torch.stack(self.losses).mean(), "mean").item()
-            values = {"loss": loss, "grad_norm": torch.stack(self.norms).mean().item(), **values}
-        self.clear()
-        return values
-
-
-def agreed(accelerator: Accelerator, stop: bool) -> bool:
-    """Does any process want to stop?"""
-    return bool(accelerator.gather(torch.tensor([stop], device=accelerator.device)).any())
-
-
-@contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM set a flag, so that a step is finished and a checkpoint written; a second one acts at once.
-
-    What comes within a second of the first is the same wish: a terminal tells all processes, and a launcher tells them
-    again.
-    """
-    received: list[float] = []
-    before: dict[signal.Signals | int, Any] = {}
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        received.append(time.monotonic())
-        if received[-1] - received[0] > 1:
-            signal.signal(number, before[number])
-            signal.raise_signal(number)
-
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, handler)
-    except ValueError:  # not in the main thread: nothing to catch
-        before = {}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for caught, previous in before.items():
-            signal.signal(caught, previous)
-
-
-def seconds_per_step(
-    accelerator: Accelerator, unet: Unet, objective: Objective, batches: TrainingBatches, config: TrainConfig
-) -> float:
-    """How long a step takes here, tried on a copy of the network; the third try counts, the first ones warm up."""
-    trial, seconds = copy.deepcopy(unet), 0.0
-    if config.compile:  # copies are not; what is compiled here serves the run too
-        compile_network(trial)
+def seconds_per_step(run: Run, stage: Stage) -> float:
+    """Seconds of a step here, on a copy of the denoiser that is not compiled: the best of two after one to warm up."""
+    trial, seconds = copy.deepcopy(stage.denoiser), []
     for step in range(3):
-        begin = time.monotonic()
-        with accelerator.autocast():
-            training_loss(trial, objective, batches[step], accelerator, config, step).backward()
-        if accelerator.device.type == "cuda":
+        started = time.monotonic()
+        batch = training_batch(stage.batches[step], run.config, stage.config, run.accelerator, step)
+        with run.accelerator.autocast():
+            loss = stage.objective(trial, batch).mean()
+        loss.backward()
+        if run.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
-        seconds = time.monotonic() - begin
-    return seconds * 1.1  # clipping, optimizer and average
-
-
-def duration(seconds: float) -> str:
-    minutes = max(1, round(seconds / 60))
-    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
+        seconds.append(time.monotonic() - started)
+    return 1.1 * min(seconds[1:])  # clipping, optimizer and average

@@ -1,0 +1,101 @@
+"""Time and signals of a training: throughput, estimates, a limit, a clean stop."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+
+class Window:
+    """Averages since the last log line. Validation, previews and checkpoints do not count as training time."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.losses: list[torch.Tensor] = []
+        self.norms: list[torch.Tensor] = []
+        self.images, self.seconds, self.waiting = 0, 0.0, 0.0
+        self.resume()
+
+    def resume(self) -> None:
+        """Start the clock."""
+        self.mark = time.monotonic()
+
+    def waited(self) -> None:
+        """Count the time since `resume` as waiting for data."""
+        self.waiting += time.monotonic() - self.mark
+
+    def add(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
+        """Add loss and gradient norm of an optimizer step."""
+        self.losses.append(loss.detach())
+        self.norms.append(norm.detach())
+
+    def done(self, images: int) -> None:
+        """Add the time and the pictures of a step, skipped or not."""
+        self.images += images
+        self.seconds += time.monotonic() - self.mark
+
+    def close(self, accelerator: Accelerator) -> dict[str, float]:
+        """The averages, the loss over all processes; starts a new window."""
+        values = {"images_per_s": self.images / self.seconds, "data_wait_share": self.waiting / self.seconds}
+        if self.losses:  # empty when every step was skipped; the same on all processes, which share the gradient
+            loss = accelerator.reduce(torch.stack(self.losses).mean(), "mean").item()
+            values = {"loss": loss, "grad_norm": torch.stack(self.norms).mean().item(), **values}
+        self.clear()
+        return values
+
+
+class Limit:
+    """A limit of wall-clock time; None is no limit."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self.end = None if minutes is None else time.monotonic() + 60 * minutes
+
+    def reached(self) -> bool:
+        return self.end is not None and time.monotonic() >= self.end
+
+
+def agreed(accelerator: Accelerator, stop: bool) -> bool:
+    """Whether any process wants to stop."""
+    return bool(accelerator.gather(torch.tensor([stop], device=accelerator.device)).any())
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM set a flag, so that the step is finished and a checkpoint written; a second one acts at once.
+
+    Signals within a second of the first are the same one: a terminal signals all processes, and a launcher again.
+    """
+    received: list[float] = []
+    before: dict[signal.Signals | int, Any] = {}
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        received.append(time.monotonic())
+        if received[-1] - received[0] > 1:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, handler)
+    except ValueError:  # not in the main thread, where no signal arrives
+        before = {}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for caught, previous in before.items():
+            signal.signal(caught, previous)
+
+
+def duration(seconds: float) -> str:
+    """ "25 min", "3 h 05 min"."""
+    minutes = max(1, round(seconds / 60))
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"

@@ -1,0 +1,110 @@
+"""What a denoiser is trained to do: an objective gets a denoiser and a batch, and returns the loss of each picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers import DDPMScheduler
+
+from pokediff.config import StageConfig, TrainConfig
+from pokediff.data import dataset
+from pokediff.data.images import to_model
+from pokediff.model.diffusion import cosine_timestep, denoising_loss
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Training tensors on the device."""
+
+    x0: torch.Tensor  # (B, C, S, S) in [-1, 1]
+    noise: torch.Tensor  # (B, C, S, S), unit variance
+    timesteps: torch.Tensor  # (B,) int64
+    text: torch.Tensor  # (B, D)
+    augment: torch.Tensor | None = None  # (B, A)
+    low_res: torch.Tensor | None = None  # (B, C, S/f, S/f), of an upscaler
+
+
+Objective = Callable[[Any, Batch], torch.Tensor]  # (denoiser, batch) to (B,) losses
+
+
+def denoising(schedule: DDPMScheduler) -> Objective:
+    """The error of x0 (`diffusion.denoising_loss`)."""
+
+    def objective(denoiser: Any, batch: Batch) -> torch.Tensor:
+        condition = (batch.text, batch.augment, batch.low_res)
+        return denoising_loss(schedule, denoiser, batch.x0, batch.noise, batch.timesteps, *condition)
+
+    return objective
+
+
+def trained_timesteps(config: TrainConfig, stage: StageConfig) -> int:
+    """How many timesteps, from the least noise, a stage is trained on: all, or those below `model.below`."""
+    total, below = config.diffusion.num_train_timesteps, stage.model.below
+    if below is None or below >= config.diffusion.sigma_max:
+        return total
+    return min(total, 1 + math.ceil(cosine_timestep(below, total, *config.diffusion.range)))
+
+
+def training_batch(
+    pictures: dataset.Batch, config: TrainConfig, stage: StageConfig, accelerator: Accelerator, step: int
+) -> Batch:
+    """This process's slice of a step's batch. Noise and timesteps are a function of (seed, step), and drawn for all
+    processes together: any number of processes trains the same model.
+    """
+    x0 = to_model(pictures.pixels.to(accelerator.device), config.dataset.channels)
+    generator = torch.Generator(accelerator.device).manual_seed(mix(config.seed, step, 0))
+    total, first = accelerator.num_processes * len(x0), accelerator.process_index * len(x0)
+    mine = slice(first, first + len(x0))
+    timesteps = torch.randint(0, trained_timesteps(config, stage), (total,), generator=generator, device=x0.device)
+    noise = torch.randn((total, *x0.shape[1:]), generator=generator, device=x0.device)
+    low_res = make_low_res(x0, stage, generator, total, mine)
+    text, augment = pictures.text.to(x0.device), pictures.augment.to(x0.device)
+    return Batch(x0, noise[mine], timesteps[mine], text, augment, low_res)
+
+
+def make_low_res(
+    x0: torch.Tensor, stage: StageConfig, generator: torch.Generator, total: int, mine: slice
+) -> torch.Tensor | None:
+    """(B, C, S/f, S/f): the small pictures that an upscaler by f sees, with noise of a random strength each; None for
+    other denoisers.
+    """
+    if stage.model.upscale == 1:
+        return None
+    small = F.avg_pool2d(x0, stage.model.upscale)
+    sigma = stage.low_res_noise * torch.rand(total, generator=generator, device=generator.device)
+    noise = torch.randn((total, *small.shape[1:]), generator=generator, device=generator.device)
+    return small + (sigma[:, None, None, None] * noise)[mine].to(small)
+
+
+def validation_batches(
+    pictures: dataset.Pictures, vectors: dataset.CaptionVectors, config: TrainConfig, stage: StageConfig
+) -> list[Batch]:
+    """All validation pictures in batches of 64 on the CPU, always with the same noise and timesteps."""
+    generator = torch.Generator().manual_seed(0)
+    number, total = len(pictures), trained_timesteps(config, stage)
+    timesteps = ((torch.arange(number) + 0.5) / number * total).long()[torch.randperm(number, generator=generator)]
+    batches = []
+    for start in range(0, number, 64):
+        part = slice(start, start + 64)
+        x0 = to_model(torch.from_numpy(np.ascontiguousarray(pictures.pixels[part])), config.dataset.channels)
+        noise = torch.randn(x0.shape, generator=generator)
+        text = vectors.table[[rows[0] for rows in vectors.rows[part]]]
+        low_res = make_low_res(x0, stage, generator, len(x0), slice(None))
+        batches.append(Batch(x0, noise, timesteps[part], text, None, low_res))
+    return batches
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    return Batch(*(None if value is None else value.to(device) for value in vars(batch).values()))
+
+
+def mix(*numbers: int) -> int:
+    """One seed from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
