@@ -1,79 +1,127 @@
-"""recipe_for(folder): settings for a folder of somebody's own pictures, chosen for its size."""
+"""recipe_for(folder): settings for a folder of somebody's own pictures, chosen for its size and style."""
 
 from __future__ import annotations
 
 import statistics
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
-from pokediff.config import QuickLookConfig, TrainConfig, load_yaml
-from pokediff.data.records import read_records
+from pokediff.config import StageConfig, TrainConfig, ValidationMetricsConfig, load_yaml
+from pokediff.data.images import BadImage, is_pixel_art, read_image
+from pokediff.data.records import Record, picture_bytes, read_records
 from pokediff.errors import PokediffError
+from pokediff.paths import shipped
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-LOOKED_AT = 64  # pictures whose size is asked for
-# Steps for N pictures: enough that each is drawn some 300 times in all (docs/LOG.md, the folder of 200), within bounds.
+SAMPLE = 64  # pictures looked at for size and style
+SIZES = (32, 64, 128)
+FEWEST_PICTURES = 40  # with fewer, too few remain to validate on
+# Optimizer steps of the base for each picture: every picture is drawn some 300 times (docs/LOG.md, a folder of 200).
 STEPS_PER_PICTURE, FEWEST_STEPS, MOST_STEPS = 10, 1500, 30_000
-RECIPES = {32: "pokemon-32.yaml", 64: "pokemon-64-direct.yaml"}
-FEWEST_PICTURES = 40  # with fewer there is nothing left to validate on
+STAGE_SHARE = {"base": 1.0, "refiner": 0.5, "upscaler": 0.5}  # steps of a stage beside those of the base
+DEFAULT_MINUTES = 30.0
 
 
-def recipe_for(folder: str | Path) -> TrainConfig:
-    """A proven recipe of the size that fits the pictures, starting as the shipped model where it is at hand.
+@dataclass(frozen=True)
+class Looks:
+    """What the pictures of a folder look like."""
 
-    32 px for pictures up to 40 px, else 64. A model that knows creatures needs a few minutes to learn a style; from
-    nothing it would need hours and thousands of pictures. Few pictures are soon known by heart, so the network sees
-    them with dropout, at a lower rate, and training stops when it begins to copy.
+    side: float  # median of the longer sides, px
+    pixel_art: bool  # most have few colours and hard edges
 
-    Raises PokediffError when the folder is not there or holds fewer than FEWEST_PICTURES.
+
+def recipe_for(
+    folder: str | Path, max_minutes: float | None = None, size: int | None = None, start_from: Path | None = None
+) -> TrainConfig:
+    """The shipped recipe for a folder: its whole cascade up to the size of the pictures, from the shipped weights.
+
+    Pictures up to 40 px are drawn at 32 px, up to 80 px at 64, others at 128. Few pictures are soon memorised, so the
+    rate is low, the small maps have dropout, and training stops when the model begins to copy. All stages together fit
+    into `max_minutes` (default DEFAULT_MINUTES).
+
+    Raises PokediffError when the folder does not exist or holds fewer than FEWEST_PICTURES.
     """
     folder = Path(folder)
-    records = read_records(folder)
+    records = read_records(folder, report=lambda _: None)
     if len(records) < FEWEST_PICTURES:
         raise PokediffError(
-            f"{folder} has {len(records)} pictures; {FEWEST_PICTURES} are needed, some hundreds are good"
+            f"{folder} has {len(records)} pictures; at least {FEWEST_PICTURES} are needed, hundreds help"
         )
-    size = 32 if _usual_side(folder, [record.file_name for record in records]) <= 40 else 64
-    base = load_yaml(ROOT / "configs" / RECIPES[size], TrainConfig)
-    shipped = ROOT / "checkpoints" / "pokediff-32"  # for 64 px all but the first level
-    start = shipped.as_posix() if (shipped / "model_index.json").is_file() else None
+    looks = look_at(records)
+    size = size or next((side for side in SIZES if looks.side <= 1.25 * side), SIZES[-1])
+    base = load_yaml(shipped("configs", "pokemon.yaml"), TrainConfig)
+    start = start_from or shipped("checkpoints", "pokediff")
     steps = min(MOST_STEPS, max(FEWEST_STEPS, STEPS_PER_PICTURE * len(records)))
+    stages = {
+        name: own_stage(stage, int(STAGE_SHARE[name.split("-")[0]] * steps))
+        for name, stage in base.stages.items()
+        if stage.image_size in (SIZES[0], size)
+    }
     return replace(
         base,
-        data=folder.as_posix(),
+        data=(folder.as_posix(),),
         out=f"checkpoints/{folder.resolve().name}",
-        start_from=start,
+        start_from=start.as_posix(),
         dataset=replace(base.dataset, styles=None),
-        model=replace(base.model, dropout=0.1),
-        evaluation=QuickLookConfig(every=steps // 5, number=32, early_stop=True),
-        max_steps=steps,
-        learning_rate=3e-4 if start else base.learning_rate,
-        warmup_steps=100,
-        decay_steps=steps // 2,
-        ema_decay=0.995,
-        validate_every=max(100, steps // 10),
-        preview_every=max(100, steps // 5),
-        checkpoint_every=max(100, steps // 10),
-        preview_prompts=(
-            "",
-            "a red creature",
-            "a blue creature",
-            "a green creature",
-            "a yellow creature",
-            "a gray creature",
-        ),
+        metrics=ValidationMetricsConfig(every=max(1, steps // 5), number=32, early_stop=True),
+        stages=stages,
+        max_minutes=max_minutes or DEFAULT_MINUTES,
+        fit_limit=True,
+        compile=False,  # minutes, of which there are few
+        pixel_art=looks.pixel_art,
+        preview_prompts=preview_prompts(records),
     )
 
 
-def _usual_side(folder: Path, names: list[str]) -> float:
-    """The median of the longer sides, in px, of some of the pictures; 64 when none can be opened."""
-    sides = []
-    for name in names[:: max(1, len(names) // LOOKED_AT)]:
+def own_stage(stage: StageConfig, steps: int) -> StageConfig:
+    """A stage of the shipped recipe for a short training from its weights."""
+    base = stage.model.below is None
+    return replace(
+        stage,
+        model=replace(stage.model, dropout=0.1 if base else 0.0),
+        styles=None,
+        max_steps=steps,
+        learning_rate=3e-4,
+        warmup_steps=min(100, steps // 10),
+        decay_steps=steps // 2,
+        ema_decay=0.995,
+        validate_every=max(100, steps // 10),
+        preview_every=max(100, steps // 4),
+        checkpoint_every=max(100, steps // 10),
+    )
+
+
+def look_at(records: Sequence[Record]) -> Looks:
+    """Size and style of some of the pictures; of those that cannot be opened, none count."""
+    sides, pixel_art = [], []
+    for record in records[:: max(1, len(records) // SAMPLE)]:
         try:
-            with Image.open(folder / name) as picture:
+            data = picture_bytes(record)
+            with Image.open(BytesIO(data)) as picture:
                 sides.append(max(picture.size))
-        except OSError:
+            pixel_art.append(is_pixel_art(read_image(data)))
+        except (OSError, BadImage):
             continue
-    return statistics.median(sides) if sides else 64
+    if not sides:
+        return Looks(64.0, False)
+    return Looks(statistics.median(sides), bool(np.mean(pixel_art) > 0.5))
+
+
+def preview_prompts(records: Sequence[Record]) -> tuple[str, ...]:
+    """What the previews show: captions of the pictures where people wrote them, else colours."""
+    written = list(dict.fromkeys(record.captions[0] for record in records if record.captions))
+    if len(written) >= 6:
+        return ("", *(written[index] for index in np.linspace(0, len(written) - 1, 7).round().astype(int)))
+    return ("", *(f"a {color} creature" for color in ("red", "blue", "green", "yellow", "gray", "brown", "purple")))
+
+
+def what_to_expect(config: TrainConfig) -> str:
+    """What a training of so many steps gives, for the last line of `train FOLDER`."""
+    steps = next(iter(config.stages.values())).max_steps
+    if steps < FEWEST_STEPS:
+        return f"After {steps} steps expect your colours and outlines; shapes need more: --max-minutes, --resume auto."
+    return f"After {steps} steps expect your style, sizes and colours; faces and limbs need thousands of pictures."

@@ -21,6 +21,7 @@ from pokediff.model.pipeline import INDEX, PokeDiffPipeline, quiet
 from pokediff.training import runs
 from pokediff.training.clock import Limit, duration
 from pokediff.training.loop import Run, mixed_precision, prepare, seconds_per_step, train_stage, usable_cores
+from pokediff.training.recipes import what_to_expect
 
 SAMPLE = 256  # pictures that a trial and the estimates load
 TRIAL_STEPS = 4
@@ -71,6 +72,10 @@ def train(config: TrainConfig, resume: str = "never", only: Sequence[str] = (), 
             run.say(f"time left: about {duration(left)}")
     if trial and run.main:
         draw_trial(out, run)
+    elif config.fit_limit:
+        run.say(what_to_expect(config))
+    prompt = max(config.preview_prompts, key=len)
+    run.say(f'draw with: pokediff sample "{prompt}" --checkpoint {out}')
     run.accelerator.end_training()
     return out
 
