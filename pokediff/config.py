@@ -337,6 +337,7 @@ class DemoConfig:
     __pydantic_config__ = STRICT
 
     checkpoint: tuple[str, ...] = ()  # folders or names of shipped models, the first is selected (default: shipped)
+    size: int | None = None  # px selected at first (default: that of the checkpoint)
     data: str | None = "data/bulbapedia"  # the training data, to look up the nearest training pictures
     reports: str = "reports"  # folder of the reports that the page shows
     runs: str = "checkpoints"  # folder of the training runs that the page shows
@@ -346,6 +347,7 @@ class DemoConfig:
     open: bool = False  # open the page in a browser
 
     def __post_init__(self) -> None:
+        _require(self.size is None or self.size > 0, "size", "must be positive")
         _require(0 < self.port < 2**16, "port", "must be 1 to 65535")
         _require(self.queue > 0, "queue", "must be positive")
 
