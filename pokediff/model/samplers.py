@@ -17,10 +17,11 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from pokediff.errors import PokediffError
+from pokediff.config import Sampler
+from pokediff.errors import PokediffError, first_line
 
 # name: a diffusers scheduler and the changes to its configuration. A new sampler is a new line.
-SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
+SAMPLERS: dict[Sampler, tuple[type[SchedulerMixin], dict[str, Any]]] = {
     "ddpm": (DDPMScheduler, {}),
     "ddim": (DDIMScheduler, {}),
     "dpmpp_2m": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
@@ -30,12 +31,30 @@ SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
     "euler_a": (EulerAncestralDiscreteScheduler, {}),
 }
 
+# The classes that fit by hand as `pipe.scheduler`; tests/test_diffusion.py tries every scheduler of diffusers.
+SCHEDULERS = frozenset(
+    f"{name}Scheduler"
+    for name in """DDIM DDIMParallel DDPM DDPMParallel DEISMultistep DPMSolverMultistep DPMSolverSinglestep
+    EulerAncestralDiscrete EulerDiscrete HeunDiscrete KDPM2AncestralDiscrete KDPM2Discrete LMSDiscrete SASolver TCD
+    UniPCMultistep""".split()
+)
 
-def make_scheduler(own: SchedulerMixin, sampler: str | None, steps: int, device: torch.device) -> Any:
+
+def check_scheduler(scheduler: SchedulerMixin) -> None:
+    """Raise PokediffError for a scheduler that is not of SCHEDULERS: one that does not solve this noise schedule (flow
+    matching, EDM's, inverse ones), that cannot start in the middle of it, or that needs a network of another kind.
+    """
+    if not {kind.__name__ for kind in type(scheduler).__mro__} & SCHEDULERS:
+        raise PokediffError(
+            f"{type(scheduler).__name__} cannot draw with this model; schedulers: {', '.join(sorted(SCHEDULERS))}"
+        )
+
+
+def make_scheduler(own: SchedulerMixin, sampler: Sampler | None, steps: int, device: torch.device) -> SchedulerMixin:
     """A fresh scheduler with `steps` steps and the noise schedule of `own`: `sampler`, or one of the class of `own`.
 
-    Raises PokediffError for an unknown sampler, a number of steps outside 1 to num_train_timesteps, or a scheduler
-    that cannot be used.
+    Raises PokediffError for an unknown sampler, and a number of steps outside 1 to num_train_timesteps or too many for
+    the scheduler.
     """
     if sampler is not None and sampler not in SAMPLERS:
         raise PokediffError(f"unknown sampler {sampler!r}; samplers: {', '.join(SAMPLERS)}")
@@ -43,14 +62,15 @@ def make_scheduler(own: SchedulerMixin, sampler: str | None, steps: int, device:
     if not 1 <= steps <= total:
         raise PokediffError(f"num_inference_steps must be 1 to {total}, not {steps}")
     kind, changes = SAMPLERS[sampler] if sampler else (type(own), {})
-    if not hasattr(own, "alphas_cumprod") or not hasattr(kind, "add_noise"):
-        raise PokediffError(f"{kind.__name__} cannot be used: it has no alphas_cumprod or add_noise")
     scheduler = kind.from_config(own.config, **{"prediction_type": "v_prediction", **changes})
-    scheduler.set_timesteps(steps, device=device)
+    try:
+        scheduler.set_timesteps(steps, device=device)
+    except ValueError as error:  # TCD has at most 50 steps
+        raise PokediffError(f"{kind.__name__}: {steps} steps cannot be used ({first_line(error)})") from None
     return scheduler
 
 
-def sampler_name(scheduler: SchedulerMixin) -> str | None:
+def sampler_name(scheduler: SchedulerMixin) -> Sampler | None:
     """The name in SAMPLERS of a scheduler; None for another one, or one configured otherwise."""
     for name, (kind, changes) in SAMPLERS.items():
         if type(scheduler) is kind and all(scheduler.config.get(key) == value for key, value in changes.items()):
@@ -58,7 +78,7 @@ def sampler_name(scheduler: SchedulerMixin) -> str | None:
     return None
 
 
-def skipped_steps(scheduler: Any, strength: float) -> int:
+def skipped_steps(scheduler: SchedulerMixin, strength: float) -> int:
     """How many timesteps are skipped when the fraction `strength` of the schedule is run; one step at least is run."""
     order = scheduler.order  # heun: two timesteps a step, and it must begin with the first of the two
     steps = -(-len(scheduler.timesteps) // order)
@@ -66,7 +86,7 @@ def skipped_steps(scheduler: Any, strength: float) -> int:
 
 
 def first_x(
-    scheduler: Any, noise: torch.Tensor, image: torch.Tensor | None, skipped: int
+    scheduler: SchedulerMixin, noise: torch.Tensor, image: torch.Tensor | None, skipped: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The first x, at the scale that the scheduler keeps, and the timesteps to run: from pure noise, or from an image
     with noise when timesteps are skipped. noise and image (B, C, H, W).

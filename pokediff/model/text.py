@@ -21,8 +21,9 @@ import torch.nn.functional as F
 
 from pokediff.data.records import write_whole
 from pokediff.errors import PokediffError, first_line
+from pokediff.paths import shipped
 
-BUILTIN_FOLDER = Path(__file__).resolve().parent.parent.parent / "checkpoints" / "pokediff"
+BUILTIN_FOLDER = shipped("checkpoints", "pokediff")
 ALTERNATIVES = 'use "builtin", which needs no download, or give a local folder or file'
 
 

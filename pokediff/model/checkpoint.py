@@ -1,0 +1,151 @@
+"""A pipeline as a folder: what is read from it, and what diffusers does not write by itself.
+
+A folder is data. `PokeDiffPipeline.from_pretrained` never imports a file of it, whatever its model_index.json says; the
+`pipeline.py` inside is for `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`, which needs one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
+
+from pokediff.errors import PokediffError, first_line
+from pokediff.model.cascade import Cascade
+from pokediff.model.text import cached_or_downloaded
+from pokediff.paths import shipped
+
+INDEX = "model_index.json"
+CLASS = "PokeDiffPipeline"
+CODE = f"from pokediff import {CLASS}  # for DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)\n"
+LIBRARIES = {"pokediff", "diffusers", "transformers"}  # the classes of a checkpoint's components come from these
+DATA_FILES = ["*.json", "*.safetensors", "*.txt", "*.md"]  # downloaded from a hub repository; no code, no pickle
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+
+
+class CheckpointPipeline(DiffusionPipeline):
+    """A pipeline with a cascade that is loaded from a folder and saved as one."""
+
+    cascade: Cascade
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
+        """A folder written by training, the name of a shipped one, or a hub repository.
+
+        Weights become float32 unless `dtype` is given. A folder that holds a part of a cascade names its base, relative
+        to itself; the base is loaded, and the part put into it. No file of the folder is ever imported. Raises
+        PokediffError when there is no such folder, or it is no pipeline of ours.
+        """
+        for code in ("trust_remote_code", "custom_pipeline"):
+            kwargs.pop(code, None)
+        if kwargs.get("dtype", kwargs.get("torch_dtype")) is None:
+            kwargs["dtype"] = torch.float32
+        folder = find_folder(pretrained_model_name_or_path, kwargs)
+        try:
+            if base := read_index(folder).get("base"):
+                pipeline = cls.from_pretrained(folder / base, **kwargs)
+                part = Cascade.from_pretrained(folder / "cascade", dtype=pipeline.dtype)
+                pipeline.register_modules(cascade=pipeline.cascade.updated(part))
+                return pipeline
+            return super().from_pretrained(str(folder), **kwargs)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+            raise PokediffError(f"{folder} cannot be loaded: {first_line(error)}") from error
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in diffusers, without what would make it import code of the"""
+        loaded = super().load_config(*args, **kwargs)
+        if isinstance(loaded, tuple):
+            return checked_index(loaded[0]), *loaded[1:]
+        return checked_index(loaded)
+
+    def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write model_index.json, the last file of `save_pretrained`, and complete the folder."""
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+        complete(Path(save_directory))
+
+    def save_part(self, folder: str | Path, names: Sequence[str], base: str) -> None:
+        """Write the denoisers `names` alone; `base` is the checkpoint that they belong to, relative to `folder`."""
+        Cascade({name: self.cascade[name] for name in names}).save_pretrained(Path(folder) / "cascade")
+        write_part_index(Path(folder), base)
+
+
+def checked_index(index: dict[str, Any]) -> dict[str, Any]:
+    """The content of a model_index.json, so that loading it runs no code but that of installed libraries.
+
+    Raises PokediffError when a component is of another library than LIBRARIES.
+    """
+    for name, value in index.items():
+        is_component = isinstance(value, list) and not name.startswith("_")
+        if is_component and value[0] is not None and value[0] not in LIBRARIES:
+            raise PokediffError(f"{INDEX}: {name} is of {value[0]!r}, not of {', '.join(sorted(LIBRARIES))}")
+    return {**index, "_class_name": CLASS}
+
+
+def find_folder(name: str | Path, options: dict[str, Any]) -> Path:
+    """The folder of a checkpoint: `name` itself, a shipped one of that name, or the copy of a hub repository.
+
+    Takes HUB_OPTIONS out of `options`.     Raises PokediffError when there is none.
+    """
+    path, hub = Path(name), {key: options.pop(key) for key in HUB_OPTIONS if key in options}
+    for folder in (path, shipped("checkpoints", path.name)) if path.name == str(name) else (path,):
+        if (folder / INDEX).is_file():
+            return folder
+    found = sorted(index.parent.as_posix() for index in Path("checkpoints").glob(f"*/{INDEX}"))
+    here = f"checkpoints here: {', '.join(found) or 'none'}"
+    if path.is_dir() or path.parent.is_dir() or str(name).count("/") != 1:
+        raise PokediffError(f"{path} is no checkpoint (no {INDEX}); {here}")
+    from huggingface_hub import snapshot_download
+
+    only_local = hub.pop("local_files_only", False)
+
+    def load(local: bool) -> Path:
+        folder = snapshot_download(str(name), local_files_only=local or only_local, allow_patterns=DATA_FILES, **hub)
+        return Path(folder)
+
+    return cached_or_downloaded(load, f"checkpoint {name}", here)
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / INDEX).read_text(encoding="utf-8"))
+
+
+def write_part_index(folder: Path, base: str) -> None:
+    """Mark `folder` as a part of the checkpoint `base`, a path relative to `folder`."""
+    _write_json(folder / INDEX, {"_class_name": CLASS, "base": base})
+
+
+def complete(folder: Path) -> None:
+    """Finish a folder that diffusers wrote: pipeline.py, and JSON that every parser reads.
+
+    Schedulers have defaults of -Infinity, which is no JSON; they are left out, and are the default again on loading.
+    """
+    _write_json(folder / INDEX, {**read_index(folder), "_class_name": ["pipeline", CLASS]})
+    (folder / "pipeline.py").write_text(CODE, encoding="utf-8")
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    if scheduler.is_file():
+        values = json.loads(scheduler.read_text(encoding="utf-8"))
+        _write_json(scheduler, {name: value for name, value in values.items() if not _infinite(value)})
+
+
+def quiet() -> None:
+    """No progress bars of diffusers and transformers for files that load at once."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+def _infinite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
