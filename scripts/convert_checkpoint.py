@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from pokediff.errors import PokediffError, one_line_errors
+from pokediff.model.checkpoint import complete
 from pokediff.model.denoiser import Denoiser
 from pokediff.model.pipeline import PokeDiffPipeline
 
@@ -93,7 +94,8 @@ def convert(folders: list[Path], out: Path) -> None:
     shared = ("_diffusers_version", "scheduler", "text_encoder", "tokenizer", "text_encoder_name")
     index = {name: index[name] for name in shared if name in index}
     index |= {"_class_name": "PokeDiffPipeline", "cascade": ["pokediff", "Cascade"], "pixel_art": False}
-    (out / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (out / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    complete(out)
     PokeDiffPipeline.from_pretrained(out)  # it loads
 
 

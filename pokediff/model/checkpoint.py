@@ -118,20 +118,29 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 def write_part_index(folder: Path, base: str) -> None:
     """Mark `folder` as a part of the checkpoint `base`, a path relative to `folder`."""
-    _write_json(folder / INDEX, {"_class_name": CLASS, "base": base})
+    (folder / INDEX).write_text(json.dumps({"_class_name": CLASS, "base": base}, indent=2) + "\n", encoding="utf-8")
+    _tidy(folder)
 
 
 def complete(folder: Path) -> None:
-    """Finish a folder that diffusers wrote: pipeline.py, and JSON that every parser reads.
-
-    Schedulers have defaults of -Infinity, which is no JSON; they are left out, and are the default again on loading.
-    """
-    _write_json(folder / INDEX, {**read_index(folder), "_class_name": ["pipeline", CLASS]})
+    """Finish a folder that diffusers wrote: add pipeline.py and what names it, and tidy its JSON."""
+    index = {**read_index(folder), "_class_name": ["pipeline", CLASS]}
+    (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
     (folder / "pipeline.py").write_text(CODE, encoding="utf-8")
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    if scheduler.is_file():
-        values = json.loads(scheduler.read_text(encoding="utf-8"))
-        _write_json(scheduler, {name: value for name, value in values.items() if not _infinite(value)})
+    _tidy(folder)
+
+
+def _tidy(folder: Path) -> None:
+    """Leave out of the configurations of a checkpoint what other programs cannot read, or should not.
+
+    Schedulers have defaults of -Infinity, which is no JSON and is the default again on loading; `_name_or_path` is
+    where a model was loaded from.
+    """
+    for path in (folder / INDEX, *folder.glob("scheduler/*.json"), *folder.glob("cascade/*/config.json")):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        kept = {name: value for name, value in values.items() if name != "_name_or_path" and not _infinite(value)}
+        text = json.dumps(kept, indent=2, sort_keys=True, allow_nan=False) + "\n"
+        path.write_text(text, encoding="utf-8")
 
 
 def quiet() -> None:
@@ -145,7 +154,3 @@ def quiet() -> None:
 
 def _infinite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
