@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 
 from pokediff.scraper import bulbapedia
-from pokediff.scraper.bulbapedia import Entry, PageChanged, file_stem, missing_numbers, original_url, parse_list, parse_species
+from pokediff.scraper.bulbapedia import (
+    Entry,
+    PageChanged,
+    file_stem,
+    missing_numbers,
+    original_url,
+    parse_list,
+    parse_species,
+)
 
 URL = "https://bulbapedia.bulbagarden.net/wiki/List"
 ART = "https://archives.bulbagarden.net/media/upload"

@@ -11,13 +11,13 @@ from conftest import write_data
 
 from pokediff.config import DatasetConfig
 from pokediff.data import dataset
+from pokediff.data.colors import measured_colors
 from pokediff.data.dataset import (
     TrainingBatches,
     caption_vectors,
     draw_chances,
     embed,
     load_pictures,
-    measured_colors,
     translate,
     warp,
 )
@@ -197,7 +197,7 @@ def test_colours_in_the_row_are_not_measured(tmp_path, monkeypatch):
     def no_measuring(_):
         raise AssertionError("colours are in the rows")
 
-    monkeypatch.setattr(dataset, "main_colors", no_measuring)
+    monkeypatch.setattr(dataset, "measured_colors", no_measuring)
     again = load_pictures(folder, 16)
     assert again.captions == first.captions
     assert again.digest == first.digest

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import http.server
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import threading
@@ -18,10 +18,12 @@ from typing import Any
 import pytest
 from conftest import COLORS, ROOT, draw_creature
 
+from pokediff.data.captions import captions_of
 from pokediff.data.images import encode_png
 from pokediff.data.records import read_records
 from pokediff.scraper import bulbapedia, client, crawl
 from pokediff.scraper.client import FetchError, NotThere, PoliteClient, StopRun
+from pokediff.scraper.crawl import ScrapeOptions
 
 NAMES = [f"Creature{chr(97 + i)}" for i in range(12)]
 ARTWORK = encode_png(draw_creature(COLORS["green"], "round"))
@@ -53,7 +55,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     server: Wiki
 
     def log_message(self, *_: Any) -> None:
-        pass
+        time.sleep(0.01)
 
     def do_GET(self) -> None:
         path = self.path
@@ -258,6 +260,10 @@ def test_a_whole_run(wiki, tmp_path, capsys):
     assert first.source_url == wiki.base + original(NAMES[0])
     assert first.page_url.endswith("/wiki/Creaturea_(Pok%C3%A9mon)")
     assert first.license
+    assert first.colors == ("green",)
+    row = json.loads((tmp_path / "metadata.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert row["text"] == "official artwork of a green water creature" == captions_of(first)[0]
+    assert len(captions_of(first)) > 1
     assert first.retrieved_at
     assert (tmp_path / first.file_name).read_bytes() == ARTWORK
     output = capsys.readouterr().out
@@ -342,8 +348,40 @@ def test_options(wiki, tmp_path):
     for option, number in (("--forms", 12), ("--no-forms", 10)):
         assert scrape(wiki, tmp_path / option, option) == 0
         assert len(read_records(tmp_path / option)) == number
-    with pytest.raises(SystemExit):
-        scrape(wiki, tmp_path, "--limit", "0")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--limit", "0", "--limit must be at least 1"),
+        ("--base-url", "bulbapedia", "is not an address"),
+        ("--text-encoder", "clap:x", "--text-encoder clap:x: use none, builtin"),
+    ],
+)
+def test_wrong_options_are_named(tmp_path, capsys, option, value, words):
+    with pytest.raises(SystemExit) as stop:
+        crawl.main(["--out", str(tmp_path / "d"), option, value])
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "d").exists()
+
+
+def test_the_list_is_parsed_once(wiki, tmp_path, monkeypatch):
+    parsed, parse = [], bulbapedia.parse_list
+    monkeypatch.setattr(bulbapedia, "parse_list", lambda *page: parsed.append(page) or parse(*page))
+    assert scrape(wiki, tmp_path, "--limit", "2") == 0
+    assert len(parsed) == 1
+
+
+def test_colours_are_added_to_an_old_journal(wiki, tmp_path):
+    assert scrape(wiki, tmp_path) == 0
+    path = tmp_path / ".scrape" / "journal.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    path.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "colors"}) + "\n" for row in rows))
+    requests = len(wiki.asked)
+    assert scrape(wiki, tmp_path) == 0
+    assert len(wiki.asked) == requests
+    assert {record.colors for record in read_records(tmp_path)} == {("green",)}
 
 
 def test_pages_add_looks_and_families(wiki, tmp_path):
@@ -411,51 +449,62 @@ def mirror(shared):
         process.wait()
 
 
-def command(base: str, out: Path, *options: str) -> list[str]:
-    script = str(ROOT / "scraper" / "run.py")
-    return [sys.executable, script, "--out", str(out), "--base-url", base, "--text-encoder", "none", *options]
+def options(base: str, out: Path) -> ScrapeOptions:
+    return ScrapeOptions(out, base, limit=40, text_encoder="none")
 
 
 def images(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (out / "images").glob("*.png")}
 
 
+def stats(base: str) -> dict[str, Any]:
+    return json.load(urllib.request.urlopen(f"{base}/__stats__"))
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
-def test_faults_a_challenge_and_a_kill_end_in_the_same_pictures(mirror, tmp_path):
-    limit = ("--limit", "60")
+def test_faults_a_challenge_and_a_kill_end_in_the_same_pictures(mirror, tmp_path, monkeypatch):
+    monkeypatch.setattr(client, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(bulbapedia, "parse_list", functools.cache(bulbapedia.parse_list))  # it takes seconds
     plain = mirror()
-    assert subprocess.run(command(plain, tmp_path / "plain", *limit), capture_output=True).returncode == 0
+    crawl.scrape(options(plain, tmp_path / "plain"))
     expected = images(tmp_path / "plain")
-    assert len(expected) > 50
+    assert len(expected) > 30
 
     faulty = mirror("--faults", "0.2", "--seed", "3")
     for _ in range(4):
-        if subprocess.run(command(faulty, tmp_path / "faulty", *limit), capture_output=True).returncode == 0:
+        if crawl.scrape(options(faulty, tmp_path / "faulty")).failed == 0:
             break
     assert images(tmp_path / "faulty") == expected
 
-    challenge = mirror("--challenge-after", "30")
-    done = subprocess.run(command(challenge, tmp_path / "challenge", *limit), capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "run the same command again" in done.stderr
+    challenge = mirror("--challenge-after", "20")
+    assert "challenge" in crawl.scrape(options(challenge, tmp_path / "challenge")).stopped
     kept = len(images(tmp_path / "challenge"))
-    assert 20 <= kept <= 30
+    assert 10 <= kept <= 20
     assert len(read_records(tmp_path / "challenge")) == kept
-    assert subprocess.run(command(plain, tmp_path / "challenge", *limit), capture_output=True).returncode == 0
+    assert crawl.scrape(options(plain, tmp_path / "challenge")).stopped is None
     assert images(tmp_path / "challenge") == expected
 
-    process = subprocess.Popen(
-        command(plain, tmp_path / "killed", *limit), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while not (tmp_path / "killed" / "images").is_dir() or len(images(tmp_path / "killed")) < 15:
-        assert process.poll() is None
+    out = tmp_path / "killed"
+    command = [
+        sys.executable,
+        str(ROOT / "scraper" / "run.py"),
+        "--out",
+        str(out),
+        "--base-url",
+        plain,
+        "--limit",
+        "40",
+    ]
+    process = subprocess.Popen([*command, "--text-encoder", "none"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while process.poll() is None and len(images(out)) < 10:
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    asked = json.load(urllib.request.urlopen(f"{plain}/__stats__"))["requests"]
-    assert subprocess.run(command(plain, tmp_path / "killed", *limit), capture_output=True).returncode == 0
-    assert images(tmp_path / "killed") == expected
-    stats = json.load(urllib.request.urlopen(f"{plain}/__stats__"))
-    assert stats["requests"] - asked < 60
-    assert stats["max_parallel"] == 1
-    assert all(agent.startswith(("pokediff/", "Python-urllib")) for agent in stats["agents"])
+    assert process.poll() is None
+    process.kill()
+    process.communicate()
+    requests = stats(plain)["requests"]
+    assert crawl.scrape(options(plain, out)).failed == 0
+    assert images(out) == expected
+    assert stats(plain)["requests"] - requests < 40
+    assert stats(plain)["max_parallel"] == 1
+    assert all(agent.startswith(("pokediff/", "Python-urllib")) for agent in stats(plain)["agents"])

@@ -8,6 +8,8 @@ from functools import cache
 import cv2
 import numpy as np
 
+from pokediff.data.images import fit_square, unpremultiply
+
 # The eleven basic colour terms (Berlin & Kay, "Basic Color Terms", 1969), each by a few anchors in sRGB. A pixel gets
 # the name of the nearest anchor in CIELAB.
 COLOR_ANCHORS: dict[str, str] = {
@@ -28,6 +30,7 @@ COLOR_ANCHORS: dict[str, str] = {
 }
 # Shadow and shine make parts of every creature gray or white, so people name the other colours first.
 SALIENCE = {"gray": 0.6, "white": 0.8, "black": 0.9}
+COLOR_SIZE = 64  # px, so that captions do not depend on the model's size
 
 
 def color_shares(rgba: np.ndarray) -> dict[str, float]:
@@ -80,6 +83,11 @@ def main_colors(rgba: np.ndarray) -> tuple[str, ...]:
     scores = {name: share * SALIENCE.get(name, 1.0) for name, share in color_shares(rgba).items()}
     ranked = sorted(scores, key=lambda name: -scores[name])
     return tuple(name for name in ranked[:2] if scores[name] >= max(0.15, 0.5 * scores[ranked[0]]) or name == ranked[0])
+
+
+def measured_colors(rgba: np.ndarray) -> tuple[str, ...]:
+    """The main colours of a straight RGBA picture, for its row: measured at COLOR_SIZE px, whatever its size."""
+    return main_colors(unpremultiply(fit_square(rgba, COLOR_SIZE)))
 
 
 def color_name(rgb: Sequence[int]) -> str:

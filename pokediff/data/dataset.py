@@ -24,7 +24,7 @@ import torch
 
 from pokediff.config import DatasetConfig
 from pokediff.data.captions import STYLES, captions_of, shared_captions
-from pokediff.data.colors import main_colors
+from pokediff.data.colors import measured_colors
 from pokediff.data.images import BadImage, fit_square, read_image, unpremultiply
 from pokediff.data.records import Record, Split, picture_bytes, read_records, split_of
 from pokediff.errors import PokediffError
@@ -32,7 +32,6 @@ from pokediff.model.text import embeddings_path, encode_captions, load_embedding
 
 MEMORY_SHARE = 0.3  # of the free memory that pixels may fill; a larger set lies in a temporary file
 BROKEN_SHARE = 0.01  # a larger share of broken pictures is an error
-COLOR_SIZE = 64  # px at which colours are measured at any model size, so that captions do not depend on it
 SCALE, ROTATION, STRETCH = 0.2, 20.0, 0.2  # standard deviations: log2, degrees, log2 (cut at 1.5 of them)
 AUGMENT_LABELS = 8  # mirrored, shift right, shift down; scale, rotation (2), anisotropy (2)
 
@@ -178,11 +177,6 @@ def _with_colors(record: Record, rgba: np.ndarray) -> Record:
     if record.captions or record.colors:
         return record
     return replace(record, colors=measured_colors(rgba))
-
-
-def measured_colors(rgba: np.ndarray) -> tuple[str, ...]:
-    """The main colours of a straight RGBA picture of any size, for its row."""
-    return main_colors(unpremultiply(fit_square(rgba, COLOR_SIZE)))
 
 
 def _array_for(shape: tuple[int, ...]) -> np.ndarray:
