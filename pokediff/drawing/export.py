@@ -1,18 +1,26 @@
-"""export(checkpoint, out): the network and its text encoder as ONNX, for a machine or a language without PyTorch.
+"""export(checkpoint, out): a checkpoint as ONNX, for a machine or a language without PyTorch.
 
-    unet/model.onnx, and refiner/model.onnx and upscaler/model.onnx of a checkpoint that has one
-                             x (B, C, H, W), timestep (B,), text (B, D) -> output (B, C, H, W), float32;
-                             the upscaler also low_res (B, C, H/f, W/f)
-    text_encoder/model.onnx  input_ids (N, L), attention_mask (N, L) int64 -> pooled (N, D), unit vectors
+    cascade/config.json             names of the denoisers, in their order
+    cascade/<name>/config.json      size, range of noise, steps and guidance that suit the denoiser
+    cascade/<name>/model.onnx       inputs:  x (B, C, S, S) noisy pictures of unit variance,
+                                             timestep (B,) 0 to num_train_timesteps - 1,
+                                             text (B, D) unit vectors,
+                                             of an upscaler also low_res (B, C, S/f, S/f), the small pictures
+                                    output:  x0 (B, C, S, S) clean pictures, about [-1, 1]; all float32
+    cascade/null_text.txt           the text vector of the empty prompt
+    text_encoder/model.onnx         inputs:  input_ids, attention_mask (N, L) int64
+                                    output:  pooled (N, D) unit vectors, float32
 
-Everything else of the checkpoint (tokenizer, noise schedule, configurations) is copied, so the folder is a checkpoint
-too: `sample.py --checkpoint FOLDER` draws with ONNX Runtime. Whether both draw the same is tried before export returns.
+Tokenizer, noise schedule and PyTorch's text encoder are copied, so the folder is a checkpoint too: `pokediff sample
+--checkpoint FOLDER` runs the denoisers by ONNX Runtime. The export is verified before `export` returns.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +30,25 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
+from pokediff.config import Sampling
 from pokediff.errors import PokediffError
+from pokediff.model.cascade import LIST, Cascade, write_list
+from pokediff.model.checkpoint import INDEX, checked_index, find_folder, read_index
+from pokediff.model.denoiser import Denoiser
 from pokediff.model.pipeline import PokeDiffPipeline
 from pokediff.model.text import ClipTextEncoder
 
 MODEL = "model.onnx"
+NULL_TEXT = "null_text.txt"
 OPSET = 18
-TOLERANCE = 2  # of 255: float32 adds in another order elsewhere; more means another picture
+TOLERANCE = 2  # of 255 levels: float32 sums in another order; more would be another picture
 MISSING = "is not installed: pip install 'pokediff[onnx]'"
 
 
 class TextVectors(nn.Module):
     """What `ClipTextEncoder` does after the tokenizer, in one graph."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
@@ -43,10 +56,10 @@ class TextVectors(nn.Module):
         return nn.functional.normalize(self.model(input_ids, attention_mask).text_embeds, dim=-1)
 
 
-class OnnxUnet(nn.Module):
-    """An exported network that stands in for `unet.Unet`: the same call, float32 on the CPU, by ONNX Runtime."""
+class OnnxDenoiser(nn.Module):
+    """An exported denoiser in place of a `Denoiser`: the same call, float32 on the CPU, by ONNX Runtime."""
 
-    def __init__(self, path: Path, config: Any, null_text: torch.Tensor) -> None:
+    def __init__(self, path: Path, config: FrozenDict, null_text: torch.Tensor) -> None:
         super().__init__()
         try:
             import onnxruntime
@@ -58,6 +71,11 @@ class OnnxUnet(nn.Module):
         options.intra_op_num_threads = torch.get_num_threads()
         self.session = onnxruntime.InferenceSession(path.as_posix(), options, providers=["CPUExecutionProvider"])
 
+    @property
+    def below(self) -> float:
+        """As `Denoiser.below`."""
+        return math.inf if self.config.below is None else self.config.below
+
     def forward(
         self,
         x: torch.Tensor,
@@ -66,112 +84,128 @@ class OnnxUnet(nn.Module):
         augment: None = None,
         low_res: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As `Unet.forward`, without augmentation."""
-        timesteps = torch.as_tensor(timestep, dtype=torch.float32).expand(len(x)).contiguous()
+        """As `Denoiser.forward`, without augmentation labels."""
+        timesteps = torch.as_tensor(timestep, dtype=torch.float32).expand(len(x))
         values = {"x": x, "timestep": timesteps, "text": text} | ({} if low_res is None else {"low_res": low_res})
-        given = {name: value.float().contiguous().numpy() for name, value in values.items()}
-        (output,) = self.session.run(None, given)
-        return torch.from_numpy(output)
+        (x0,) = self.session.run(None, {name: value.float().contiguous().numpy() for name, value in values.items()})
+        return torch.from_numpy(x0)
 
 
-def export(checkpoint: str | Path, out: str | Path) -> dict[str, Any]:
-    """Write the exported checkpoint to `out`. Returns what was tried: {"largest_difference": 0 to 255, ...}.
+def export(checkpoint: str | Path, out: str | Path, size: int | None = None) -> dict[str, Any]:
+    """Write a checkpoint to `out` as ONNX: all denoisers, or those that drawings of `size` px need.
 
-    Raises PokediffError when the checkpoint cannot be read, `out` is it, onnx is not installed, or the exported network
-    draws another picture (more than TOLERANCE levels apart anywhere).
+    Returns {"largest_difference": levels of 255 between drawings of both, "megabytes": of the denoisers}. Raises
+    PokediffError when the checkpoint cannot be read or does not draw `size`, `out` is the checkpoint, onnxscript or
+    onnxruntime is not installed, or drawings differ by more than TOLERANCE levels anywhere.
     """
     try:
-        import onnxscript  # noqa: F401 (torch needs it and says so in many lines)
+        import onnxscript  # noqa: F401 (torch needs it, and would say so in many lines)
     except ImportError:
         raise PokediffError(f"onnxscript {MISSING}") from None
-    checkpoint, out = Path(checkpoint), Path(out)
-    if checkpoint.resolve() == out.resolve():
+    folder, out = find_folder(checkpoint, {}), Path(out)
+    if folder.resolve() == out.resolve():
         raise PokediffError(f"{out} is the checkpoint itself: choose another --out")
-    pipeline = PokeDiffPipeline.from_pretrained(checkpoint)
-    if not checkpoint.is_dir():
-        raise PokediffError(f"{checkpoint} is of the hub: export a folder, into which you have downloaded it")
-    for name, part in pipeline.components.items():  # a run's folder holds much else
-        if part is not None:
-            weights = shutil.ignore_patterns("diffusion_pytorch_model*")
-            shutil.copytree(checkpoint / name, out / name, dirs_exist_ok=True, ignore=weights)
-    for name in ("model_index.json", "README.md"):
-        if (checkpoint / name).is_file():
-            shutil.copyfile(checkpoint / name, out / name)
-    vector = pipeline.unet.null_text
-
-    batch = torch.export.Dim("batch")
-    for name, network in pipeline.networks.items():
-        side, upscale = network.config.image_size, network.config.upscale
-        x = torch.zeros(2, network.config.in_channels, side, side)
-        example = {"x": x, "timestep": torch.zeros(2), "text": vector.expand(2, -1).contiguous()}
-        if upscale > 1:
-            example["low_res"] = x[..., ::upscale, ::upscale].contiguous()
-        _write(network, example, ["output"], {name: {0: batch} for name in example}, out / name / MODEL)
-    np.savetxt(out / "unet" / "null_text.txt", vector.numpy()[None])
+    pipeline = PokeDiffPipeline.from_pretrained(folder)
+    sizes = pipeline.sizes if size is None else pipeline.cascade.legs(size)
+    copy_components(folder, out)
+    names = [name for name, denoiser in pipeline.cascade.items() if denoiser.config.image_size in sizes]
+    for name in names:
+        write_denoiser(pipeline.cascade[name], out / "cascade" / name)
+    write_list(out / "cascade", names)
+    np.savetxt(out / "cascade" / NULL_TEXT, pipeline.base.null_text.numpy()[None])
     if pipeline.text_encoder is not None:
-        length = pipeline.text_encoder.config.max_position_embeddings
-        ids = torch.full((2, length), pipeline.tokenizer.eos_token_id)
-        texts = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        tokens = torch.export.Dim("tokens", min=2, max=length)
-        sizes = {name: {0: batch, 1: tokens} for name in texts}
-        _write(TextVectors(pipeline.text_encoder), texts, ["pooled"], sizes, out / "text_encoder" / MODEL)
-
-    options: dict[str, Any] = {"num_steps": 8, "precision": "fp32"}
-    prompts = ["a blue water turtle", "a red fire dragon, pixel sprite"]
-    expected = pipeline.generate(prompts, [0, 1], **options)
-    drawn = load_exported(out).generate(prompts, [0, 1], **options)
-    difference = int(np.abs(drawn.astype(int) - expected).max())
+        write_text_encoder(pipeline, out / "text_encoder" / MODEL)
+    difference = largest_difference(pipeline, load_exported(out), sizes)
     if difference > TOLERANCE:
         raise PokediffError(f"{out} draws another picture than {checkpoint}: {difference} of 255 levels apart")
-    size = sum((out / name / MODEL).stat().st_size for name in pipeline.networks)
-    return {"largest_difference": difference, "megabytes": round(size / 1e6, 1)}
+    megabytes = sum((out / "cascade" / name / MODEL).stat().st_size for name in names) / 1e6
+    return {"largest_difference": difference, "megabytes": round(megabytes, 1)}
 
 
-def _write(
-    module: nn.Module, example: dict[str, torch.Tensor], outputs: list[str], sizes: dict[str, Any], path: Path
-) -> None:
-    """One graph, weights inside, batch and text length free."""
-    module.eval()
-    program = torch.onnx.export(
-        module,
-        (),
-        kwargs=example,
-        input_names=list(example),
-        output_names=outputs,
-        dynamic_shapes=sizes,
-        opset_version=OPSET,
-        dynamo=True,
-        verbose=False,
-    )
+def copy_components(folder: Path, out: Path) -> None:
+    """What a checkpoint, or the one whose part it is, has beside its denoisers; a run's folder holds much else."""
+    while base := read_index(folder).get("base"):
+        folder = folder / base
+    for name in ("scheduler", "tokenizer", "text_encoder"):
+        if (folder / name).is_dir():
+            shutil.copytree(folder / name, out / name, dirs_exist_ok=True)
+    for name in (INDEX, "README.md"):
+        if (folder / name).is_file():
+            out.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, out / name)
+
+
+def write_denoiser(denoiser: Denoiser, folder: Path) -> None:
+    """model.onnx and config.json of one denoiser."""
+    config, batch = denoiser.config, torch.export.Dim("batch")
+    x = torch.zeros(2, config.in_channels, config.image_size, config.image_size)
+    example = {"x": x, "timestep": torch.zeros(2), "text": denoiser.null_text.expand(2, -1).contiguous()}
+    if config.upscale > 1:
+        example["low_res"] = x[..., :: config.upscale, :: config.upscale].contiguous()
+    denoiser.save_config(folder)
+    _write(denoiser, example, "x0", {name: {0: batch} for name in example}, folder / MODEL)
+
+
+def write_text_encoder(pipeline: PokeDiffPipeline, path: Path) -> None:
+    model, batch = pipeline.text_encoder, torch.export.Dim("batch")
+    length = model.config.max_position_embeddings
+    ids = torch.full((2, length), pipeline.tokenizer.eos_token_id)
+    tokens = torch.export.Dim("tokens", min=2, max=length)
+    example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    _write(TextVectors(model), example, "pooled", {name: {0: batch, 1: tokens} for name in example}, path)
+
+
+def _write(module: nn.Module, example: dict[str, torch.Tensor], output: str, sizes: dict[str, Any], path: Path) -> None:
+    """One graph with its weights; `sizes` names the dimensions that are free."""
+    with warnings.catch_warnings(action="ignore"):  # of names that two inputs share
+        program = torch.onnx.export(
+            module.eval(),
+            (),
+            kwargs=example,
+            input_names=list(example),
+            output_names=[output],
+            dynamic_shapes=sizes,
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
     if program is None:  # only without dynamo
         raise PokediffError(f"{path} was not written")
     program.save(path.as_posix(), external_data=False)
 
 
-def is_exported(checkpoint: str | Path) -> bool:
-    return (Path(checkpoint) / "unet" / MODEL).is_file()
+def largest_difference(one: PokeDiffPipeline, other: PokeDiffPipeline, sizes: tuple[int, ...]) -> int:
+    """The largest difference between drawings of two pipelines at any pixel and size, 0 to 255."""
+    prompts = ["a blue water turtle", "a red fire dragon, pixel sprite"]
+    largest = 0
+    for size in sizes:
+        sampling = Sampling(size=size, num_inference_steps=8, precision="fp32")
+        drawn, expected = (pipeline.generate(prompts, [0, 1], sampling).astype(int) for pipeline in (one, other))
+        largest = max(largest, int(np.abs(drawn - expected).max()))
+    return largest
+
+
+def is_exported(folder: str | Path) -> bool:
+    """Whether a folder was written by `export`."""
+    return next(Path(folder).glob(f"cascade/*/{MODEL}"), None) is not None
 
 
 def load_exported(folder: str | Path) -> PokeDiffPipeline:
-    """The pipeline of an exported checkpoint: our loop, schedulers and text encoder around ONNX Runtime's network.
-
-    Raises PokediffError when onnxruntime is not installed.
+    """The pipeline of an exported checkpoint: its denoisers run by ONNX Runtime. Raises PokediffError when that is not
+    installed, or a denoiser is missing.
     """
     folder = Path(folder)
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    vector = torch.from_numpy(np.loadtxt(folder / "unet" / "null_text.txt", dtype=np.float32))
-
-    def network(name: str) -> Any:
-        config = FrozenDict(json.loads((folder / name / "config.json").read_text(encoding="utf-8")))
-        return OnnxUnet(folder / name / MODEL, config, vector)
-
-    unet = network("unet")
+    index, cascade = checked_index(read_index(folder)), folder / "cascade"
+    null_text = torch.from_numpy(np.loadtxt(cascade / NULL_TEXT, dtype=np.float32))
+    denoisers = {}
+    for name in json.loads((cascade / LIST).read_text(encoding="utf-8"))["denoisers"]:
+        if not (cascade / name / MODEL).is_file():
+            raise PokediffError(f"{cascade / name / MODEL} not found: export the checkpoint again")
+        config = FrozenDict(json.loads((cascade / name / "config.json").read_text(encoding="utf-8")))
+        denoisers[name] = OnnxDenoiser(cascade / name / MODEL, config, null_text)
     scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(folder / "scheduler")
     settings = {name: index[name] for name in PokeDiffPipeline.settings if name in index}
-    for name in ("refiner", "upscaler"):
-        if (folder / name / MODEL).is_file():
-            settings[name] = network(name)
-    if (name := index["text_encoder_name"]) != "builtin":
-        return PokeDiffPipeline(unet, scheduler, **settings)
-    encoder = ClipTextEncoder.from_folder(folder, name)
-    return PokeDiffPipeline(unet, scheduler, encoder.model, encoder.tokenizer, **settings)
+    if not (folder / "text_encoder").is_dir():
+        return PokeDiffPipeline(Cascade(denoisers), scheduler, **settings)
+    encoder = ClipTextEncoder.from_folder(folder, index["text_encoder_name"])
+    return PokeDiffPipeline(Cascade(denoisers), scheduler, encoder.model, encoder.tokenizer, **settings)

@@ -1,7 +1,7 @@
-"""Pixel art made exact, after the drawing: few colours, hard edges, no specks.
+"""Finishing a drawing: no specks, hard edges, a palette.
 
-A diffusion model draws pixels whose colours are nearly, never exactly, those of a small palette. What is done here
-needs no model: straight RGBA uint8 (H, W, 4) in and out.
+A diffusion model draws pixels whose colours are nearly, never exactly, those of a small palette. Nothing here needs a
+model: straight RGBA uint8 (H, W, 4) in and out.
 """
 
 from __future__ import annotations
@@ -17,14 +17,20 @@ from pokediff.data.records import read_text
 from pokediff.errors import PokediffError
 
 MAX_COLORS = 256
+FAINT = 3  # of 255: nobody sees an alpha below, but it spoils whatever trims or counts
 SPECK_SHARE = 0.004  # of the picture's pixels: smaller islands are specks (4 pixels at 32 px, 16 at 64 px)
+
+
+def remove_faint(rgba: np.ndarray) -> np.ndarray:
+    """Make pixels with an alpha below FAINT transparent."""
+    return np.where(rgba[..., 3:] >= FAINT, rgba, 0).astype(np.uint8)
 
 
 def remove_specks(rgba: np.ndarray, share: float = SPECK_SHARE) -> np.ndarray:
     """Make islands of fewer than `share` of all pixels transparent; the largest island stays whatever its size.
 
-    An island is what hangs together, corners included, where alpha is above a tenth; the haze below a tenth that
-    touches no island goes too.
+    An island is a set of connected pixels, corners included, with an alpha above 25 of 255. Fainter pixels that touch
+    no island become transparent too.
     """
     seen = (rgba[..., 3] > 25).astype(np.uint8)
     number, labels, stats, _ = cv2.connectedComponentsWithStats(seen, connectivity=8)
@@ -39,18 +45,18 @@ def remove_specks(rgba: np.ndarray, share: float = SPECK_SHARE) -> np.ndarray:
 
 
 def harden(rgba: np.ndarray) -> np.ndarray:
-    """Every pixel either there or not: alpha 255 from a half on, else 0 (and black, so that files compress)."""
-    there = rgba[..., 3:] >= 128
-    return np.where(there, np.concatenate([rgba[..., :3], np.full_like(rgba[..., 3:], 255)], axis=-1), 0).astype(
-        np.uint8
-    )
+    """Alpha 255 where it is at least 128, else 0, and the colour black there."""
+    opaque = np.concatenate([rgba[..., :3], np.full_like(rgba[..., 3:], 255)], axis=-1)
+    return np.where(rgba[..., 3:] >= 128, opaque, 0).astype(np.uint8)
 
 
 def pick_palette(rgba: np.ndarray, colors: int) -> np.ndarray:
-    """(K, 3) uint8, K at most `colors`: those that stand for the picture's opaque pixels best (k-means in CIE Lab,
-    where equal distances look alike). The same picture always gives the same palette.
+    """(K, 3) uint8, K at most `colors`: the palette of the picture's opaque pixels, by k-means in CIE Lab, where equal
+    distances look alike. The same picture always gives the same palette.
 
-    Each is the median colour of its group, not the mean: it need not occur, but it is not washed out by the edges.
+    Each colour is the median of its cluster: the mean would be greyed by the pixels of the outline.
+
+    Raises PokediffError for `colors` outside 2 to 256.
     """
     _require_colors(colors)
     opaque = rgba[rgba[..., 3] >= 128][:, :3]
@@ -72,10 +78,11 @@ def apply_palette(rgba: np.ndarray, palette: np.ndarray) -> np.ndarray:
 
 
 def read_palette(text: str) -> int | np.ndarray:
-    """What `--palette` says: a number of colours, or a file with the colours (K, 3) uint8.
+    """The value of `--palette`: a number of colours, or a file with the colours, as (K, 3) uint8.
 
     Files: .hex (one rrggbb a line, as Lospec writes them) and .gpl (GIMP, Aseprite, Inkscape).
-    Raises PokediffError for a number outside 2 to 256, a file that is not there, of another kind, or without colours.
+    Raises PokediffError for a number outside 2 to 256, and for a file that does not exist, is of another kind, or holds
+    no colours, more than 256, or a line that is no colour.
     """
     if text.isdigit():
         _require_colors(int(text))
@@ -95,9 +102,9 @@ def read_palette(text: str) -> int | np.ndarray:
         colors = [bytes(min(255, int(part)) for part in match.groups()) for match in matches if match]
         unread = [line for line, match in zip(body, matches, strict=True) if not match]
     else:
-        raise PokediffError(f"palette {path}: only .gpl and .hex are read")
+        raise PokediffError(f"palette {path}: a palette is a .gpl or .hex file")
     if unread:
-        raise PokediffError(f"palette {path}: {unread[0]!r} is no colour")
+        raise PokediffError(f"palette {path}: {unread[0]!r} is not a colour")
     if not 1 <= len(colors) <= MAX_COLORS:
         raise PokediffError(f"palette {path} has {len(colors)} colours, not 1 to {MAX_COLORS}")
     return np.array([list(color) for color in colors], dtype=np.uint8)
@@ -106,8 +113,10 @@ def read_palette(text: str) -> int | np.ndarray:
 def finish(
     rgba: np.ndarray, palette: int | np.ndarray | None = None, hard_alpha: bool = False, clean: bool = True
 ) -> np.ndarray:
-    """All of it in the right order: specks, edge, colours. `palette` is a number of colours, or the colours (K, 3)."""
-    rgba = remove_specks(rgba) if clean else rgba
+    """A finished drawing (H, W, 4): with `clean` without faint pixels and specks, with `hard_alpha` without half
+    transparent pixels, in the colours of `palette`, (K, 3) uint8 or their number.
+    """
+    rgba = remove_specks(remove_faint(rgba)) if clean else rgba
     rgba = harden(rgba) if hard_alpha else rgba
     if palette is None:
         return rgba

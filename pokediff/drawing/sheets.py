@@ -1,0 +1,276 @@
+"""What a drawing leaves on disk: pictures, a sheet, animations, frames, and sample.json with its settings.
+
+0000.png ...        pictures of native size
+large/0000.png ...  enlarged copies for looking at, at least LARGE_SIDE px
+grid.png            all pictures on one sheet
+denoising.gif       the first batch: left the noisy picture x, right the predicted clean picture x0
+interpolation.gif   of an interpolation, there and back
+frames/0000/00-x.png, 00-x0.png ...   with save_frames
+image.png, mask.png copies of what img2img and inpainting started from
+sample.json         settings, prompt and seed of each picture, files; `--from-json` draws the same pictures
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import shutil
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pokediff.config import SampleConfig, plain
+from pokediff.data.images import composite, encode_png, enlarge, grid, save_animation
+from pokediff.data.records import write_whole
+from pokediff.drawing.jobs import Job
+from pokediff.errors import PokediffError
+from pokediff.model.checkpoint import find_folder, read_index
+from pokediff.model.pipeline import PokeDiffPipeline
+from pokediff.paths import shipped
+
+LARGE_SIDE = 256  # px that a copy in large/ has at least
+SHOWN_SIDE = 128  # px that a picture has at least on a sheet or in an animation
+FACTS = "sample.json"
+# What a drawing may write, and so may remove: a sample.json from elsewhere cannot name other files.
+OWN_FILES = re.compile(
+    r"(large/)?\d{4,}\.png|grid\.png|(denoising|interpolation|image|mask)\.\w+|frames/\d{4,}/\d+-x0?\.png|sample\.json"
+)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A step as it is shown: straight RGBA uint8 (B, S, S, 4) of the size of its denoiser. Sigma 0 marks the last one,
+    whose x0 are the finished pictures.
+    """
+
+    x: np.ndarray
+    x0: np.ndarray
+    sigma: float
+
+
+def write_drawing(
+    out: Path,
+    config: SampleConfig,
+    pipeline: PokeDiffPipeline,
+    jobs: Sequence[Job],
+    batches: Iterable[tuple[np.ndarray, Sequence[Frame]]],
+) -> int:
+    """Write a drawing to the folder `out`, batch by batch as `batches` gives them. Returns the number of pictures.
+
+    Args:
+        config: its settings, resolved: with prompts, a seed and a whole `sampling`.
+        jobs: prompt and seed of every picture.
+        batches: finished pictures, straight RGBA uint8 (B, S, S, 4), and the frames of their denoising: those of the
+            first batch are animated, and all are kept in frames/ if `save_frames` says so; () for none.
+
+    An earlier drawing in the folder is replaced, by the list of files in its sample.json. An exception in `batches`,
+    Ctrl-C too, passes through; the pictures that are done are kept, with their sheet and sample.json.
+
+    Raises PokediffError when a file that is not of an earlier drawing, or what img2img starts from, would be replaced.
+    """
+    began, names = time.monotonic(), file_names(config, len(jobs))
+    created = not out.exists()
+    claim(out, names, [path for path in (config.image, config.mask) if path])
+    done: list[np.ndarray] = []
+    write_facts(out, pipeline, config, jobs, names)  # first, so that what is written is known to be ours
+    copy_inputs(out, config)
+    try:
+        for pictures, frames in batches:
+            first = not done
+            for offset, picture in enumerate(pictures):
+                write_picture(out, len(done), picture, config)
+                if config.save_frames and frames:
+                    write_frames(out / "frames" / f"{len(done):04}", frames, offset, config)
+                done.append(picture)
+            if first and len(frames) > 1:
+                animate(out, frames, config)
+    finally:
+        if done:
+            write_sheet(out, np.stack(done), config)
+            names = [name for name in names if (out / name).is_file()]
+            write_facts(out, pipeline, config, jobs[: len(done)], names, time.monotonic() - began)
+        else:
+            remove(out, names)
+            if created:
+                with suppress(OSError):
+                    out.rmdir()
+    return len(done)
+
+
+# ------------------------------------------------------------------------------------------------------- the folder
+
+
+def file_names(config: SampleConfig, number: int) -> list[str]:
+    """All files that a drawing of `number` pictures may write, relative to its folder."""
+    names = ["grid.png", *(f"denoising.{kind}" for kind in config.animations)]
+    names += ["interpolation.gif"] if config.interpolate else []
+    names += [copied_name(kind, path) for kind, path in (("image", config.image), ("mask", config.mask)) if path]
+    for index in range(number):
+        names += [f"{index:04}.png", f"large/{index:04}.png"]
+        names += [f"frames/{index:04}/{k:02}-{what}.png" for k in range(config.save_frames) for what in ("x", "x0")]
+    return [*names, FACTS]
+
+
+def claim(out: Path, names: Sequence[str], inputs: Sequence[str]) -> None:
+    """Make the folder `out` ready for the files `names`: create it, or remove the earlier drawing in it.
+
+    Raises PokediffError, and removes nothing, when another file has one of these names, or one of `inputs` would go.
+    """
+    earlier, folder = listed_files(out), out.resolve()
+    for path in (Path(name).resolve() for name in inputs):
+        if path.is_relative_to(folder) and path.relative_to(folder).as_posix() in {*earlier, *names}:
+            raise PokediffError(f"{path} would be replaced by what is drawn from it: choose another --out than {out}")
+    if foreign := [name for name in names if name not in earlier and (out / name).exists()]:
+        raise PokediffError(f"{out / foreign[0]} exists and is not of an earlier drawing: choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    remove(out, earlier)
+
+
+def listed_files(out: Path) -> list[str]:
+    """The files of the drawing in a folder, by its sample.json; [] when there is none."""
+    try:
+        names = json.loads((out / FACTS).read_text(encoding="utf-8"))["files"]
+        return [name for name in names if OWN_FILES.fullmatch(name)]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def remove(out: Path, names: Sequence[str]) -> None:
+    """Remove files of ours, and the folders that they leave empty."""
+    for name in names:
+        (out / name).unlink(missing_ok=True)
+    folders = {parent for name in names for parent in Path(name).parents if parent != Path()}
+    for folder in sorted(folders, key=lambda folder: -len(folder.parts)):
+        with suppress(OSError):  # not there, or not empty
+            (out / folder).rmdir()
+
+
+# --------------------------------------------------------------------------------------------------------- pictures
+
+
+def on_background(rgba: np.ndarray, config: SampleConfig) -> np.ndarray:
+    return composite(rgba, config.background) if config.background else rgba
+
+
+def write_picture(out: Path, index: int, picture: np.ndarray, config: SampleConfig) -> None:
+    """One straight RGBA picture (S, S, 4), scaled by `enlarge`, and its copy in large/ unless it is large itself."""
+    picture = on_background(enlarge(picture, config.enlarge), config)
+    write_whole(out / f"{index:04}.png", encode_png(picture))
+    if (factor := -(-LARGE_SIDE // len(picture))) > 1:
+        (out / "large").mkdir(exist_ok=True)
+        write_whole(out / "large" / f"{index:04}.png", encode_png(enlarge(picture, factor)))
+
+
+def write_frames(folder: Path, frames: Sequence[Frame], index: int, config: SampleConfig) -> None:
+    """`save_frames` steps of picture `index`, evenly spread from noise to picture: NN-x.png and NN-x0.png, all of the
+    size of the picture.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    side = frames[-1].x0.shape[1] * config.enlarge
+    number = min(config.save_frames, len(frames))
+    for k, step in enumerate(np.linspace(0, len(frames) - 1, number).round().astype(int)):
+        for name, pictures in (("x", frames[step].x), ("x0", frames[step].x0)):
+            shown = enlarge(pictures[index], side // pictures.shape[1])
+            write_whole(folder / f"{k:02}-{name}.png", encode_png(on_background(shown, config)))
+
+
+def write_sheet(out: Path, pictures: np.ndarray, config: SampleConfig) -> None:
+    """All pictures (N, S, S, 4) side by side, grid.png; an interpolation there and back, interpolation.gif."""
+    factor = shown_factor(pictures.shape[1])
+    sheet = enlarge(grid(pictures, sheet_columns(config, len(pictures)), 1), factor)
+    write_whole(out / "grid.png", encode_png(on_background(sheet, config)))
+    if config.interpolate:
+        shown = composite(enlarge(pictures, factor), config.background or "white")
+        save_animation(out / "interpolation.gif", [*shown, *shown[-2:0:-1]], seconds=len(shown) / 8, hold=0.25)
+
+
+def animate(out: Path, frames: Sequence[Frame], config: SampleConfig) -> None:
+    """The noisy picture x beside the predicted clean one x0, step by step, for all pictures of a batch."""
+    side = frames[-1].x0.shape[1]
+    side *= shown_factor(side)
+    shown = []
+    for frame in frames:
+        pair = np.concatenate([frame.x, frame.x0], axis=2)  # (B, S, 2S, 4)
+        pair = enlarge(pair, side // pair.shape[1])  # the steps of a base are smaller than the pictures
+        columns = max(1, round((len(pair) / 2) ** 0.5))
+        shown.append(composite(grid(pair, columns, 8), config.background or "white"))
+    for kind in config.animations:
+        save_animation(out / f"denoising.{kind}", shown)
+
+
+def sheet_columns(config: SampleConfig, pictures: int) -> int:
+    """A sheet about as wide as high; the pictures of one of several prompts stay in one row."""
+    side, each = max(1, round(pictures**0.5)), config.num_images_per_prompt
+    return side if pictures <= each else each * max(1, round(side / each))
+
+
+def shown_factor(side: int) -> int:
+    """By how much sheets and animations enlarge a picture of `side` px."""
+    return max(1, SHOWN_SIDE // side)
+
+
+# ---------------------------------------------------------------------------------------------------------- settings
+
+
+def copied_name(kind: str, path: str) -> str:
+    """image.png: the name under which an input lies beside the pictures."""
+    return f"{kind}{Path(path).suffix.lower() or '.png'}"
+
+
+def copy_inputs(out: Path, config: SampleConfig) -> None:
+    for kind, path in (("image", config.image), ("mask", config.mask)):
+        if path:
+            shutil.copyfile(path, out / copied_name(kind, path))
+
+
+def write_facts(
+    out: Path,
+    pipeline: PokeDiffPipeline,
+    config: SampleConfig,
+    jobs: Sequence[Job],
+    files: Sequence[str],
+    seconds: float | None = None,
+) -> None:
+    """Write sample.json."""
+    # What "auto" was here: another machine would choose otherwise and draw other pictures.
+    precision: Any = "bf16" if pipeline.in_bf16(config.sampling.precision) else "fp32"
+    settings = dataclasses.replace(
+        config,
+        out=None,
+        sampling=dataclasses.replace(config.sampling, precision=precision),
+        image=copied_name("image", config.image) if config.image else None,
+        mask=copied_name("mask", config.mask) if config.mask else None,
+    )
+    facts = {
+        "settings": plain(settings),
+        "pictures": [{"file": f"{k:04}.png", **job.facts()} for k, job in enumerate(jobs)],
+        "files": list(files),
+        "weights_sha256": weights_sha256(checkpoint_folder(config.checkpoint)),
+        "device": str(pipeline.device),
+        "packages": {name: version(name) for name in ("pokediff", "torch", "diffusers")},
+        "seconds": seconds and round(seconds, 2),
+    }
+    write_whole(out / FACTS, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+
+
+def checkpoint_folder(name: str | None) -> Path:
+    """The folder of a checkpoint by folder, name of a shipped one, or hub repository; None: the shipped pokediff."""
+    return find_folder(name or shipped("checkpoints", "pokediff"), {})
+
+
+def weights_sha256(folder: Path) -> str:
+    """Of all weights that a checkpoint draws with: its denoisers and text encoder, and those of its base."""
+    places = [f"{place}/*.{kind}" for place in ("cascade/*", "text_encoder") for kind in ("safetensors", "onnx")]
+    files = sorted(path for place in places for path in folder.glob(place))
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    if base := read_index(folder).get("base"):
+        digests.append(weights_sha256(folder / base))
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
