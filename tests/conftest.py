@@ -12,12 +12,21 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from diffusers import DPMSolverMultistepScheduler
 from safetensors.torch import save_file
 
-from pokediff.config import DatasetConfig, ModelConfig, TrainConfig
-from pokediff.data.images import encode_png
+from pokediff.config import DiffusionConfig
+from pokediff.data.images import encode_png, premultiply, to_model
 from pokediff.data.records import Record, write_records
+from pokediff.model.cascade import Cascade
+from pokediff.model.denoiser import Denoiser
+from pokediff.model.diffusion import denoising_loss, make_noise_schedule, schedule_sigmas
+from pokediff.model.pipeline import PokeDiffPipeline, quiet
+from pokediff.model.text import load_text_encoder
 
+quiet()
+torch.set_num_threads(1)  # the models here are small; more threads only wait for each other
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 COLORS = {"red": (220, 40, 40), "green": (50, 170, 60), "blue": (60, 90, 220), "yellow": (245, 215, 40)}
@@ -77,24 +86,79 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_data(tmp_path_factory.mktemp("data") / "creatures")
 
 
-def tiny_config(data: Path, out: Path, **changes) -> TrainConfig:
-    """A run of a few seconds."""
-    values = dict(
-        data=str(data),
-        out=str(out),
-        dataset=DatasetConfig(image_size=16),
-        model=ModelConfig(widths=(32, 64), attention=(False, True), blocks=(1, 1), embedding_dim=64),
-        max_steps=6,
-        batch_size=8,
-        warmup_steps=2,
-        log_every=1,
-        validate_every=3,
-        preview_every=6,
-        checkpoint_every=3,
-        preview_prompts=("a red round creature", "a blue square creature"),
-        precision="fp32",
+def make_denoiser(seed: int = 0, **changes) -> Denoiser:
+    """A small denoiser with random weights everywhere: the last layers of a new one are zero, which hides much."""
+    torch.manual_seed(seed)
+    values = dict(image_size=32, widths=(16, 32), attention=(False, True), blocks=(1, 1), head_dim=16, embedding_dim=32)
+    denoiser = Denoiser(**{**values, **changes})
+    for parameter in denoiser.parameters():
+        if parameter.abs().max() == 0:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return denoiser.eval()
+
+
+def fit(denoiser: Denoiser, x0: torch.Tensor, text: torch.Tensor, steps: int = 40) -> None:
+    """Train on a few pictures (N, C, S, S) for as many steps."""
+    schedule, config = make_noise_schedule(DiffusionConfig()), denoiser.config
+    last = int((schedule_sigmas(schedule) < denoiser.below).sum())
+    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    low_res = F.avg_pool2d(x0, config.upscale) if config.upscale > 1 else None
+    denoiser.train()
+    for _ in range(steps):
+        timesteps = torch.randint(last, (len(x0),), generator=generator)
+        noise = torch.randn(x0.shape, generator=generator)
+        loss = denoising_loss(schedule, denoiser, x0, noise, timesteps, text, None, low_res).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    denoiser.eval()
+
+
+def make_tiny_cascade(null_text: torch.Tensor, text: torch.Tensor) -> Cascade:
+    """A base and a refiner of 32 px and an upscaler to 64 px, trained for a second on creatures of four colours.
+
+    null_text (D,) and text (4, D) are the vectors of no prompt and of the four colours.
+    """
+    drawn = [draw_creature(rgb, shape, 64) for shape in ("round", "square") for rgb in COLORS.values()]
+    large = to_model(torch.from_numpy(np.stack([premultiply(picture) for picture in drawn])), "rgba")  # (8, 4, 64, 64)
+    text = text.repeat(2, 1)
+    detail = dict(
+        widths=(16,), attention=(False,), blocks=(1,), norm_free=True, sigma_data=0.3, gate=True, steps=2
+    )  # fmt: skip
+    cascade = Cascade(
+        {
+            "base-32": make_denoiser(1, steps=6, guidance_scale=1.5),
+            "refiner-32": make_denoiser(2, patch=1, below=1.0, **detail),
+            "upscaler-64": make_denoiser(3, image_size=64, patch=2, upscale=2, below=2.0, **detail),
+        }
     )
-    return TrainConfig(**{**values, **changes})
+    for _, denoiser in cascade.items():
+        denoiser.null_text.copy_(null_text)
+        fit(denoiser, large if denoiser.config.image_size == 64 else F.avg_pool2d(large, 2), text)
+    return cascade
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a trained cascade of base-32, refiner-32 and upscaler-64 that draws in a fraction of a second."""
+    encoder = load_text_encoder("builtin")
+    texts = encoder(["", *(f"a {color} creature" for color in COLORS)]).pooled.clone()
+    pipeline = PokeDiffPipeline(
+        make_tiny_cascade(texts[0], texts[1:]),
+        DPMSolverMultistepScheduler.from_config(make_noise_schedule(DiffusionConfig()).config),
+        encoder.model,
+        encoder.tokenizer,
+    )
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_pipe(tiny_checkpoint: Path) -> PokeDiffPipeline:
+    """The pipeline of `tiny_checkpoint`, read-only."""
+    return PokeDiffPipeline.from_pretrained(tiny_checkpoint)
 
 
 @pytest.fixture(scope="session")
