@@ -1,6 +1,6 @@
-"""python sample.py --prompt "a blue water turtle" """
+"""python sample.py "a blue water turtle" """
 
-from pokediff.cli import run, sample
+from pokediff.cli import main
 
 if __name__ == "__main__":
-    run(sample, None, "sample.py")
+    main(command="sample", prog="sample.py")

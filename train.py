@@ -1,6 +1,6 @@
-"""accelerate launch train.py --config configs/pokemon-32.yaml --data data/bulbapedia"""
+"""accelerate launch train.py --config configs/pokemon.yaml --data data/bulbapedia"""
 
-from pokediff.cli import run, train
+from pokediff.cli import main
 
 if __name__ == "__main__":
-    run(train, None, "train.py")
+    main(command="train", prog="train.py")

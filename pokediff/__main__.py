@@ -1,5 +1,6 @@
-"""python -m pokediff VERB, and accelerate launch -m pokediff evaluate, which shares the drawing among processes."""
+"""python -m pokediff COMMAND, and accelerate launch -m pokediff evaluate, whose processes share the drawing."""
 
 from pokediff.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

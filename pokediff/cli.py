@@ -1,293 +1,375 @@
-"""The command line: `pokediff VERB`. Each verb parses its settings and calls one function."""
+"""The command line: `pokediff COMMAND`. COMMANDS is the table; a command parses its options and calls one function.
+
+Options are the fields of the configurations (config.py) under the names of the Python API; ALIASES lists short ones.
+"""
 
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
+import dataclasses
+import difflib
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, NoReturn, TypeVar
+from typing import Annotated, Any, get_origin
 
 import tyro
+from tyro.conf import Positional
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
 
-from pokediff.config import DEFAULT_CLIP, DemoConfig, EvaluateConfig, SampleConfig, TrainConfig, load_yaml
+from pokediff import __version__
+from pokediff.config import DEFAULT_CLIP, DemoConfig, EvaluateConfig, SampleConfig, Sampling, TrainConfig, load_yaml
 from pokediff.errors import PokediffError, one_line_errors
+from pokediff.paths import shipped
 
-T = TypeVar("T")
-
-HELP = """usage: pokediff VERB [options]        pokediff VERB --help tells a verb's options
-
-  scrape   build a data set from Bulbapedia: pictures, metadata.jsonl, text embeddings
-  embed    write the text embeddings of a data set's captions
-  train    train a model on a data set; `train FOLDER` chooses the settings for your own pictures
-  distill  teach a network to draw in few steps, four say, instead of twenty
-  sample   draw pictures from prompts
-  evaluate measure a checkpoint, or a folder of pictures, on held-out families
-  export   write the network as ONNX, for machines without PyTorch
-  compare  several reports side by side
-  demo     open a web page to draw, play and look inside
-  survey   ask people: make a page for raters, or collect what they answered"""
+ALIASES = {  # of the fields of SampleConfig and Sampling
+    "num_images_per_prompt": ("-n", "--num-images"),
+    "num_inference_steps": ("--steps", "--num-steps"),
+    "guidance_scale": ("--cfg",),
+}
+FLAT = ("settings", "sampling")  # fields whose own fields are options without a prefix
 
 
 @dataclass(frozen=True)
-class TrainCommand:
-    """Train a text-to-sprite model: `train FOLDER` on a folder of pictures with settings that fit it and this machine,
-    or `train --config FILE`. Every key of the configuration is an option too, and the option wins.
+class Command:
+    """A row of COMMANDS."""
+
+    help: str
+    options: type | None  # None: `run` gets the arguments and parses them itself
+    run: Callable[..., None]
+    defaults: Callable[[list[str]], Any] | None = None  # the options' defaults, where an argument decides them
+
+
+# ---------------------------------------------------------------------------------------------------------- options
+
+
+def positional(metavar: str) -> Any:
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Train a cascade.
+
+    `train FOLDER` fine-tunes the shipped cascade on a folder of pictures; `train --config FILE` follows a
+    configuration. Every key of the configuration is an option too, which overrides the file: --dataset.flip 0,
+    and for one stage --stages.base-32.batch-size 16.
     """
 
-    settings: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
-    config: Path | None = None  # a YAML file, see configs/
-    resume: str = "never"  # auto: go on from the newest state, or start; never; or a folder .../state/step-N
+    folder: Annotated[Positional[Path | None], positional("[FOLDER]")] = None  # of pictures
+    config: Path | None = None  # a YAML file, or the name of a shipped one (pokemon)
+    only: Annotated[tuple[str, ...], tyro.conf.arg(name="stages", metavar="NAME ...", help_behavior_hint="")] = ()
+    """train only these stages"""
+    max_steps: int | None = None  # optimizer steps of every stage that is trained; its decay becomes shorter with it
+    trial: bool = False  # a few steps of every stage, drawings, and the expected time of the whole run
+    resume: str = "never"  # auto: from the newest state, or start; never; or a folder .../state/STAGE/step-N
+    settings: TrainConfig = field(default_factory=TrainConfig)
 
 
 @dataclass(frozen=True)
-class DistillCommand:
-    """Teach a network of the same shape to draw in few steps: a training, with all its options in `settings`."""
+class DistillOptions:
+    """Add a few-step base to a checkpoint, for `sample --fast`: a training, with all its options."""
 
-    settings: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
-    checkpoint: Path | None = None  # the teacher (default: the shipped one)
-    steps: int = 4  # in which the student draws
+    checkpoint: str | None = None  # the teacher (default: the shipped pokediff)
+    steps: int = 4  # that the student draws in
+    max_steps: int | None = None  # optimizer steps
     resume: str = "never"  # as in train
+    settings: TrainConfig = field(default_factory=TrainConfig)
 
 
 @dataclass(frozen=True)
-class SampleCommand:
-    """Draw pictures from prompts, and show how they emerge from noise."""
+class SampleOptions:
+    """Draw pictures from prompts, with an animation of the denoising."""
 
-    settings: Annotated[SampleConfig, tyro.conf.arg(name="")] = field(default_factory=SampleConfig)
-    from_json: Path | None = None  # an earlier run's sample.json: the same settings, other options win
+    prompts: Annotated[Positional[tuple[str, ...]], positional("[PROMPT ...]")] = ()  # in quotes
+    from_json: Path | None = None  # sample.json of an earlier drawing: draw it again; other options override it
+    settings: SampleConfig = field(default_factory=SampleConfig)
 
 
 @dataclass(frozen=True)
-class EmbedCommand:
-    """Write the text embeddings of a data set's captions to DATA/embeddings-<encoder>.safetensors."""
+class EmbedOptions:
+    """Write the text embeddings of a data set's captions to FOLDER/embeddings-<encoder>.safetensors."""
 
-    data: tyro.conf.Positional[Path]  # a folder of pictures with a metadata.jsonl
+    folder: Annotated[Positional[Path], positional("FOLDER")]  # a data set
     text_encoder: str = DEFAULT_CLIP  # builtin, clip:REPOSITORY or open_clip:ARCHITECTURE:TAG
 
 
 @dataclass(frozen=True)
-class ExportCommand:
-    """Write a checkpoint's network and text encoder as ONNX, and try that they draw the same pictures."""
+class ExportOptions:
+    """Write a checkpoint as ONNX and verify that it draws the same pictures."""
 
-    checkpoint: Path | None = None  # a folder made by training (default: the shipped one)
+    checkpoint: str | None = None  # a folder, the name of a shipped model, or a hub repository (default: pokediff)
     out: Path | None = None  # folder of the exported checkpoint (default: exports/<checkpoint>)
+    size: int | None = None  # only the denoisers that drawings of this size need (default: all)
 
 
 @dataclass(frozen=True)
-class CompareCommand:
-    """Put several reports side by side: one table, one page."""
+class CompareOptions:
+    """Compare several reports: one table, one page."""
 
-    reports: tyro.conf.Positional[tuple[Path, ...]]  # folders with a report.json
+    reports: Annotated[Positional[tuple[Path, ...]], positional("FOLDER ...")]  # with a report.json
     out: Path = Path("reports/comparison")
 
 
 @dataclass(frozen=True)
-class SurveyCommand:
-    """Make an offline page on which people rate pictures blind; with --collect, count what they answered."""
+class SurveyOptions:
+    """Make an offline page on which people rate pictures blind, or with --collect evaluate their answers."""
 
     images: tuple[Path, ...] = ()  # folders of pictures with prompts, one for each system
     out: Path = Path("survey")  # folder of survey.html and key.json
-    number: int = 50  # pictures, of all systems together
-    repeats: int = 5  # of them are shown twice, to see who looks
+    number: int = 50  # pictures of all systems together
+    repeats: int = 5  # pictures that are shown twice, to detect inattentive raters
     seed: int = 0
-    collect: tuple[Path, ...] = ()  # the files that raters saved
+    collect: tuple[Path, ...] = ()  # files that raters saved
 
 
-def train(args: Sequence[str] | None = None, prog: str = "train.py") -> None:
-    if (processes := forgotten_processes()) > 1:
-        start_processes(processes)
-    args = list(sys.argv[1:] if args is None else args)
-    file = _early(args, "--config")
-    base = load_yaml(file, TrainConfig) if file else TrainConfig()
-    if args and not args[0].startswith("-"):
-        from pokediff.training.recipes import recipe_for
-
-        folder, *args = args
-        base = replace(base, data=folder) if file else recipe_for(folder)
-    if base.out is None and file:
-        base = replace(base, out=f"checkpoints/{Path(file).stem}")
-    command = _parse(TrainCommand, args, prog, TrainCommand(base))
-
-    from pokediff.training.loop import train
-
-    train(command.settings, command.resume)
+# ---------------------------------------------------------------------------------------------------------- commands
 
 
-def distill(args: Sequence[str] | None = None, prog: str = "pokediff distill") -> None:
-    from pokediff.drawing.sample import DEFAULT_CHECKPOINT
-    from pokediff.training.distillation import recipe
-    from pokediff.training.loop import train
-
-    checkpoint, steps = _early(args, "--checkpoint") or DEFAULT_CHECKPOINT, _early(args, "--steps") or "4"
-    if not steps.isdigit() or int(steps) < 1:
-        raise PokediffError(f"--steps {steps}: a whole number from 1")
-    base = recipe(checkpoint, int(steps), TrainConfig().data)
-    command = _parse(DistillCommand, args, prog, DistillCommand(base))
-    train(command.settings, command.resume)
-
-
-def forgotten_processes() -> int:
-    """How many processes `accelerate launch --cpu --num_processes N` was asked for and did not start; 0 for none.
-
-    On a CPU without MPI accelerate 1.x names a meeting point (MASTER_ADDR), starts one process and forgets the others.
-    N stands on the command line of the launcher, our parent, alone.
-    """
-    by_mpi_or_torchrun = {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"} & os.environ.keys()
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-    if not on_cpu or "MASTER_ADDR" not in os.environ or by_mpi_or_torchrun:
-        return 0
-    import psutil
-
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--num_processes", "--num-processes", type=int)
-    number = parser.parse_known_args(psutil.Process(os.getppid()).cmdline())[0].num_processes
-    if number is None:
-        raise PokediffError(
-            "accelerate launch starts one process only on a CPU: give it --num_processes N on the command line, or use "
-            "torchrun --nproc_per_node N train.py ..."
-        )
-    return number
-
-
-def start_processes(number: int) -> NoReturn:
-    """Become the launcher that starts `number` processes of this very command."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
-    command = [sys.executable, *torchrun, *sys.argv]
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)
-    if os.name == "nt":  # where exec returns to the shell at once
-        raise SystemExit(subprocess.call(command))
-    os.execv(sys.executable, command)
-
-
-def sample(args: Sequence[str] | None = None, prog: str = "sample.py") -> None:
-    file = _early(args, "--from-json")
-    base = SampleConfig()
-    if file:
-        from pokediff.drawing.sample import read_settings
-
-        base = read_settings(file)
-    command = _parse(SampleCommand, args, prog, SampleCommand(base))
-
-    from pokediff.drawing.sample import sample
-
-    sample(command.settings)
-
-
-def embed(args: Sequence[str] | None = None, prog: str = "pokediff embed") -> None:
-    command = _parse(EmbedCommand, args, prog)
-
-    from tqdm import tqdm
-
-    from pokediff.data.dataset import embed
-
-    print(embed(command.data, command.text_encoder, progress=tqdm))
-
-
-def evaluate(args: Sequence[str] | None = None, prog: str = "pokediff evaluate") -> None:
-    command = _parse(EvaluateConfig, args, prog)
-
-    from pokediff.evaluation.evaluate import evaluate
-
-    print(evaluate(command) / "report.html")
-
-
-def export(args: Sequence[str] | None = None, prog: str = "pokediff export") -> None:
-    command = _parse(ExportCommand, args, prog)
-
-    from pokediff.drawing.export import export
-    from pokediff.drawing.sample import DEFAULT_CHECKPOINT
-
-    checkpoint = command.checkpoint or DEFAULT_CHECKPOINT
-    out = command.out or Path("exports") / checkpoint.name
-    tried = export(checkpoint, out)
-    print(f"{out}: {tried['megabytes']} MB, pictures at most {tried['largest_difference']} of 255 levels apart")
-
-
-def compare(args: Sequence[str] | None = None, prog: str = "pokediff compare") -> None:
-    command = _parse(CompareCommand, args, prog)
-
-    from pokediff.evaluation.report import compare
-
-    print(compare(command.reports, command.out))
-
-
-def survey(args: Sequence[str] | None = None, prog: str = "pokediff survey") -> None:
-    command = _parse(SurveyCommand, args, prog)
-
-    from pokediff.evaluation.survey import collect, make_survey, table_of
-
-    if command.collect:
-        print(table_of(collect(command.collect, command.out)))
-    else:
-        print(make_survey(command.images, command.out, command.number, command.repeats, command.seed))
-
-
-def demo(args: Sequence[str] | None = None, prog: str = "pokediff demo") -> None:
-    command = _parse(DemoConfig, args, prog)
-
-    from pokediff.demo.server import serve
-
-    serve(command)
-
-
-def scrape(args: Sequence[str] | None = None, prog: str = "pokediff scrape") -> None:
+def scrape(args: Sequence[str], prog: str) -> None:
     from pokediff.scraper.crawl import main  # the folder scraper/, mapped by setup.cfg
 
     raise SystemExit(main(args, prog))
 
 
-VERBS: dict[str, Callable[[Sequence[str] | None, str], None]] = {
-    "scrape": scrape,
-    "embed": embed,
-    "train": train,
-    "distill": distill,
-    "sample": sample,
-    "evaluate": evaluate,
-    "export": export,
-    "compare": compare,
-    "demo": demo,
-    "survey": survey,
+def embed(options: EmbedOptions) -> None:
+    from tqdm import tqdm
+
+    from pokediff.data.dataset import embed
+
+    print(embed(options.folder, options.text_encoder, progress=tqdm))
+
+
+def train_defaults(args: list[str]) -> TrainOptions:
+    """The configuration of --config, or of the folder; without both, one with the names of all stages."""
+    if file := early(args, "--config"):
+        found = shipped("configs", f"{file}.yaml")
+        path = Path(file) if Path(file).exists() or not found.is_file() else found
+        config = load_yaml(path, TrainConfig)
+        return TrainOptions(settings=replace(config, out=config.out or f"checkpoints/{path.stem}"))
+    generic = TrainOptions(settings=load_yaml(shipped("configs", "pokemon.yaml"), TrainConfig))
+    folder = parse(TrainOptions, args, "pokediff train", generic).folder
+    if folder is None:
+        raise PokediffError("nothing to train on: give a folder of pictures, or --config FILE")
+    from pokediff.training.recipes import recipe_for
+
+    return TrainOptions(settings=recipe_for(folder))
+
+
+def train(options: TrainOptions) -> None:
+    from pokediff.training.launch import start_missing_processes
+    from pokediff.training.stages import select, train, with_steps
+
+    start_missing_processes()
+    config = options.settings
+    if options.folder and options.config:
+        config = replace(config, data=(options.folder.as_posix(),))
+    if options.max_steps is not None:
+        config = with_steps(config, dict.fromkeys(select(config, options.only), options.max_steps))
+    train(config, options.resume, options.only, options.trial)
+
+
+def distill_defaults(args: list[str]) -> DistillOptions:
+    from pokediff.training.distillation import distillation_recipe
+
+    steps = early(args, "--steps") or "4"
+    if not steps.isdigit() or int(steps) < 1:
+        raise PokediffError(f"--steps {steps}: must be a whole number from 1")
+    checkpoint = early(args, "--checkpoint") or shipped("checkpoints", "pokediff")
+    return DistillOptions(settings=distillation_recipe(checkpoint, int(steps), TrainConfig().data))
+
+
+def distill(options: DistillOptions) -> None:
+    train(TrainOptions(settings=options.settings, max_steps=options.max_steps, resume=options.resume))
+
+
+def sample_defaults(args: list[str]) -> SampleOptions:
+    file = early(args, "--from-json")
+    if file is None:
+        return SampleOptions()
+    from pokediff.drawing.sample import read_settings
+
+    return SampleOptions(settings=read_settings(file))
+
+
+def sample(options: SampleOptions) -> None:
+    from pokediff.drawing.sample import sample
+
+    config = options.settings
+    if options.prompts:
+        given = () if options.from_json else config.prompt
+        config = replace(config, prompt=(*options.prompts, *given))
+    sample(config)
+
+
+def evaluate(options: EvaluateConfig) -> None:
+    from pokediff.evaluation.evaluate import evaluate
+
+    print(evaluate(options) / "report.html")
+
+
+def export(options: ExportOptions) -> None:
+    from pokediff.drawing.export import export
+    from pokediff.model.pipeline import quiet
+
+    quiet()
+    checkpoint = options.checkpoint or "pokediff"
+    out = options.out or Path("exports") / Path(checkpoint).name
+    result = export(checkpoint, out, options.size)
+    print(f"{out}: {result['megabytes']} MB, pictures at most {result['largest_difference']} of 255 levels apart")
+
+
+def compare(options: CompareOptions) -> None:
+    from pokediff.evaluation.report import compare
+
+    print(compare(options.reports, options.out))
+
+
+def demo(options: DemoConfig) -> None:
+    from pokediff.demo.server import serve
+
+    serve(options)
+
+
+def survey(options: SurveyOptions) -> None:
+    from pokediff.evaluation.survey import collect, make_survey, table_of
+
+    if options.collect:
+        print(table_of(collect(options.collect, options.out)))
+    else:
+        print(make_survey(options.images, options.out, options.number, options.repeats, options.seed))
+
+
+COMMANDS = {
+    "scrape": Command("build a data set from Bulbapedia: pictures, metadata.jsonl, text embeddings", None, scrape),
+    "embed": Command("write the text embeddings of a data set's captions", EmbedOptions, embed),
+    "train": Command("train a cascade; `train FOLDER` on your own pictures", TrainOptions, train, train_defaults),
+    "distill": Command("add a few-step base to a checkpoint", DistillOptions, distill, distill_defaults),
+    "sample": Command("draw pictures from prompts", SampleOptions, sample, sample_defaults),
+    "evaluate": Command("measure a checkpoint, or a folder of pictures, on test pictures", EvaluateConfig, evaluate),
+    "export": Command("write a checkpoint as ONNX, for machines without PyTorch", ExportOptions, export),
+    "compare": Command("compare several reports", CompareOptions, compare),
+    "demo": Command("open a web page to draw and to look inside the model", DemoConfig, demo),
+    "survey": Command("let people rate pictures blind", SurveyOptions, survey),
 }
 
 
-def main() -> None:
-    """The console script `pokediff`."""
-    verb, args = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
-    if verb in ("-h", "--help"):
-        print(HELP)
-    elif verb in VERBS:
-        run(VERBS[verb], args, f"pokediff {verb}")
-    else:
-        print(f"error: unknown verb {verb!r}\n\n{HELP}", file=sys.stderr)
-        raise SystemExit(2)
+def main(args: Sequence[str] | None = None, command: str | None = None, prog: str = "pokediff") -> None:
+    """The console script `pokediff`; with `command`, the script `prog` of that command alone.
 
-
-def run(command: Callable[[Sequence[str] | None, str], None], args: Sequence[str] | None, prog: str) -> None:
-    """Run one command at the edge: errors in one line, other libraries' advice kept to themselves."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    Exits with 2 for an error that the user can fix, after one line that says how.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of other libraries
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     with one_line_errors():
-        command(args, prog)
+        if command is None:
+            if not words or words[0] in ("-h", "--help", "help"):
+                print(usage())
+                return
+            if words[0] == "--version":
+                print(f"pokediff {__version__}")
+                return
+            command, *words = words
+            if command not in COMMANDS:
+                near = difflib.get_close_matches(command, COMMANDS, 1)
+                hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
+                raise PokediffError(f"unknown command {command!r}; {hint}")
+            prog = f"{prog} {command}"
+        row = COMMANDS[command]
+        if row.options is None:
+            row.run(words, prog)
+            return
+        refuse_duplicates(words)
+        wants_help = {"-h", "--help"} & set(words)
+        default = row.defaults(words) if row.defaults and not wants_help else None
+        row.run(parse(row.options, words, prog, default))
 
 
-def _early(args: Sequence[str] | None, option: str) -> str | None:
-    """The value of an option that decides what the defaults of all others are."""
+def usage() -> str:
+    lines = [f"  {name:9} {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        ["usage: pokediff COMMAND [options]", "", *lines, "", "pokediff COMMAND --help lists its options."]
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- parsing
+
+
+def parse(options: type, args: Sequence[str], prog: str, default: Any = None) -> Any:
+    """The options of a command. Prints help or an error and exits, as argparse does."""
+    registry = ConstructorRegistry()
+    registry.struct_rule(plain_fields({"-h", "--help"} & set(args) != set()))
+    given = {} if default is None else {"default": default}
+    return tyro.cli(options, args=args, prog=prog, registry=registry, config=(tyro.conf.DisallowNone,), **given)
+
+
+def plain_fields(for_help: bool) -> Callable[[StructTypeInfo], StructConstructorSpec | None]:
+    """A rule by which tyro reads our dataclasses: aliases, no prefix for FLAT, short metavars, and only defaults that
+    say something. In help the options of stages are left out: there are a hundred.
+    """
+    inside: list[type] = []
+
+    def adapted(options: type, one: StructFieldSpec) -> StructFieldSpec:
+        kind: Any = one.type
+        if get_origin(kind) is Annotated:
+            return one
+        if one.name == "stages" and for_help:
+            return replace(one, type=tyro.conf.Suppress[kind])
+        spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(kind, {tyro.conf.DisallowNone}))
+        has_value = isinstance(spec, PrimitiveConstructorSpec) and kind not in (bool, bool | None)
+        settings = tyro.conf.arg(
+            name="" if one.name in FLAT else None,
+            metavar=plain_metavar(spec.metavar) if has_value else None,  # type: ignore[union-attr]
+            aliases=ALIASES.get(one.name) if options in (SampleConfig, Sampling) else None,
+            help_behavior_hint=plain_default,
+        )
+        return replace(one, type=Annotated[kind, settings])  # type: ignore[arg-type]
+
+    def rule(info: StructTypeInfo) -> StructConstructorSpec | None:
+        if not dataclasses.is_dataclass(info.type) or info.type in inside:
+            return None
+        inside.append(info.type)  # now tyro's own rule
+        spec = ConstructorRegistry.get_struct_spec(info)
+        inside.remove(info.type)
+        assert isinstance(spec, StructConstructorSpec)
+        return replace(spec, fields=tuple(adapted(info.type, one) for one in spec.fields))
+
+    return rule
+
+
+def plain_metavar(metavar: str) -> str:
+    """'[INT [INT ...]]' as 'INT ...', '{FLOAT FLOAT}' as 'FLOAT FLOAT'."""
+    without_braces = re.sub(r"^\{([^,]*)\}$", r"\1", metavar)
+    return re.sub(r"^\[(.+?) \[\1 \.\.\.\]\]$", r"\1 ...", without_braces)
+
+
+def plain_default(value: str) -> str:
+    return "" if value in ("None", "False", "", "''") or len(value) > 80 else f"(default: {value})"
+
+
+def refuse_duplicates(args: Sequence[str]) -> None:
+    """Raise PokediffError for an option that is given twice, also by an alias: tyro would keep the last one."""
+    names = {alias: f"--{name.replace('_', '-')}" for name, aliases in ALIASES.items() for alias in aliases}
+    words = [word.partition("=")[0].replace("_", "-") for word in args]
+    options = [names.get(word, word) for word in words if word.startswith("--") or word in names]
+    for option in options:
+        if option != "--" and options.count(option) > 1:
+            raise PokediffError(f'{option} is given twice; several values follow one option: {option} "one" "two"')
+
+
+def early(args: Sequence[str], option: str) -> str | None:
+    """The value of an option that decides the defaults of the others."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(option, option.replace("-", "_").replace("__", "--"), dest="value")
     return parser.parse_known_args(args)[0].value
-
-
-def _parse(kind: type[T], args: Sequence[str] | None, prog: str, default: T | None = None) -> T:
-    given = [word.partition("=")[0] for word in (sys.argv[1:] if args is None else args) if word.startswith("--")]
-    for option in given:
-        if given.count(option) > 1:  # the parser would keep the last one and say nothing
-            raise PokediffError(f'{option} is given twice; several values stand behind one: {option} "one" "two"')
-    if default is None:
-        return tyro.cli(kind, args=args, prog=prog)
-    return tyro.cli(kind, args=args, prog=prog, default=default)

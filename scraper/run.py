@@ -1,6 +1,6 @@
 """python scraper/run.py --out data/bulbapedia --contact you@example.org"""
 
-from pokediff.cli import run, scrape
+from pokediff.cli import main
 
 if __name__ == "__main__":
-    run(scrape, None, "scraper/run.py")
+    main(command="scrape", prog="scraper/run.py")
