@@ -1,6 +1,6 @@
-"""Parsing of Bulbapedia pages: page in, entries out; no I/O.
+"""Parsing of Bulbapedia pages; no I/O.
 
-By meaning: tables are found by their header texts, columns by their header, never by position or style.
+Tables and columns are found by the texts of their headers, never by position or style.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bs4 import BeautifulSoup, Tag
 from pokediff.errors import PokediffError
 
 LIST_TITLE = "List_of_Pokémon_by_National_Pokédex_number"
-EXPECTED_SPECIES = 1025  # as of generation IX; only to notice a page that is no longer the list
+EXPECTED_SPECIES = 1025  # as of generation IX; to notice a page that is no longer the list
 HOSTS = {"bulbapedia.bulbagarden.net", "archives.bulbagarden.net", "cdn.bulbagarden.net"}
 
 NUMBER_HEADERS = {"ndex", "national", "national dex", "no.", "no", "#", "number"}
@@ -27,7 +27,7 @@ REGIONS = {"alolan": "alola", "galarian": "galar", "hisuian": "hisui", "paldean"
 
 
 class PageChanged(PokediffError):
-    """The page no longer looks like what it is parsed as."""
+    """A page no longer has the structure that the parser expects."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Entry:
 
     dex: int
     name: str
-    form: str  # "" for the species itself, else as the page has it: "Alolan Form"
+    form: str  # "" for the species itself, else as on the page: "Alolan Form"
     types: tuple[str, ...]  # lower case
     page_url: str
     image_urls: tuple[str, ...]  # the best first: the original, then the largest thumbnail
@@ -44,10 +44,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Species:
-    """What a species' own page adds."""
+    """The facts on a species' own page."""
 
     category: str | None  # "Seed Pokémon"
-    biology: str | None  # first paragraph of the section, which describes the looks
+    biology: str | None  # first paragraph of the section, about its appearance
     relatives: tuple[str, ...]  # titles of the pages of its evolution line, such as "Ivysaur_(Pokémon)"
 
 
@@ -55,7 +55,7 @@ class Species:
 
 
 def parse_list(html: str | bytes, page_url: str) -> list[Entry]:
-    """All rows of all tables of the National Pokédex list, in their order.
+    """All rows of all tables of the National Pokédex list, in page order.
 
     Raises PageChanged when fewer than half of EXPECTED_SPECIES numbers are found.
     """
@@ -84,7 +84,7 @@ def missing_numbers(entries: list[Entry]) -> list[int]:
 
 
 def _grid(table: Tag) -> list[list[Tag | None]]:
-    """The rows of a table with every cell standing in each row and column that it spans; nested tables are left out."""
+    """The rows of a table, with a cell repeated in each row and column that it spans, without nested tables."""
     rows = [row for row in table.find_all("tr") if row.find_parent("table") is table]
     spanning: dict[int, tuple[int, Tag]] = {}  # column: rows still to fill, cell
     grid: list[list[Tag | None]] = []
@@ -120,7 +120,7 @@ def _span(cell: Tag, name: str) -> int:
 
 
 def _header(rows: list[list[Tag | None]]) -> tuple[int, dict[str, list[int]]]:
-    """(index of the header row, {"number", "name", "type", "image": columns}); (0, {}) when it is another table."""
+    """(index of the header row, {"number", "name", "type", "image": columns}); (0, {}) for another table."""
     wanted = {"number": NUMBER_HEADERS, "name": NAME_HEADERS, "type": TYPE_HEADERS, "image": IMAGE_HEADERS}
     for index, row in enumerate(rows[:5]):
         titles = [_text(cell).lower() if cell is not None else "" for cell in row]
@@ -159,7 +159,7 @@ def _entry(row: list[Tag | None], columns: dict[str, list[int]], page_url: str) 
 
 
 def _image_urls(image: Tag, page_url: str) -> tuple[str, ...]:
-    """The original, then the largest picture of srcset."""
+    """The original, then the largest picture of the srcset."""
     sources = [(1.0, str(image.get("src") or image.get("data-src") or ""))]
     for candidate in str(image.get("srcset") or "").split(","):
         address, _, density = candidate.strip().partition(" ")
@@ -174,7 +174,7 @@ def _image_urls(image: Tag, page_url: str) -> tuple[str, ...]:
 
 
 def _absolute(page_url: str, link: str) -> str:
-    """The address that a link on a page means, "" when it is none."""
+    """The absolute address of a link on a page, "" for a malformed one."""
     try:
         return urlunsplit(urlsplit(urljoin(page_url, link)))
     except ValueError:
@@ -182,7 +182,7 @@ def _absolute(page_url: str, link: str) -> str:
 
 
 def original_url(url: str) -> str:
-    """The full-size file behind a thumbnail: .../thumb/f/fb/A.png/70px-A.png is .../f/fb/A.png. Others stay."""
+    """The full-size file of a thumbnail, .../f/fb/A.png of .../thumb/f/fb/A.png/70px-A.png; other addresses stay."""
     parts = urlsplit(url)
     match = re.fullmatch(r"(.*?)/thumb/(.+)/[^/]*\d+px-[^/]+", parts.path)
     return urlunsplit(parts._replace(path=f"{match[1]}/{match[2]}")) if match else url
@@ -192,7 +192,7 @@ def original_url(url: str) -> str:
 
 
 def parse_species(html: str | bytes) -> Species:
-    """Category, first paragraph of Biology, and evolution line; what is not found is None or empty."""
+    """Category, first paragraph of Biology, and evolution line; None or empty if missing."""
     soup = BeautifulSoup(html, "html.parser")
     category = next((_text(a) for a in soup.find_all("a", href=True) if _title(a) == "Pokémon_category"), None)
     paragraphs = (node for node in _section(soup, "Biology") if node.name == "p")
@@ -203,7 +203,7 @@ def parse_species(html: str | bytes) -> Species:
 
 
 def _section(soup: BeautifulSoup, heading_id: str) -> Iterator[Tag]:
-    """The elements between a heading and the next one of any level."""
+    """The elements between a heading and the next heading of any level."""
     mark = soup.find(id=heading_id)
     heading = (
         mark
@@ -220,18 +220,18 @@ def _section(soup: BeautifulSoup, heading_id: str) -> Iterator[Tag]:
 
 
 def _prose(paragraph: Tag) -> str:
-    """Its text without footnote marks."""
+    """The text of a paragraph without footnote marks."""
     text = "".join(part for part in paragraph.strings if part.find_parent("sup") is None)
     return " ".join(text.split())
 
 
 def _title(link: Tag) -> str:
-    """ "/wiki/Ivysaur_(Pok%C3%A9mon)#x" says "Ivysaur_(Pokémon)"."""
+    """ "Ivysaur_(Pokémon)" of a link to "/wiki/Ivysaur_(Pok%C3%A9mon)#x"."""
     return page_title(str(link["href"]))
 
 
 def page_title(url: str) -> str:
-    """The wiki title in an address, decoded; "" when there is none."""
+    """The wiki title in an address, decoded, or ""."""
     path = unquote(urlsplit(url).path)
     return path.partition("/wiki/")[2]
 
@@ -249,7 +249,7 @@ def list_url(base_url: str) -> str:
 
 
 def file_stem(entry: Entry) -> str:
-    """Our own name for an entry's picture, plain ASCII: 0019-rattata-alola."""
+    """The file name of an entry's picture without suffix, in ASCII: 0019-rattata-alola."""
     form = re.sub(r"\b(form|forme|pattern|mode|style|cloak|size|plumage|trim)\b", "", entry.form, flags=re.IGNORECASE)
     words = [REGIONS.get(word, word) for word in _slug(form).split("-")]
     return "-".join(part for part in (f"{entry.dex:04}", _slug(entry.name), *words) if part)[:80].strip("-")

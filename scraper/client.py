@@ -1,4 +1,4 @@
-"""Polite HTTP: robots.txt, one request at a time, pauses, retries, limits. Knows nothing of Pokémon."""
+"""Polite HTTP: robots.txt, one request at a time, pauses, retries, limits."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from urllib3.util import Retry
 
 ATTEMPTS = 6  # for one address
 BACKOFF_S, BACKOFF_CAP_S = 1.0, 60.0
-LONGEST_PAUSE_S = 300.0  # a server that asks for more is left alone until the next run
+LONGEST_PAUSE_S = 300.0  # a server that demands a longer pause ends the run
 DEFAULT_INTERVAL_S = 1.0  # between two requests to a host whose robots.txt names no delay
-TIMEOUT_S = (10, 60)  # to connect, between two pieces of the body
+TIMEOUT_S = (10, 60)  # to connect, between two chunks of the body
 REDIRECTS = 5
-CHALLENGE_DOUBTS = 2  # a picture's address that answers 200 with a challenge page is asked so many times more
+CHALLENGE_RETRIES = 2  # for a challenge page with status 200, which may be an error of the host
 
 
 class FetchError(Exception):
-    """One address could not be had; its text is the reason. The run goes on."""
+    """One address failed, for the reason in the message. The run continues."""
 
 
 class NotThere(FetchError):
@@ -32,7 +32,7 @@ class NotThere(FetchError):
 
 
 class StopRun(Exception):
-    """The server does not want us now: stop, keep everything, come back later. Its text says why."""
+    """The server refuses further requests, for the reason in the message: stop, keep everything, try again later."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class PoliteClient:
     """GET requests to a few named hosts, strictly one after the other.
 
     Args:
-        hosts: "host" or "host:port" names that may be asked; anything else is refused, redirects included.
-        user_agent: names the project and a contact.
-        sleep, clock: for tests.
+        hosts: "host" or "host:port" names allowed; any other is refused, in redirects, too.
+        user_agent: name of the project and a contact.
+        sleep, clock: replaced by tests.
     """
 
     def __init__(
@@ -70,46 +70,45 @@ class PoliteClient:
         """The body of an address.
 
         Args:
-            max_bytes: a longer body is refused.
-            expect: beginning of the content type, such as "image/"; anything else is a failed attempt.
+            max_bytes: a longer body is an error.
+            expect: prefix of the content type, such as "image/"; any other is a failed attempt.
 
         Raises:
-            NotThere: 404 or 410. FetchError: anything else wrong with this address, after ATTEMPTS attempts where
-            trying again can help. StopRun: a challenge page, or a longer pause demanded than LONGEST_PAUSE_S.
+            NotThere: 404 or 410. FetchError: any other error of this address, after ATTEMPTS attempts if another one
+            can help. StopRun: a challenge page, or a demanded pause longer than LONGEST_PAUSE_S.
         """
         if not self._robots_of(url).can_fetch(url, self.user_agent):
             raise FetchError("robots.txt disallows it")
         return self._try(url, max_bytes, expect)
 
     def _try(self, url: str, max_bytes: int, expect: str) -> Answer:
-        """Attempts with exponential backoff and jitter; the reason of the last one is raised."""
-        doubts = 0
+        """Attempts with exponential backoff and jitter. Raises FetchError with the reason of the last one."""
+        challenges = 0
         for attempt in range(ATTEMPTS):
             pause = min(BACKOFF_CAP_S, BACKOFF_S * 2**attempt) * random.uniform(0.5, 1.5)
             try:
                 return self._follow(url, max_bytes, expect)
-            except _Doubtful as error:
-                # A real challenge repeats itself; a host that only slipped gives the picture the next time.
-                doubts += 1
-                if doubts > CHALLENGE_DOUBTS:
+            except _MaybeChallenge as error:
+                challenges += 1
+                if challenges > CHALLENGE_RETRIES:
                     raise StopRun(str(error)) from None
                 reason = str(error)
-            except _Again as error:
+            except _Retry as error:
                 reason = str(error)
                 if error.retry_after is not None:
                     pause = error.retry_after
                     if pause > LONGEST_PAUSE_S:
-                        raise StopRun(f"{urlsplit(url).netloc} asks for a pause of {pause:.0f} s") from None
+                        raise StopRun(f"{urlsplit(url).netloc} demands a pause of {pause:.0f} s") from None
             except requests.RequestException as error:
                 reason = f"connection: {type(error).__name__}"
-            except ValueError as error:  # an address or a header that is none, where requests does not look itself
+            except ValueError as error:  # an address or header that requests does not check
                 raise FetchError(f"malformed answer: {error}") from None
             if attempt + 1 < ATTEMPTS:
                 self.sleep(pause)
         raise FetchError(f"{reason} ({ATTEMPTS} attempts)")
 
     def _follow(self, url: str, max_bytes: int, expect: str) -> Answer:
-        """One attempt, along redirects to hosts we expect."""
+        """One attempt, with redirects to allowed hosts."""
         for _ in range(REDIRECTS + 1):
             self._check_host(url)
             if not self._robots_of(url).can_fetch(url, self.user_agent):
@@ -123,7 +122,7 @@ class PoliteClient:
         raise FetchError(f"more than {REDIRECTS} redirects")
 
     def _read(self, response: requests.Response, url: str, max_bytes: int, expect: str) -> Answer:
-        """The whole body, or why there is none."""
+        """The whole body of a response, or the exception that its status means."""
         kind = response.headers.get("Content-Type", "")
         body = bytearray()
         for piece in response.iter_content(1 << 16):  # urllib3 raises when the body is shorter than Content-Length
@@ -139,23 +138,23 @@ class PoliteClient:
         if status != 200 and is_challenge(body):
             raise StopRun(f"{urlsplit(url).netloc} demands a challenge (status {status})")
         if status == 429 or status >= 500:
-            raise _Again(f"status {status}", _retry_after(response))
+            raise _Retry(f"status {status}", _retry_after(response))
         if status != 200:
             raise FetchError(f"status {status}")
         if is_challenge(body):
-            raise _Doubtful(f"{urlsplit(url).netloc} demands a challenge (status 200)")
+            raise _MaybeChallenge(f"{urlsplit(url).netloc} demands a challenge (status 200)")
         if not kind.startswith(expect):
-            raise _Again(f"{kind or 'no content type'} where {expect} should be")
+            raise _Retry(f"content type {kind or 'missing'}, expected {expect}")
         return Answer(url, bytes(body))
 
     # ------------------------------------------------------------------------------------------------- manners
 
     def _robots_of(self, url: str) -> Protego:
-        """The host's robots.txt, read once. None there (404): all is allowed; unreachable: nothing is (RFC 9309)."""
+        """The host's robots.txt, read once. Without one (404) all is allowed, unreachable nothing (RFC 9309)."""
         host = self._check_host(url)
         if host not in self.robots:
             parts = urlsplit(url)
-            self.robots[host] = Protego.parse("")  # for the request that asks for the rules, and where there are none
+            self.robots[host] = Protego.parse("")  # for the request of robots.txt itself, and without one
             try:
                 answer = self._try(f"{parts.scheme}://{host}/robots.txt", 1 << 19, "")
                 self.robots[host] = Protego.parse(answer.body.decode("utf-8-sig", errors="replace"))
@@ -163,11 +162,11 @@ class PoliteClient:
                 pass
             except FetchError as error:
                 del self.robots[host]
-                raise StopRun(f"{host}/robots.txt cannot be read ({error}), so nothing may be asked") from None
+                raise StopRun(f"{host}/robots.txt cannot be read ({error}), so no request is allowed") from None
         return self.robots[host]
 
     def interval(self, host: str) -> float:
-        """Seconds between two requests to this host: what its robots.txt says, else DEFAULT_INTERVAL_S."""
+        """Seconds between two requests to this host: the delay of its robots.txt, else DEFAULT_INTERVAL_S."""
         delay = self.robots[host].crawl_delay(self.user_agent) if host in self.robots else None
         return DEFAULT_INTERVAL_S if delay is None else delay
 
@@ -185,25 +184,27 @@ class PoliteClient:
         return parts.netloc
 
 
-class _Again(Exception):
+class _Retry(Exception):
+    """An attempt failed; another one may succeed."""
+
     def __init__(self, reason: str, retry_after: float | None = None) -> None:
         super().__init__(reason)
         self.retry_after = retry_after
 
 
-class _Doubtful(Exception):
-    pass
+class _MaybeChallenge(Exception):
+    """A challenge page with status 200."""
 
 
 def is_challenge(body: bytes | bytearray) -> bool:
-    """Is this the page that asks to prove one is human?"""
+    """Is this a page that asks the visitor to prove that they are human?"""
     head = bytes(body[:8192])
-    # Not "challenge-platform": that script stands in ordinary pages behind the same network too.
+    # Not "challenge-platform": ordinary pages of the same network have that script, too.
     return bool(re.search(rb"<title>\s*Just a moment|cf[-_]chl", head, re.IGNORECASE))
 
 
 def _retry_after(response: requests.Response) -> float | None:
-    """Seconds, from a number or a date."""
+    """Seconds of the header Retry-After, a number or a date."""
     value = response.headers.get("Retry-After")
     try:
         return None if value is None else Retry().parse_retry_after(value)

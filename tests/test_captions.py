@@ -53,7 +53,7 @@ def test_a_picture_of_which_nothing_is_known_has_a_caption():
     assert captions_of(Record("a.png"))[0] == "a creature"
 
 
-def test_an_unknown_style_is_asked_for_by_its_own_name():
+def test_an_unknown_style_is_prompted_by_its_own_name():
     assert captions_of(Record("a.png", style="oil-painting"))[0] == "oil painting of a creature"
 
 

@@ -221,7 +221,7 @@ def test_pictures_of_a_parquet_file(tmp_path, data):
     assert min(len(found.split(split)) for split in ("train", "validation", "test")) >= 3
 
 
-def test_captions_are_dropped_as_often_as_asked_and_drawn_anew(pictures, data):
+def test_captions_are_dropped_at_the_given_rate_and_chosen_at_random(pictures, data):
     made = batches(pictures, data, caption_dropout=0.25)
     null = made.vectors.table[0]
     rows = torch.cat([made[step].text for step in range(100)])

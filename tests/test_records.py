@@ -57,7 +57,7 @@ def test_no_rows_and_rows_twice_are_errors(tmp_path):
     with pytest.raises(PokediffError, match="empty"):
         read_records(tmp_path)
     write_rows(tmp_path, {"file_name": "a.png"}, {"file_name": "a.png"})
-    with pytest.raises(PokediffError, match="twice"):
+    with pytest.raises(PokediffError, match="is listed twice"):
         read_records(tmp_path)
 
 

@@ -30,12 +30,12 @@ ARTWORK = encode_png(draw_creature(COLORS["green"], "round"))
 
 
 class Wiki(http.server.ThreadingHTTPServer):
-    """Answers are set by tests: {path: function(handler, how often it was asked)}."""
+    """Answers are set by tests: {path: function(handler, number of requests for it)}."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.base = f"http://127.0.0.1:{self.server_address[1]}"
-        self.asked: list[str] = []
+        self.requests: list[str] = []
         self.agents: set[str] = set()
         self.special: dict[str, Any] = {}
         self.robots = "User-agent: *\nCrawl-delay: 0\nDisallow: /wiki/Special:\n"
@@ -59,10 +59,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path
-        self.server.asked.append(path)
+        self.server.requests.append(path)
         self.server.agents.add(self.headers["User-Agent"])
         if path in self.server.special:
-            return self.server.special[path](self, self.server.asked.count(path))
+            return self.server.special[path](self, self.server.requests.count(path))
         if path == "/robots.txt":
             return self.answer(200, self.server.robots.encode(), "text/plain")
         if path.startswith("/wiki/List_of"):
@@ -117,7 +117,7 @@ def test_robots_are_read_once_and_obeyed(wiki):
     with pytest.raises(FetchError, match=r"robots\.txt disallows"):
         agent.get(f"{wiki.base}/wiki/Special:Search", 1000)
     agent.get(f"{wiki.base}{original('a')}", 10**6)
-    assert wiki.asked == ["/robots.txt", original("a")]
+    assert wiki.requests == ["/robots.txt", original("a")]
     assert wiki.agents == {"pokediff/test (contact: me@example.org)"}
 
 
@@ -168,7 +168,7 @@ def test_without_robots_a_pause_is_kept_and_unreadable_robots_stop_the_run(wiki)
         polite(wiki, sleep=lambda s: None).get(wiki.base + original("a"), 10**6)
 
 
-@pytest.mark.parametrize("trouble", ["429", "503", "drop", "cut", "html", "doubt"])
+@pytest.mark.parametrize("trouble", ["429", "503", "drop", "cut", "html", "challenge once"])
 def test_passing_trouble_is_sat_out(wiki, trouble):
     def answer(handler: Handler, times: int) -> None:
         if times > 2:
@@ -182,14 +182,14 @@ def test_passing_trouble_is_sat_out(wiki, trouble):
             return handler.connection.close()
         if trouble == "html":
             return handler.answer(200, b"<html>sorry</html>", "text/html")
-        if trouble == "doubt":
+        if trouble == "challenge once":
             return handler.answer(200, b"<html><title>Just a moment...</title></html>", "text/html")
         return handler.answer(200, ARTWORK, "image/png", cut=True)
 
     wiki.special["/a.png"] = answer
     slept: list[float] = []
     assert polite(wiki, sleep=slept.append).get(f"{wiki.base}/a.png", 10**6, "image/").body == ARTWORK
-    assert wiki.asked.count("/a.png") == 3
+    assert wiki.requests.count("/a.png") == 3
     if trouble == "429":
         assert slept.count(2) == 2
 
@@ -209,18 +209,19 @@ def test_a_long_pause_demanded_stops_the_run(wiki):
     wiki.special["/a.png"] = lambda h, n: h.answer(429, b"", "text/plain", Retry_After="3600")
     with pytest.raises(StopRun, match="pause of 3600 s"):
         polite(wiki).get(f"{wiki.base}/a.png", 10**6)
-    assert wiki.asked.count("/a.png") == 1
+    assert wiki.requests.count("/a.png") == 1
 
 
 @pytest.mark.parametrize(
-    ("status", "headers", "asked"), [(403, {}, 1), (503, {}, 1), (403, {"cf_mitigated": "challenge"}, 1), (200, {}, 3)]
+    ("status", "headers", "requests"),
+    [(403, {}, 1), (503, {}, 1), (403, {"cf_mitigated": "challenge"}, 1), (200, {}, 3)],
 )
-def test_a_challenge_stops_the_run(wiki, status, headers, asked):
+def test_a_challenge_stops_the_run(wiki, status, headers, requests):
     page = b"<html><title>Just a moment...</title></html>"
     wiki.special["/a.png"] = lambda h, n: h.answer(status, page, "text/html", **headers)
     with pytest.raises(StopRun, match="challenge"):
         polite(wiki, sleep=lambda s: None).get(f"{wiki.base}/a.png", 10**6, "image/")
-    assert wiki.asked.count("/a.png") == asked
+    assert wiki.requests.count("/a.png") == requests
 
 
 def test_not_there_too_long_and_elsewhere(wiki):
@@ -269,12 +270,12 @@ def test_a_whole_run(wiki, tmp_path, capsys):
     output = capsys.readouterr().out
     assert "12 species and 0 further forms, no number missing" in output
     assert "12 of 12 pictures" in output
-    asked = len(wiki.asked)
+    requests = len(wiki.requests)
     assert scrape(wiki, tmp_path) == 0
-    assert len(wiki.asked) == asked  # the second run has nothing to ask for
+    assert len(wiki.requests) == requests  # the second run needs no request
 
 
-def test_the_thumbnail_serves_where_the_original_is_missing_and_what_is_gone_is_told(wiki, tmp_path):
+def test_the_thumbnail_serves_where_the_original_is_missing_and_what_is_gone_is_listed(wiki, tmp_path):
     gone = lambda h, n: h.answer(404, b"", "text/html")  # noqa: E731
     wiki.special[original(NAMES[1])] = gone
     wiki.special[original(NAMES[2])] = gone
@@ -296,15 +297,15 @@ def test_nothing_bad_is_stored_and_failures_are_tried_again(wiki, tmp_path):
     assert len(list((tmp_path / "images").iterdir())) == 10
     reasons = {row["name"]: row["reason"] for row in failures(tmp_path)}
     assert "not a whole picture" in reasons[NAMES[3]]
-    assert "text/html where image/" in reasons[NAMES[4]]
+    assert "content type text/html, expected image/" in reasons[NAMES[4]]
     wiki.special.clear()
-    wiki.asked.clear()
+    wiki.requests.clear()
     assert scrape(wiki, tmp_path) == 0
-    assert wiki.asked == ["/robots.txt", original(NAMES[3]), original(NAMES[4])]
+    assert wiki.requests == ["/robots.txt", original(NAMES[3]), original(NAMES[4])]
     assert failures(tmp_path) == []
 
 
-def test_a_picture_that_vanished_is_not_told_to_be_there(wiki, tmp_path, capsys):
+def test_a_picture_that_vanished_is_not_listed(wiki, tmp_path, capsys):
     assert scrape(wiki, tmp_path) == 0
     (tmp_path / "images" / "0003-creaturec.png").unlink()
     (tmp_path / "images" / "0005-creaturee.png").write_bytes(b"torn")
@@ -332,7 +333,7 @@ def test_a_challenge_keeps_everything_and_the_next_run_completes(wiki, tmp_path,
     error = capsys.readouterr().err
     assert "stopped" in error
     assert "run the same command again" in error
-    assert wiki.asked[-1] == original(NAMES[7])  # not one request more
+    assert wiki.requests[-1] == original(NAMES[7])  # not one request more
     wiki.special.clear()
     assert scrape(wiki, tmp_path) == 0
     assert len(read_records(tmp_path)) == 12
@@ -378,9 +379,9 @@ def test_colours_are_added_to_an_old_journal(wiki, tmp_path):
     path = tmp_path / ".scrape" / "journal.jsonl"
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     path.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "colors"}) + "\n" for row in rows))
-    requests = len(wiki.asked)
+    requests = len(wiki.requests)
     assert scrape(wiki, tmp_path) == 0
-    assert len(wiki.asked) == requests
+    assert len(wiki.requests) == requests
     assert {record.colors for record in read_records(tmp_path)} == {("green",)}
 
 
@@ -400,9 +401,9 @@ def test_pages_add_looks_and_families(wiki, tmp_path):
     assert records["Creaturec"].descriptions == ("It is a small, blue, turtle-like creature with a brown shell.",)
     assert records["Creatureb"].family == records["Creaturec"].family == 2
     assert records["Creaturea"].family is None
-    wiki.asked.clear()
+    wiki.requests.clear()
     scrape(wiki, tmp_path, "--pages")
-    assert "/wiki/Creatureb_(Pok%C3%A9mon)" not in wiki.asked
+    assert "/wiki/Creatureb_(Pok%C3%A9mon)" not in wiki.requests
 
 
 def test_a_page_that_is_not_the_list_is_not_kept(wiki, tmp_path, capsys):

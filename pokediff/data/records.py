@@ -116,7 +116,7 @@ def with_full_splits(records: Sequence[Record]) -> list[Record]:
                 break
             if all(splits[index] == "train" for index in members[family]):
                 for index in members[family]:
-                    splits[index] = split  # type: ignore[call-overload]
+                    splits[index] = split
                 moved += members[family]
     if splits.count("train") < len(records) / 2:
         return list(records)
@@ -144,7 +144,7 @@ def read_records(folder: str | Path, report: Callable[[str], Any] = lambda _: No
     for where, row in listing.rows:
         record = replace(record_from_json(row, where), root=str(folder))
         if record.file_name in seen:
-            raise PokediffError(f"{where}: {record.file_name} stands twice")
+            raise PokediffError(f"{where}: {record.file_name} is listed twice")
         seen.add(record.file_name)
         records.append(record)
     if not records:
