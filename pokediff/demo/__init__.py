@@ -1,1 +1,1 @@
-"""The web demo: `server` serves the `page`, whose handlers ask the `studio`, which draws; `show` makes the HTML."""
+"""The web demo: `server` serves the `page`, whose tabs, a file each, call the `studio`, which draws."""

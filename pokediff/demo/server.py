@@ -1,4 +1,4 @@
-"""Serves the page: to this machine alone unless told otherwise, without tunnel or telemetry, no file but its own."""
+"""Serve the page: to this machine alone by default, without tunnel or telemetry, and no file but its own."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from typing import Any
 from urllib.parse import unquote
 
 from pokediff.config import DemoConfig
-from pokediff.demo.studio import LIMITS, Studio
-from pokediff.drawing.sample import DEFAULT_CHECKPOINT
+from pokediff.demo import uploads
+from pokediff.demo.studio import Studio
+from pokediff.drawing.sheets import checkpoint_folder
 from pokediff.errors import PokediffError
+from pokediff.paths import shipped
 
-# The page needs nothing from elsewhere, and a browser shall not fetch anything there (fonts, telemetry).
+SHIPPED = ("pokediff", "creatures")  # offered when no checkpoint is given, where they are
+# The page needs nothing from other hosts, and a browser must not ask them for anything (fonts, telemetry).
 POLICY = "; ".join(
     (
         "default-src 'self'",
@@ -34,8 +37,11 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
 def serve(config: DemoConfig) -> None:
-    """Load the model, open the page, and stay until Ctrl-C. Raises PokediffError when it cannot be served."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder goes then too
+    """Load the first checkpoint and serve the page until Ctrl-C.
+
+    Raises PokediffError for a checkpoint or size that does not exist, without Gradio, and when the port is taken.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # runs the `finally` below
     folder = Path(tempfile.mkdtemp(prefix="pokediff-demo-")).resolve()
     page: Any = None
     try:
@@ -51,8 +57,8 @@ def serve(config: DemoConfig) -> None:
 
 
 def prepare(config: DemoConfig, folder: Path) -> tuple[Any, dict[str, Any]]:
-    """The page, and what `launch` wants to know. `folder` holds all files that it may serve."""
-    # Read when Gradio is imported: nothing is reported, files lie in our folder, who left is noticed soon.
+    """The page and the options of its `launch`. `folder` holds all files that it may serve."""
+    # Read when Gradio is imported: no analytics, files in our folder, closed pages are noticed within a second.
     os.environ.update(
         GRADIO_ANALYTICS_ENABLED="False",
         GRADIO_TEMP_DIR=str(folder),
@@ -60,24 +66,23 @@ def prepare(config: DemoConfig, folder: Path) -> tuple[Any, dict[str, Any]]:
         HF_HUB_DISABLE_TELEMETRY="1",
     )
     try:
-        import gradio.processing_utils
+        import gradio
     except ImportError:
         raise PokediffError("the demo needs Gradio: pip install 'pokediff[demo]'") from None
     from PIL import Image
     from starlette.middleware import Middleware
 
-    from pokediff.demo import show
+    from pokediff.demo import patches, show
+    from pokediff.demo.downloads import Downloads
     from pokediff.demo.page import make_page
 
-    Image.MAX_IMAGE_PIXELS = LIMITS.upload_pixels // 2  # Pillow refuses twice that: a bomb is not decoded anywhere
-    found = (index.parent for index in DEFAULT_CHECKPOINT.parent.glob("pokediff-*/model_index.json"))
-    shipped = sorted(found, key=lambda folder: (len(folder.name), folder.name))  # 32, 64, 128: the smallest is chosen
-    studio = Studio(config.checkpoint or shipped, folder, config.data)
-    page = make_page(studio, Path(config.reports), Path(config.runs))
+    Image.MAX_IMAGE_PIXELS = uploads.MAX_PIXELS // 2  # Pillow refuses twice that, also where Gradio calls it
+    patches.forbid_downloads()
+    offered = [name for name in SHIPPED if shipped("checkpoints", name).is_dir()]
+    studio = Studio([checkpoint_folder(name) for name in config.checkpoint or offered], config.data, config.size)
+    page = make_page(studio, Downloads(folder), Path(config.reports), Path(config.runs))
     page.queue(max_size=config.queue, api_open=False, status_update_rate=1)
-    # Answers that nobody fetches are kept for so many sessions; 2,000, as it would be, are gigabytes.
-    page._queue.pending_messages_per_session.max_size = 4 * (config.queue + 4)
-    gradio.processing_utils.async_ssrf_protected_download = refuse_addresses
+    patches.limit_sessions(page, 4 * (config.queue + 4))
     font = ["ui-sans-serif", "system-ui", "sans-serif"]
     options: dict[str, Any] = dict(
         server_name=config.host,
@@ -89,8 +94,8 @@ def prepare(config: DemoConfig, folder: Path) -> tuple[Any, dict[str, Any]]:
         show_error=True,
         ssr_mode=False,
         enable_monitoring=False,
-        state_session_capacity=32,  # every program that asks is a session of .4 MB, a page's holds its last film too
-        max_file_size=LIMITS.upload_mb * 2**20,
+        state_session_capacity=32,  # a session of a program holds .4 MB, that of a page its last film too
+        max_file_size=uploads.MAX_MB * 2**20,
         theme=gradio.themes.Soft(primary_hue="violet", font=font, font_mono=["ui-monospace", "monospace"]).set(
             button_primary_background_fill_hover="*primary_700",
             button_primary_background_fill_hover_dark="*primary_700",
@@ -104,7 +109,7 @@ def prepare(config: DemoConfig, folder: Path) -> tuple[Any, dict[str, Any]]:
 
 
 class Guard:
-    """In front of everything: files of our folder alone, wherever links lead; no fetching for others; a policy."""
+    """Before every request: only files of our folder, links resolved first; no proxying; the content policy."""
 
     def __init__(self, app: Any, folder: Path) -> None:
         self.app, self.folder = app, folder
@@ -114,7 +119,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         if not self.allowed(scope["path"]):
-            await answer(send, 403, "This file is not for you.")
+            await answer(send, 403, "Not served here.")
             return
 
         async def guarded(message: dict[str, Any]) -> None:
@@ -125,7 +130,7 @@ class Guard:
         await self.app(scope, receive, guarded)
 
     def allowed(self, path: str) -> bool:
-        """Is this request for no file, or for one of ours? Where a link leads counts, not where it lies."""
+        """Whether the request is for no file, or for one inside our folder after all links are resolved."""
         if any(name in path for name in ("/proxy=", "/deep_link", "/run-history")):
             return False
         for marker in ("/file=", "/file/"):
@@ -134,16 +139,9 @@ class Guard:
                     wanted = Path(unquote(path.partition(marker)[2]))
                     found = wanted.resolve()
                     return wanted.is_absolute() and found.is_relative_to(self.folder) and found.is_file()
-                except (ValueError, OSError):  # no name that a file could have
+                except (ValueError, OSError):  # not a possible file name
                     return False
         return True
-
-
-async def refuse_addresses(url: str, cache_dir: str) -> str:
-    """In place of Gradio's download of whatever address a client sends for a file."""
-    from gradio import Error
-
-    raise Error("Send the file itself: addresses are not fetched.", print_exception=False)
 
 
 HEADERS: Sequence[tuple[bytes, bytes]] = (

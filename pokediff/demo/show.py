@@ -1,27 +1,26 @@
-"""What the page shows, as HTML: the film of a drawing, neighbours, heat maps, tables. Text from people is escaped."""
+"""What several tabs show, as HTML: the film of a drawing, pictures with captions, neighbours; style and script of the
+page. Text that people typed is escaped.
+"""
 
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
-import cv2
 import numpy as np
 
 from pokediff.data.images import encode_png, enlarge, grid
-from pokediff.demo.studio import Compared, Neighbour
-from pokediff.drawing.attribution import Influence
-from pokediff.drawing.sample import Frame
-from pokediff.evaluation import report
+from pokediff.demo.neighbours import Neighbour
+from pokediff.drawing.sheets import Frame
 
 MAX_FRAMES, MAX_FILM_PIXELS = 41, 1_000_000
 VERDICTS = {
-    "new": "new: no training picture comes as near as the nearest one per cent of unseen real pictures do",
-    "close": "close: only one in a hundred unseen real pictures comes so near to a training picture",
-    "copy": "copy: three times nearer to this training picture than to any other family",
+    "new": "new: not closer to a training picture than 99 of 100 unseen real pictures are",
+    "close": "close: closer to a training picture than 99 of 100 unseen real pictures are",
+    "copy": "copy: three times closer to this training picture than to any other evolution family",
 }
 
 CSS = """
@@ -29,6 +28,7 @@ CSS = """
 .film figure, .pictures figure { margin: 0; flex: 1 1 130px; min-width: 0; }
 .film figure { max-width: 400px; } .pictures figure { max-width: 170px; }
 .film figcaption, .pictures figcaption { font-size: 13px; overflow-wrap: anywhere; padding-top: 4px; }
+.step { font-size: 13px; margin: 6px 0 0; font-variant-numeric: tabular-nums; }
 .frame, .pictures img { width: 100%; image-rendering: pixelated; border-radius: 8px;
   background-color: #fff; background-image: conic-gradient(#e6e6e6 25%, #fff 0 50%, #e6e6e6 0 75%, #fff 0);
   background-size: 16px 16px; overflow: hidden; }
@@ -47,7 +47,7 @@ CSS = """
 .plot { max-width: 100%; background: #fff; border-radius: 8px; }
 """
 
-# Seen by the page's scripts as window.pokediff; `at` runs from 0, the noise, to 1, the pictures.
+# window.pokediff of the page; `--at` runs from 0, the noise, to 1, the pictures.
 SCRIPT = """
 window.pokediff = {
   show(step) {
@@ -55,6 +55,8 @@ window.pokediff = {
       const frames = Number(strip.style.getPropertyValue('--frames'));
       strip.style.setProperty('--at', frames > 1 ? Math.min(step, frames - 1) / (frames - 1) : 1);
     }
+    const caption = document.querySelector('#film .step');
+    if (caption) caption.textContent = JSON.parse(caption.dataset.captions)[step] ?? caption.textContent;
   },
   play() {
     const strip = document.querySelector('#film .strip');
@@ -92,26 +94,35 @@ def empty(words: str) -> str:
     return f'<div class="empty">{escape(words)}</div>'
 
 
-def thinned(frames: Sequence[Frame]) -> list[Frame]:
-    """Frames evenly spread from first to last, so few that a film of many pictures does not weigh tens of megabytes."""
+def film_length(frames: Sequence[Frame]) -> int:
+    """How many of these frames a film shows: so few that one of many pictures does not weigh tens of megabytes."""
     pixels = frames[-1].x0[..., 0].size
-    number = min(len(frames), MAX_FRAMES, max(8, MAX_FILM_PIXELS // pixels))
-    return [frames[index] for index in np.linspace(0, len(frames) - 1, number).round().astype(int)]
+    return min(len(frames), MAX_FRAMES, max(8, MAX_FILM_PIXELS // pixels))
 
 
-def film(frames: Sequence[Frame], prompt: str) -> str:
-    """The noisy pictures x beside the clean ones x0 that the network sees in them; several frames lie one above another
-    in one image, of which `pokediff.show` lets one be seen.
+def spread(total: int, number: int) -> list[int]:
+    """`number` of the indices 0 to total - 1, evenly spread from first to last."""
+    return np.linspace(0, total - 1, number).round().astype(int).tolist()
+
+
+def film(frames: Sequence[Frame], prompt: str, captions: Sequence[str] = ()) -> str:
+    """The noisy pictures x beside the predicted clean ones x0. Several frames lie one above another in one image, all
+    as large as the largest; `pokediff.show` shows one of them with its caption.
     """
+    side = max(frame.x0.shape[1] for frame in frames)
     parts = []
-    for name, words in (("x", "x: the noisy picture"), ("x0", "x0: what the network sees in it")):
-        sheets = [grid(getattr(frame, name), gap=1) for frame in frames]
+    for name, words in (("x", "x: the noisy picture"), ("x0", "x0: the predicted clean picture")):
+        native = [getattr(frame, name) for frame in frames]  # (B, S, S, 4), S that of the denoiser
+        sheets = [grid(enlarge(values, side // values.shape[1]), gap=1) for values in native]
         height, width = sheets[0].shape[:2]
         style = f"--frames:{len(frames)};background-image:url({uri(np.concatenate(sheets))})"
         strip = f'<div class="strip" role="img" aria-label="{escape(prompt)}, {name}" style="{style}"></div>'
         frame = f'<div class="frame" style="aspect-ratio:{width}/{height}">{strip}</div>'
         parts.append(f"<figure>{frame}<figcaption>{words}</figcaption></figure>")
-    return f'<div class="film">{"".join(parts)}</div>'
+    step = ""
+    if captions:
+        step = f'<p class="step" data-captions="{escape(json.dumps(list(captions)))}">{escape(captions[-1])}</p>'
+    return f'<div class="film">{"".join(parts)}</div>{step}'
 
 
 def pictures(shown: Sequence[tuple[np.ndarray, str]]) -> str:
@@ -137,130 +148,18 @@ def neighbours(drawn: np.ndarray, found: Sequence[Neighbour] | str) -> str:
     )
 
 
-def influence(found: Influence) -> str:
-    """A row for each word: a bar, and where the prediction changes without it, at every noise level."""
-    highest = np.maximum(found.maps.max(axis=(0, 2, 3)), 1e-9)  # (L,): words are compared at one level
-    total = found.shares.mean(axis=1)
-    head = "".join(f"<th>noise {sigma:.2g}</th>" for sigma in found.sigmas)
-    seen = "".join(f"<td>{image(picture, 'what the network sees')}</td>" for picture in found.x0)
-    rows = [
-        f'<tr><th>{escape(word)}</th><td style="min-width:110px">{share:.0%}'
-        f'<div class="bar" style="width:{100 * share / total.max():.0f}%"></div></td>'
-        + "".join(
-            f"<td>{image(heat(picture, values / most), f'where {word} counts')}</td>"
-            for picture, values, most in zip(found.x0, maps, highest, strict=True)
-        )
-        + "</tr>"
-        for word, share, maps in zip(found.words, total, found.maps, strict=True)
-    ]
-    return (
-        f'<div class="wide"><table class="bars"><tr><th>word</th><th>share of the change</th>{head}</tr>'
-        f"<tr><th>whole prompt</th><td>{image(found.picture, 'the finished picture')}</td>{seen}</tr>"
-        f"{''.join(rows)}</table></div>"
-    )
-
-
-def heat(picture: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """`values` (H, W), 0 to 1, as colours over the picture in grey; (H, W, 4) uint8."""
-    grey = (picture[..., :3].mean(-1) * (picture[..., 3] / 255) + 255 * (1 - picture[..., 3] / 255))[..., None]
-    level = np.clip(values, 0, 1)
-    colors = cv2.applyColorMap((255 * level).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
-    share = np.clip(1.5 * level, 0, 1)[..., None]
-    mixed = (1 - share) * (0.4 * grey + 150) + share * colors
-    return np.concatenate([mixed.clip(0, 255), np.full_like(grey, 255)], axis=-1).astype(np.uint8)
-
-
 def animation(path: Path) -> str:
     """A GIF inside the page."""
     data = base64.b64encode(path.read_bytes()).decode()
     return f'<div class="pictures"><figure><img src="data:image/gif;base64,{data}" alt="animation"></figure></div>'
 
 
-def compared(found: Sequence[Compared]) -> str:
-    return pictures([(one.picture, f"{one.sampler}, {one.steps} steps, {one.seconds:.2f} s") for one in found])
-
-
 def labelled(drawn: np.ndarray, labels: Sequence[str]) -> str:
     return pictures(list(zip(drawn, labels, strict=True)))
 
 
-def before_and_after(before: np.ndarray, after: np.ndarray, colors: int) -> str:
+def before_and_after(before: np.ndarray, after: np.ndarray) -> str:
+    """Two pictures of one size, and the number of colours of the second."""
     factor = max(1, 128 // before.shape[0])
+    colors = len(np.unique(after[after[..., 3] > 0][:, :3], axis=0))
     return pictures([(enlarge(before, factor), "before"), (enlarge(after, factor), f"after: {colors} colours")])
-
-
-# --------------------------------------------------------------------------------------------------------- measures
-
-
-def reports(folders: Sequence[Path]) -> str:
-    """The figures of several reports side by side, and their plots."""
-    found = [report.read_report(folder) for folder in folders]
-    settings = [{key: data["settings"][key] for key in ("data_sha256", "split", "styles", "size")} for data in found]
-    lines = [f"<p>{escape(report.about(data['settings'])[0])}</p>" for data in found]
-    if any(other != settings[0] for other in settings):
-        lines.append(
-            "<p><strong>They were not measured on the same data or size: do not compare the figures.</strong></p>"
-        )
-    for section, rows in report.side_by_side(found):
-        head = "".join(f"<th>{escape(folder.name)}</th>" for folder in folders)
-        body = "".join(
-            f"<tr><th>{escape(row['name'])}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in row['cells'])}"
-            f"<td>{escape(row['floor'])}</td><td>{escape(row['note'])}</td></tr>"
-            for row in rows
-        )
-        lines.append(
-            f'<h3>{escape(section)}</h3><div class="wide"><table>'
-            f"<tr><th></th>{head}<th>real pictures</th><th></th></tr>{body}</table></div>"
-        )
-    for folder, data in zip(folders, found, strict=True):
-        for section, plot in report.plots(data["curves"]):
-            words = escape(f"{folder.name}: {section}")
-            lines.append(
-                f'<figure><img class="plot" src="{plot}" alt="{words}"><figcaption>{words}</figcaption></figure>'
-            )
-    return "".join(lines)
-
-
-def run(folder: Path, rows: Sequence[dict[str, Any]]) -> str:
-    """The curves of a training run, and its latest preview."""
-    from matplotlib.figure import Figure
-
-    plot = Figure(figsize=(7, 3.6), layout="constrained")
-    axes = plot.subplots()
-    for name in ("loss", "validation_loss", "kernel_distance"):
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), linewidth=1)
-    axes.set(xlabel="step", yscale="log")
-    axes.legend()
-    last = max((row["step"] for row in rows), default=0)
-    lines = [f"<p>{escape(folder.name)}: {last:,} steps</p>"]
-    lines.append(f'<img class="plot" src="{report.plot_uri(plot)}" alt="loss by step">')
-    for preview in sorted((folder / "previews").glob("*.png"))[-1:]:
-        data = base64.b64encode(preview.read_bytes()).decode()
-        lines.append(f"<p>Previews after {int(preview.stem.split('-')[-1]):,} steps</p>")
-        lines.append(f'<img class="plot" src="data:image/png;base64,{data}" alt="previews">')
-    return "".join(lines)
-
-
-def schedule(sigmas: Sequence[float], asked: Sequence[str], low: float, high: float) -> str:
-    """The noise at every step, which network is asked there, and where guidance acts."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    plot = Figure(figsize=(7, 3.2), layout="constrained")
-    axes = plot.subplots()
-    kinds = [
-        name if name != "unet" else "guided" if low <= sigma <= high else "not guided"
-        for sigma, name in zip(sigmas, asked, strict=True)
-    ]
-    axes.plot(range(len(sigmas)), sigmas, color="gray", linewidth=1)
-    colors = {"guided": "#7c3aed", "not guided": "#bbbbbb", "refiner": "#0d9488", "upscaler": "#ea580c"}
-    for wanted, color in colors.items():
-        points = [(k, sigma) for k, (sigma, kind) in enumerate(zip(sigmas, kinds, strict=True)) if kind == wanted]
-        if points:
-            axes.scatter(*zip(*points, strict=True), label=wanted, color=color, zorder=3)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="evaluation of the network", ylabel="sigma, noise to picture", yscale="log")
-    axes.legend()
-    return f'<img class="plot" src="{report.plot_uri(plot)}" alt="sigma goes from {sigmas[0]:.3g} to {sigmas[-1]:.3g}">'

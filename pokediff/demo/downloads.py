@@ -1,0 +1,121 @@
+"""The files that a page offers for download, each drawing in a folder of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+import shutil
+import time
+import zipfile
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from pokediff.config import SampleConfig
+from pokediff.data.images import can_write_mp4, composite, encode_png, enlarge
+from pokediff.data.records import write_whole
+from pokediff.drawing.jobs import Job, make_jobs
+from pokediff.drawing.sheets import FACTS, Frame, write_drawing
+from pokediff.model.pipeline import PokeDiffPipeline
+from pokediff.paths import shipped
+
+KEEP_MINUTES = 60
+LABELLED_SIDE, LABEL_HEIGHT, LABEL_LINES = 160, 40, 3  # px, px and lines of a picture on the sheet of a ZIP
+
+
+class Downloads:
+    """Writes drawings below `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.animations = ("gif", "mp4") if can_write_mp4() else ("gif",)
+
+    def new_folder(self) -> Path:
+        """An empty folder with a name that nobody can guess. Folders older than KEEP_MINUTES are deleted."""
+        for old in self.folder.glob("drawing-*"):
+            with suppress(FileNotFoundError):  # another request deleted it
+                if old.stat().st_mtime < time.time() - 60 * KEEP_MINUTES:
+                    shutil.rmtree(old, ignore_errors=True)
+        out = self.folder / f"drawing-{secrets.token_urlsafe(12)}"
+        out.mkdir(parents=True)
+        return out
+
+    def write(
+        self,
+        pipeline: PokeDiffPipeline,
+        config: SampleConfig,
+        frames: Sequence[Frame],
+        jobs: Sequence[Job] | None = None,
+    ) -> list[Path]:
+        """The files of a drawing: what `sample` writes, the enlarged copies excepted. Returns sample.json last."""
+        out, jobs = self.new_folder(), make_jobs(config.prompt, config) if jobs is None else jobs
+        animations = self.animations if len(frames) > 1 else ()
+        config = dataclasses.replace(config, animations=animations)
+        if config.checkpoint == str(shipped("checkpoints", "pokediff").resolve()):
+            config = dataclasses.replace(config, checkpoint=None)  # wherever it is on the machine that draws it again
+        write_drawing(out, config, pipeline, jobs, [(frames[-1].x0, frames)])
+        return sorted((path for path in out.iterdir() if path.is_file()), key=lambda path: (path.name == FACTS, path))
+
+    def write_zip(
+        self, pipeline: PokeDiffPipeline, config: SampleConfig, jobs: Sequence[Job], pictures: np.ndarray
+    ) -> Path:
+        """One ZIP of finished pictures (N, S, S, 4), a labelled sheet, and sample.json with the prompt of each."""
+        files = self.write(pipeline, config, [Frame(pictures, pictures, 0.0)], jobs)
+        archive = files[0].with_name("pictures.zip")
+        with zipfile.ZipFile(archive, "w") as bundle:
+            for path in files:
+                if path.name != "grid.png":
+                    bundle.write(path, path.name)
+            bundle.writestr("sheet.png", encode_png(labelled_sheet(pictures, [job.prompt for job in jobs])))
+        return archive
+
+    def write_picture(self, rgba: np.ndarray, factor: int) -> Path:
+        """One picture, straight RGBA uint8 (S, S, 4), enlarged."""
+        path = self.new_folder() / "0000.png"
+        write_whole(path, encode_png(enlarge(rgba, factor)))
+        return path
+
+    def keep_input(self, picture: np.ndarray, mask: np.ndarray | None = None) -> dict[str, str]:
+        """Write what img2img or inpainting starts from: straight RGBA uint8 (H, W, 4), and bool (H, W). Returns the
+        paths by their names in `SampleConfig`.
+        """
+        out = self.new_folder()
+        write_whole(out / "image.png", encode_png(picture))
+        if mask is None:
+            return {"image": str(out / "image.png")}
+        write_whole(out / "mask.png", encode_png(np.where(mask, 255, 0).astype(np.uint8)))
+        return {"image": str(out / "image.png"), "mask": str(out / "mask.png")}
+
+
+def labelled_sheet(pictures: np.ndarray, labels: Sequence[str], columns: int = 4) -> np.ndarray:
+    """Pictures (N, S, S, 4) on white, each above its label, RGB uint8 (H, W, 3)."""
+    width, height = LABELLED_SIDE + 8, LABELLED_SIDE + LABEL_HEIGHT + 8
+    factor = max(1, LABELLED_SIDE // pictures.shape[1])
+    columns = min(columns, len(pictures))
+    sheet = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height), "white")
+    canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for index, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+        left, top = index % columns * width + 4, index // columns * height + 4
+        shown = composite(enlarge(picture, factor))
+        sheet.paste(Image.fromarray(shown), (left + (LABELLED_SIDE - shown.shape[1]) // 2, top))
+        text = wrapped(label, font, LABELLED_SIDE)
+        canvas.multiline_text((left, top + LABELLED_SIDE + 2), text, fill="black", font=font, spacing=2)
+    return np.asarray(sheet)
+
+
+def wrapped(text: str, font: Any, width: int) -> str:
+    """`text` in at most LABEL_LINES lines of at most `width` px."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    if len(lines) > LABEL_LINES:
+        lines = [*lines[: LABEL_LINES - 1], f"{lines[LABEL_LINES - 1]} …"]
+    return "\n".join(lines)

@@ -1,0 +1,80 @@
+"""img2img and inpainting: start from an uploaded picture or a sketch, or redraw what is painted over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from pokediff.demo.controls import (
+    AT_ONCE,
+    download,
+    film_and_files,
+    on_click,
+    prompt_box,
+    sampling_controls,
+    seed_box,
+    uploaded,
+)
+from pokediff.demo.downloads import Downloads
+from pokediff.demo.patches import sketch_pad
+from pokediff.demo.studio import Studio
+from pokediff.demo.uploads import canvas_mask, canvas_picture, read_picture
+
+MODES = [
+    ("img2img: start from the picture, strokes included", "img2img"),
+    ("inpainting: redraw below the strokes", "inpainting"),
+]
+
+
+def img2img_tab(studio: Studio, downloads: Downloads) -> None:
+    gr.Markdown("Upload a picture or sketch one; the strokes are part of it (img2img) or a mask over it (inpainting).")
+    with gr.Row():
+        with gr.Column():
+            upload = gr.UploadButton("Upload a picture", file_count="single", elem_id="upload")
+            message = gr.Markdown()
+            canvas = sketch_pad(
+                label="Sketch, or mask", sources=(), layers=False, transforms=(), height=340,
+                canvas_size=(256, 256), brush=gr.Brush(default_size=14, colors=["#3b82f6", "#ef4444", "#22c55e"]),
+                elem_id="canvas",
+            )  # fmt: skip
+        with gr.Column():
+            prompt = prompt_box()
+            mode = gr.Radio(MODES, value="img2img", label="Mode")
+            strength = gr.Slider(
+                0.05, 1, 0.6, step=0.05, label="Strength", info="img2img: 1 keeps nothing of the picture."
+            )
+            number = gr.Slider(1, 8, 4, step=1, label="Pictures", info="With seeds seed, seed + 1, ...")
+            seed = seed_box()
+            with gr.Accordion("More settings", open=False):
+                sampling = sampling_controls(studio)
+            go = gr.Button("Draw", variant="primary", elem_id="img2img")
+    result = gr.HTML(elem_id="img2img-result")
+    files = download("PNG, GIF, the settings, and the picture that was given")
+    inputs = {
+        "canvas": canvas,
+        "prompt": prompt,
+        "mode": mode,
+        "strength": strength,
+        "num_images_per_prompt": number,
+        "seed": seed,
+        **sampling,
+    }
+    upload.upload(uploaded(canvas_value), upload, [canvas, message], **AT_ONCE)
+    on_click(go, draw, [studio, downloads], inputs, [result, files], show_progress_on=result)
+
+
+def canvas_value(path: str) -> dict[str, Any]:
+    """The value of a sketch pad with an uploaded picture on it."""
+    return {"background": read_picture(path), "layers": [], "composite": None}
+
+
+def draw(
+    studio: Studio, downloads: Downloads, canvas: Any, prompt: str, mode: str, **settings: Any
+) -> Iterator[tuple[Any, Any]]:
+    """Updates of the film and the files."""
+    picture, mask = (canvas_picture(canvas), None) if mode == "img2img" else canvas_mask(canvas)
+    given = downloads.keep_input(picture, mask)
+    config = studio.settings(prompt=(prompt,), enlarge=8, **given, **settings)
+    yield from film_and_files(studio, downloads, config)

@@ -1,0 +1,167 @@
+"""Inside: what each word changes, the noise schedule and its denoisers, samplers side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from html import escape
+from typing import Any
+
+import cv2
+import gradio as gr
+import numpy as np
+
+from pokediff.demo import show
+from pokediff.demo.controls import (
+    SKIP,
+    Controls,
+    interval_boxes,
+    on_click,
+    prompt_box,
+    sampler_choice,
+    sampler_of,
+    sampling_controls,
+    seed_box,
+)
+from pokediff.demo.studio import Compared, Studio
+from pokediff.drawing.attribution import Influence
+from pokediff.errors import PokediffError
+from pokediff.evaluation.report import plot_uri
+from pokediff.model.pipeline import Evaluation, PokeDiffPipeline
+from pokediff.model.samplers import SAMPLERS
+
+
+def inside_tab(studio: Studio) -> None:
+    inputs: Controls = {"prompt": prompt_box(), "seed": seed_box(), **sampling_controls(studio)}
+    with gr.Accordion("What each word changes"):
+        gr.Markdown(
+            "The prompt is drawn, then x0 is predicted again without each word: where it changes, the word counts. "
+            "The text reaches the denoisers as one vector, so there are no attention maps to show."
+        )
+        attribute = gr.Button("Leave out each word", variant="primary", elem_id="words")
+        found = gr.HTML(elem_id="words-result")
+    with gr.Accordion("Noise schedule", open=False):
+        schedule_inputs = {**inputs, "sampler": sampler_choice(), **interval_boxes()}
+        plot = gr.Button("Show the schedule", elem_id="schedule")
+        plotted = gr.HTML(elem_id="schedule-result")
+    with gr.Accordion("Samplers and steps side by side", open=False):
+        samplers = gr.CheckboxGroup(
+            list(SAMPLERS), value=["dpmpp_2m", "unipc", "ddim"], label="Samplers", info="All start from the same noise."
+        )
+        steps = gr.Textbox("4, 8, 20", label="Steps", info="Numbers, separated by commas.")
+        compare = gr.Button("Draw", variant="primary", elem_id="compare")
+        compared = gr.HTML(elem_id="compare-result")
+    on_click(attribute, show_words, [studio], inputs, found)
+    on_click(plot, show_schedule, [studio], schedule_inputs, plotted)
+    on_click(compare, show_samplers, [studio], {**inputs, "samplers": samplers, "steps": steps}, compared)
+
+
+def show_words(studio: Studio, prompt: str, **settings: Any) -> Iterator[Any]:
+    """Updates of the table of words."""
+    for found in studio.influence(studio.settings(prompt=(prompt,), **settings)):
+        yield SKIP if found is None else influence_table(found)
+
+
+def show_schedule(
+    studio: Studio, prompt: str, sampler: str, low: float | None, high: float | None, **settings: Any
+) -> Iterator[str]:
+    """An update of the plot."""
+    config = studio.settings(prompt=(prompt or "a picture",), sampler=sampler_of(sampler), **settings)
+    pipeline = studio.pipeline_of(config)
+    interval = (low or 0.0, np.inf if high is None else high)
+    plot = schedule_plot(studio.evaluations(config), guided_denoisers(pipeline), interval)
+    yield plot + denoiser_table(pipeline)
+
+
+def show_samplers(studio: Studio, prompt: str, samplers: Sequence[str], steps: str, **settings: Any) -> Iterator[Any]:
+    """Updates of the pictures, one after another."""
+    config = studio.settings(prompt=(prompt,), **settings)
+    parts = [part.strip() for part in steps.split(",") if part.strip()]
+    if not all(part.isdecimal() and len(part) < 5 for part in parts):
+        raise PokediffError("Steps are whole numbers, separated by commas, for example 4, 8, 20.")
+    done: list[Compared] = []
+    for one in studio.compare(config, samplers, [int(part) for part in parts]):
+        if one is None:
+            yield SKIP
+            continue
+        done.append(one)
+        yield show.pictures([(one.picture, f"{one.sampler}, {one.steps} steps, {one.seconds:.2f} s") for one in done])
+
+
+# ----------------------------------------------------------------------------------------------------------- HTML
+
+
+def influence_table(found: Influence) -> str:
+    """A row for each word: a bar, and where the prediction changes without it, at every noise level."""
+    highest = np.maximum(found.maps.max(axis=(0, 2, 3)), 1e-9)  # (L,): the maps of one level have one scale
+    total = found.shares.mean(axis=1)
+    head = "".join(f"<th>sigma {sigma:.2g}</th>" for sigma in found.sigmas)
+    whole = "".join(f"<td>{show.image(picture, 'x0 of the whole prompt')}</td>" for picture in found.x0)
+    rows = [
+        f'<tr><th>{escape(word)}</th><td style="min-width:110px">{share:.0%}'
+        f'<div class="bar" style="width:{100 * share / total.max():.0f}%"></div></td>'
+        + "".join(
+            f"<td>{show.image(heat(picture, values / most), f'where {word} counts')}</td>"
+            for picture, values, most in zip(found.x0, maps, highest, strict=True)
+        )
+        + "</tr>"
+        for word, share, maps in zip(found.words, total, found.maps, strict=True)
+    ]
+    return (
+        f'<div class="wide"><table class="bars"><tr><th>word</th><th>share of the change</th>{head}</tr>'
+        f"<tr><th>whole prompt</th><td>{show.image(found.picture, 'the finished picture')}</td>{whole}</tr>"
+        f"{''.join(rows)}</table></div>"
+    )
+
+
+def heat(picture: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """`values` (H, W), 0 to 1, as colours over the picture in grey; RGBA uint8 (H, W, 4)."""
+    grey = (picture[..., :3].mean(-1) * (picture[..., 3] / 255) + 255 * (1 - picture[..., 3] / 255))[..., None]
+    level = np.clip(values, 0, 1)
+    colors = cv2.applyColorMap((255 * level).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
+    share = np.clip(1.5 * level, 0, 1)[..., None]
+    mixed = (1 - share) * (0.4 * grey + 150) + share * colors
+    return np.concatenate([mixed.clip(0, 255), np.full_like(grey, 255)], axis=-1).astype(np.uint8)
+
+
+def guided_denoisers(pipeline: PokeDiffPipeline) -> set[str]:
+    """The names of the denoisers that guidance applies to."""
+    return {name for name, denoiser in pipeline.cascade.items() if denoiser.config.guidance_scale is not None}
+
+
+def schedule_plot(evaluations: Sequence[Evaluation], guided: set[str], interval: tuple[float, float]) -> str:
+    """sigma at every step, its denoiser, and where guidance acts."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    plot = Figure(figsize=(7, 3.2), layout="constrained")
+    axes = plot.subplots()
+    sigmas = [one.sigma for one in evaluations]
+    low, high = interval
+    labels = [
+        f"{one.denoiser}, {one.size} px" + (", guided" if one.denoiser in guided and low <= one.sigma <= high else "")
+        for one in evaluations
+    ]
+    axes.plot(range(1, len(sigmas) + 1), sigmas, color="gray", linewidth=1)
+    for label in dict.fromkeys(labels):
+        points = [(k, sigma) for k, (sigma, own) in enumerate(zip(sigmas, labels, strict=True), 1) if own == label]
+        axes.scatter(*zip(*points, strict=True), label=label, zorder=3)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel="step", ylabel="sigma: noise to picture", yscale="log")
+    axes.legend()
+    return f'<img class="plot" src="{plot_uri(plot)}" alt="sigma falls from {sigmas[0]:.3g} to {sigmas[-1]:.3g}">'
+
+
+def denoiser_table(pipeline: PokeDiffPipeline) -> str:
+    """The denoisers of a checkpoint, in the order of the cascade."""
+    rows = []
+    for name, denoiser in pipeline.cascade.items():
+        config = denoiser.config
+        below = "all" if config.below is None else f"below {config.below:g}"
+        scale = "not guided" if config.guidance_scale is None else f"{config.guidance_scale:g}"
+        number = sum(parameter.numel() for parameter in denoiser.parameters()) / 1e6
+        cells = (f"{config.image_size} px", below, str(config.steps), scale, f"{number:.1f} M" if number else "")
+        rows.append(f"<tr><th>{escape(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    head = (
+        "<tr><th>denoiser</th><th>size</th><th>sigma</th><th>steps</th><th>guidance scale</th><th>parameters</th></tr>"
+    )
+    return f'<div class="wide"><table>{head}{"".join(rows)}</table></div>'

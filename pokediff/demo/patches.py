@@ -1,0 +1,100 @@
+"""The three places where the demo changes Gradio itself, for what its public interface has no option for.
+
+Each one checks that the name it replaces is still there: with a Gradio that has moved it, the demo does not start
+rather than start without its limits. setup.cfg bounds the version.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+from gradio import processing_utils
+from gradio.components.base import server
+from gradio.components.image_editor import AcceptBlobs
+
+from pokediff.demo.uploads import decode
+from pokediff.errors import PokediffError
+
+MAX_LAYERS, MAX_CANVASES = 4, 32
+
+
+async def refuse_addresses(url: str, cache_dir: str) -> str:
+    """Takes the place of Gradio's download of any address that a client sends in place of a file."""
+    raise gr.Error("Send the file itself: addresses are not fetched.", print_exception=False)
+
+
+def forbid_downloads() -> None:
+    """Gradio downloads every public address that a client names; there is no option against it."""
+    _require(processing_utils, "async_ssrf_protected_download")
+    processing_utils.async_ssrf_protected_download = refuse_addresses
+
+
+def limit_sessions(page: gr.Blocks, number: int) -> None:
+    """Answers that nobody fetches are kept for this many sessions, not for Gradio's 2,000, which are gigabytes."""
+    _require(page, "_queue")
+    _require(page._queue, "pending_messages_per_session")
+    _require(page._queue.pending_messages_per_session, "max_size")
+    page._queue.pending_messages_per_session.max_size = number
+
+
+def sketch_pad(**options: Any) -> gr.ImageEditor:
+    """An image editor whose pictures are decoded by `uploads.decode`, with at most MAX_CANVASES waiting in memory.
+
+    Its value is {"background": straight RGBA or None, "layers": [...]}, or {"refused": a sentence}. Methods are
+    replaced on the instance: for a subclass Gradio would write a stub file beside this one.
+    """
+    editor = gr.ImageEditor(type="numpy", **options)
+    for name in ("accept_blobs", "blob_storage", "preprocess"):
+        _require(editor, name)
+    canvas = Canvas(editor)
+
+    @server  # Gradio finds the functions that a browser may call by this mark, which a bound method cannot carry
+    def accept_blobs(data: AcceptBlobs) -> None:
+        canvas.accept(data)
+
+    editor.accept_blobs, editor.preprocess = accept_blobs, canvas.preprocess  # type: ignore[method-assign, assignment]
+    return editor
+
+
+class Canvas:
+    """What replaces the methods of one image editor."""
+
+    def __init__(self, editor: gr.ImageEditor) -> None:
+        self.editor, self.accepted = editor, editor.accept_blobs
+
+    def accept(self, data: AcceptBlobs) -> None:
+        """Keep what the browser sends before a request until the request arrives; the oldest are dropped."""
+        index = data.data["index"]
+        if index and index != "null" and int(index) >= MAX_LAYERS:
+            raise gr.Error("Too many layers.", print_exception=False)
+        waiting = self.editor.blob_storage
+        while data.data["id"] not in waiting and len(waiting) >= MAX_CANVASES:
+            waiting.pop(next(iter(waiting)))
+        self.accepted(data)
+
+    def preprocess(self, payload: Any) -> dict[str, Any] | None:
+        """The value of the editor in a request."""
+        if payload is not None and payload.id is not None:
+            payload = self.editor.blob_storage.pop(payload.id, None)
+        if payload is None:
+            return None
+        layers = [layer for layer in payload.layers or [] if layer]
+        if len(layers) > MAX_LAYERS:
+            return {"refused": "Too many layers."}
+        try:
+            background = _decoded(payload.background) if payload.background else None
+            return {"background": background, "layers": [_decoded(layer) for layer in layers]}
+        except PokediffError as error:
+            return {"refused": str(error)}
+
+
+def _decoded(part: Any) -> np.ndarray:
+    return decode(part if isinstance(part, bytes) else Path(part.path).read_bytes())
+
+
+def _require(owner: Any, name: str) -> None:
+    if not hasattr(owner, name):
+        raise PokediffError(f"the demo does not know Gradio {gr.__version__}: install the version that setup.cfg names")
