@@ -16,18 +16,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny_config
+from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file
+from tiny import tiny_config, tiny_stage, with_stage
 
-from pokediff.config import ModelConfig, QuickLookConfig, TrainConfig, dump_yaml, load_yaml
+from pokediff.config import ModelConfig, StageConfig, TrainConfig, ValidationMetricsConfig, dump_yaml, load_yaml
 from pokediff.data.dataset import load_pictures
 from pokediff.data.images import unpremultiply
 from pokediff.errors import PokediffError
 from pokediff.model.pipeline import PokeDiffPipeline
-from pokediff.training import loop as training
-from pokediff.training.loop import ema_with_warmup, learning_rate, mix, train
+from pokediff.training import loop
+from pokediff.training.loop import ema_with_warmup, learning_rate
+from pokediff.training.objectives import mix
 from pokediff.training.runs import Progress
+from pokediff.training.stages import train
 
 
 def launch(config: TrainConfig, *options: str, processes: int = 1) -> subprocess.Popen:
@@ -61,11 +64,11 @@ def finish(process: subprocess.Popen) -> str:
 
 
 def newest_state(run: Path) -> Path:
-    return sorted((run / "state").glob("step-*"))[-1]
+    return sorted((run / "state" / "base-16").glob("step-*"))[-1]
 
 
 def assert_same_state(a: Path, b: Path, **tolerance) -> None:
-    for name in ("unet", "average", "optimizer"):
+    for name in ("denoiser", "average", "optimizer"):
         left, right = load_file(a / f"{name}.safetensors"), load_file(b / f"{name}.safetensors")
         assert left.keys() == right.keys()
         for key in left:
@@ -82,22 +85,28 @@ def test_a_run_leaves_what_it_promises(finished, data):
         assert (finished / name).is_file(), name
     assert load_yaml(finished / "config.yaml", TrainConfig) == tiny_config(data, finished)
     facts = json.loads((finished / "run.json").read_text())
-    assert facts["parameters"] > 0
-    assert facts["flops_per_image_forward"] > 0
-    assert facts["data"]["sha256"]
+    stage = facts["stages"]["base-16"]
+    assert stage["parameters"] > 0
+    assert stage["gflops"] > 0
+    assert stage["data_sha256"]
+    assert stage["finished"] == "steps"
     assert facts["packages"]["torch"] == version("torch")
     rows = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in rows if "validation_loss" in row] == [3, 6]
+    assert {row.pop("stage") for row in rows} == {"base-16"}
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert list((finished / "tensorboard").rglob("events.out*"))
-    assert [path.name for path in sorted((finished / "state").iterdir())] == ["step-00000003", "step-00000006"]
-    with Image.open(finished / "previews" / "step-00000006.png") as sheet:
+    assert [path.name for path in sorted((finished / "state" / "base-16").iterdir())] == [
+        "step-00000003",
+        "step-00000006",
+    ]
+    with Image.open(finished / "previews" / "base-16-00000006.png") as sheet:
         assert (sheet.mode, sheet.height) == ("RGBA", 128)  # 16 px pictures, every pixel eight wide
-    with Image.open(finished / "previews" / "step-00000006.gif") as clip:
-        assert 10 < clip.n_frames <= 21  # equal frames are merged
+    with Image.open(finished / "previews" / "base-16-00000006.gif") as clip:
+        assert 8 < clip.n_frames <= 16  # equal frames are merged
     card = (finished / "README.md").read_text()
-    assert "6 steps, 48 pictures drawn" in card
+    assert "| 6 | 48 |" in card
     assert not list(finished.rglob("*.tmp*"))
     assert not list(finished.rglob("*.bin")) + list(finished.rglob("*.pt")) + list(finished.rglob("*.pkl"))
 
@@ -105,10 +114,10 @@ def test_a_run_leaves_what_it_promises(finished, data):
 def test_the_checkpoint_draws_with_the_averaged_weights(finished):
     pipe = PokeDiffPipeline.from_pretrained(finished)
     average = load_file(newest_state(finished) / "average.safetensors")
-    for name, parameter in pipe.unet.state_dict().items():
+    for name, parameter in pipe.base.state_dict().items():
         torch.testing.assert_close(parameter, average[name].half().float(), rtol=0, atol=0)
-    assert pipe("a red round creature", num_steps=2).images[0].size == (16, 16)
-    assert pipe.unet.null_text.norm().item() == pytest.approx(1, abs=1e-3)
+    assert pipe("a red round creature", num_inference_steps=2).images[0].size == (16, 16)
+    assert pipe.base.null_text.norm().item() == pytest.approx(1, abs=1e-3)
 
 
 def test_a_run_is_not_overwritten(finished, data):
@@ -118,7 +127,7 @@ def test_a_run_is_not_overwritten(finished, data):
 
 def test_resuming_equals_never_having_stopped(finished, data, tmp_path):
     config = tiny_config(data, tmp_path / "run")
-    train(replace(config, max_steps=3))
+    train(with_stage(config, max_steps=3))
     train(config, resume="auto")
     assert_same_state(newest_state(tmp_path / "run"), newest_state(finished), rtol=0, atol=0)
     losses = [
@@ -129,30 +138,36 @@ def test_resuming_equals_never_having_stopped(finished, data, tmp_path):
 
 
 def test_resuming_finished_work_does_nothing_but_say_so(finished, data):
-    before = (newest_state(finished) / "unet.safetensors").read_bytes()
+    before = (newest_state(finished) / "denoiser.safetensors").read_bytes()
     train(tiny_config(data, finished), resume="auto")
-    assert (newest_state(finished) / "unet.safetensors").read_bytes() == before
+    assert (newest_state(finished) / "denoiser.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [({"seed": 1}, "seed"), ({"batch_size": 4}, "batch_size"), ({"text_encoder": "clip:x"}, "text_encoder|clip:x")],
+    [
+        ({"seed": 1}, "seed"),
+        ({"stages": {"base-16": tiny_stage(batch_size=4, max_steps=9)}}, r"stages.base-16.batch_size"),
+        ({"text_encoder": "clip:x"}, "text_encoder|clip:x"),
+    ],
 )
-def test_a_state_does_not_fit_another_configuration(finished, data, changes, words):
+def test_a_state_does_not_fit_another_configuration(data, tmp_path_factory, changes, words):
+    out = tmp_path_factory.mktemp("runs") / "part"
+    train(tiny_config(data, out, max_minutes=1e-9))  # one step
     with pytest.raises(PokediffError, match=words):
-        train(tiny_config(data, finished, **changes), resume="auto")
+        train(tiny_config(data, out, **changes), resume="auto")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 def test_killed_at_random_moments_it_ends_the_same(data, tmp_path):
-    changes = dict(max_steps=16, checkpoint_every=2, validate_every=8, preview_every=16)
-    whole = tiny_config(data, tmp_path / "whole", **changes)
+    stages = {"base-16": tiny_stage(max_steps=16, checkpoint_every=2, validate_every=8, preview_every=16)}
+    whole = tiny_config(data, tmp_path / "whole", stages)
     finish(launch(whole))
-    config = tiny_config(data, tmp_path / "killed", **changes)
+    config = tiny_config(data, tmp_path / "killed", stages)
     rng, kills = random.Random(0), 0
     while True:
         process = launch(config, "--resume", "auto")
-        state = tmp_path / "killed" / "state"
+        state = tmp_path / "killed" / "state" / "base-16"
         begin, seen = time.monotonic(), len(list(state.glob("step-*"))) and newest_state(tmp_path / "killed").name
         while process.poll() is None and kills < 3:  # wait for some progress, then kill anywhere in the next steps
             done = state.is_dir() and list(state.glob("step-*")) and newest_state(tmp_path / "killed").name
@@ -172,7 +187,8 @@ def test_killed_at_random_moments_it_ends_the_same(data, tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 def test_ctrl_c_ends_with_a_checkpoint(data, tmp_path):
-    config = tiny_config(data, tmp_path / "run", max_steps=100_000, checkpoint_every=100_000, validate_every=100_000)
+    stage = tiny_stage(max_steps=100_000, checkpoint_every=100_000, validate_every=100_000, preview_every=100_000)
+    config = tiny_config(data, tmp_path / "run", {"base-16": stage})
     process = launch(config)
     log = tmp_path / "run" / "log.jsonl"
     begin = time.monotonic()
@@ -187,8 +203,7 @@ def test_ctrl_c_ends_with_a_checkpoint(data, tmp_path):
 
 
 def test_two_processes_train_the_same_model_as_one(data, tmp_path):
-    model = replace(tiny_config(data, "x").model, dropout=0.0)  # dropout masks are each process' own
-    runs = [tiny_config(data, tmp_path / name, model=model) for name in ("one", "two")]
+    runs = [tiny_config(data, tmp_path / name) for name in ("one", "two")]
     finish(launch(runs[0], processes=1))
     finish(launch(runs[1], processes=2))
     assert json.loads((tmp_path / "two" / "run.json").read_text())["processes"] == 2
@@ -201,45 +216,53 @@ def test_two_processes_train_the_same_model_as_one(data, tmp_path):
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_three_in_a_row_stop(data, tmp_path, monkeypatch, capsys):
-    loss_of = training.training_loss
-    bad = {2}
-    monkeypatch.setattr(training, "training_loss", lambda *a: loss_of(*a) * (math.nan if a[-1] in bad else 1))
-    config = tiny_config(data, tmp_path / "run", checkpoint_every=1, validate_every=100)
+    batch_of, bad = loop.training_batch, {2}
+
+    def spoilt(pictures, config, stage, accelerator, step):
+        batch = batch_of(pictures, config, stage, accelerator, step)
+        return replace(batch, noise=batch.noise * math.nan) if step in bad and len(asked) > 3 else batch
+
+    asked: list[int] = []  # the first three are the estimate's
+    monkeypatch.setattr(loop, "training_batch", lambda *a: asked.append(1) or spoilt(*a))
+    stage = tiny_stage(checkpoint_every=1, validate_every=100)
+    config = tiny_config(data, tmp_path / "run", {"base-16": stage})
     train(config)
     assert "step 2: loss nan" in capsys.readouterr().out
-    assert all(torch.isfinite(v).all() for v in load_file(newest_state(tmp_path / "run") / "unet.safetensors").values())
+    state = newest_state(tmp_path / "run")
+    assert all(torch.isfinite(v).all() for v in load_file(state / "denoiser.safetensors").values())
 
     bad |= {7, 8, 9}
-    with pytest.raises(PokediffError, match=r"3 steps in a row, at step 9.*Try --learning-rate"):
-        train(replace(config, max_steps=20), resume="auto")
-    state = newest_state(tmp_path / "run")
-    assert all(torch.isfinite(v).all() for v in load_file(state / "unet.safetensors").values())
+    with pytest.raises(PokediffError, match=r"3 steps in a row, at step 9.*learning-rate"):
+        train(with_stage(replace(config, out=str(tmp_path / "other")), max_steps=20))
+    state = sorted((tmp_path / "other" / "state" / "base-16").glob("step-*"))[-1]
+    assert all(torch.isfinite(v).all() for v in load_file(state / "denoiser.safetensors").values())
     bad.clear()
-    train(replace(config, max_steps=12), resume="auto")
+    train(with_stage(replace(config, out=str(tmp_path / "other")), max_steps=12), resume="auto")
 
 
-def test_a_quick_look_is_logged_and_best_can_follow_it(data, tmp_path, features):
-    look = QuickLookConfig(every=3, number=4, features=features, best_by="kernel_distance")
-    train(tiny_config(data, tmp_path / "run", evaluation=look))
+def test_metrics_are_logged_and_best_can_follow_them(data, tmp_path, features):
+    metrics = ValidationMetricsConfig(every=3, number=4, features=features, best_by="kernel_distance")
+    train(tiny_config(data, tmp_path / "run", metrics=metrics))
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    looks = [row for row in rows if "copy_ratio" in row]
-    assert [row["step"] for row in looks] == [3, 6]
-    assert all(0 <= row["copy_ratio"] <= 1 and 0 <= row["color_adherence"] <= 1 for row in looks)
+    measured = [row for row in rows if "copy_ratio" in row]
+    assert [row["step"] for row in measured] == [3, 6]
+    assert all(0 <= row["copy_ratio"] <= 1 and 0 <= row["color_adherence"] <= 1 for row in measured)
     progress = json.loads((newest_state(tmp_path / "run") / "progress.json").read_text())["progress"]
-    assert progress["best_score"] == min(row["kernel_distance"] for row in looks)
-    assert (tmp_path / "run" / "best" / "model_index.json").is_file()
+    assert progress["best_score"] == min(row["kernel_distance"] for row in measured)
+    assert PokeDiffPipeline.from_pretrained(tmp_path / "run" / "best").sizes == (16,)
 
 
-def test_it_stops_when_it_begins_to_copy(data, tmp_path, monkeypatch, capsys):
+def test_training_stops_when_the_model_begins_to_copy(data, tmp_path, monkeypatch, capsys):
     known = load_pictures(data, 16).split("train")
-    copied = np.stack([unpremultiply(picture) for picture in known.pixels])
-    monkeypatch.setattr(PokeDiffPipeline, "generate", lambda self, prompts, seeds, **_: copied[: len(prompts)])
-    look = QuickLookConfig(every=2, number=4, early_stop=True)
-    train(tiny_config(data, tmp_path / "run", max_steps=100, evaluation=look))
-    assert "step 2: 100% of the pictures come too near" in capsys.readouterr().out
+    copied = np.stack([unpremultiply(picture) for picture in known.pixels[:]])
+    monkeypatch.setattr(PokeDiffPipeline, "generate", lambda self, prompts, seeds, *_, **__: copied[: len(prompts)])
+    metrics = ValidationMetricsConfig(every=2, number=4, early_stop=True)
+    train(tiny_config(data, tmp_path / "run", {"base-16": tiny_stage(max_steps=100)}, metrics=metrics))
+    assert "100% of the pictures are close to a training picture" in capsys.readouterr().out
     progress = json.loads((newest_state(tmp_path / "run") / "progress.json").read_text())["progress"]
     assert progress["copying_since"] == 2
     assert progress["step"] == 3
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["stages"]["base-16"]["finished"] == "copies"
 
 
 def test_overfitting_is_seen_in_the_losses():
@@ -261,17 +284,8 @@ def test_overfitting_is_seen_in_the_losses():
 
 
 def test_training_learns(data, tmp_path):
-    config = tiny_config(
-        data,
-        tmp_path / "run",
-        max_steps=120,
-        batch_size=16,
-        learning_rate=2e-3,
-        validate_every=60,
-        log_every=10,
-        preview_every=1000,
-    )
-    train(config)
+    stage = tiny_stage(max_steps=120, batch_size=16, learning_rate=2e-3, validate_every=60, preview_every=1000)
+    train(tiny_config(data, tmp_path / "run", {"base-16": stage}, log_every=10))
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[-1] < 0.5 * losses[0]
@@ -284,7 +298,8 @@ def test_compiled_it_learns_the_same(data, tmp_path):
     model = ModelConfig(widths=(32,), attention=(False,), blocks=(1,), embedding_dim=32)
     losses = []
     for compiled in (False, True):
-        config = tiny_config(data, tmp_path / str(compiled), model=model, compile=compiled, max_steps=3)
+        stage = tiny_stage(model=model, max_steps=3)
+        config = tiny_config(data, tmp_path / str(compiled), {"base-16": stage}, compile=compiled)
         log = (train(config) / "log.jsonl").read_text().splitlines()
         losses.append([row["loss"] for line in log if "loss" in (row := json.loads(line))])
     assert len(losses[0]) == 3
@@ -298,12 +313,13 @@ def test_without_a_compiler_it_says_so(data, tmp_path, monkeypatch):
 
 
 def test_max_minutes_stops_with_a_checkpoint(data, tmp_path):
-    train(tiny_config(data, tmp_path / "run", max_steps=100_000, max_minutes=0.0, checkpoint_every=100_000))
+    stage = tiny_stage(max_steps=100_000, checkpoint_every=100_000)
+    train(tiny_config(data, tmp_path / "run", {"base-16": stage}, max_minutes=1e-9))
     assert newest_state(tmp_path / "run").name == "step-00000001"
 
 
 def test_learning_rate_schedule():
-    config = TrainConfig(max_steps=100, warmup_steps=10, decay_steps=20, learning_rate=1.0)
+    config = StageConfig(max_steps=100, warmup_steps=10, decay_steps=20, learning_rate=1.0)
     rates = [learning_rate(config, step) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9:80] == [1.0] * 71
@@ -329,15 +345,15 @@ def test_seeds_are_well_mixed():
 
 @pytest.mark.parametrize("channels", ["rgb", "grey"])
 def test_other_channels_train_and_draw(data, tmp_path, channels):
-    config = tiny_config(data, tmp_path / channels, max_steps=2)
+    config = tiny_config(data, tmp_path / channels, {"base-16": tiny_stage(max_steps=2)})
     train(replace(config, dataset=replace(config.dataset, channels=channels)))
     pipe = PokeDiffPipeline.from_pretrained(tmp_path / channels)
     assert pipe.channels == channels
-    assert pipe("a red creature", num_steps=2).images[0].getextrema()[3] == (255, 255)
+    assert pipe("a red creature", num_inference_steps=2).images[0].getextrema()[3] == (255, 255)
 
 
 def test_no_validation_families_is_said(tmp_path):
     from conftest import write_data
 
-    with pytest.raises(PokediffError, match="0 validation pictures"):
+    with pytest.raises(PokediffError, match="validation pictures"):
         train(tiny_config(write_data(tmp_path / "d", number=4), tmp_path / "run"))

@@ -18,7 +18,8 @@ from pokediff.config import DatasetConfig, DiffusionConfig, DistillConfig, Model
 from pokediff.data.images import CHANNELS
 from pokediff.errors import PokediffError
 from pokediff.model.cascade import Cascade, guided
-from pokediff.model.pipeline import PokeDiffPipeline, has_bf16
+from pokediff.model.denoiser import has_bf16
+from pokediff.model.pipeline import PokeDiffPipeline
 from pokediff.training.objectives import Batch
 
 

@@ -29,8 +29,8 @@ from pokediff.data.records import write_whole
 from pokediff.errors import PokediffError
 from pokediff.evaluation.validation_metrics import COPYING, ValidationMetrics
 from pokediff.model.cascade import Cascade
-from pokediff.model.denoiser import Denoiser, compile_network, flops_per_image
-from pokediff.model.pipeline import PokeDiffPipeline, has_bf16
+from pokediff.model.denoiser import Denoiser, compile_network, flops_per_image, has_bf16
+from pokediff.model.pipeline import PokeDiffPipeline
 from pokediff.training import runs
 from pokediff.training.clock import Limit, Window, agreed, interruptible
 from pokediff.training.distillation import Distillation
@@ -156,8 +156,9 @@ def prepare(run: Run, name: str, resume: str) -> Stage:
     return prepared
 
 
-def train_stage(run: Run, stage: Stage) -> bool:
-    """Train until max_steps, the time limit, copying (with early_stop), or a signal. Returns whether it is finished.
+def train_stage(run: Run, stage: Stage) -> str | None:
+    """Train until max_steps, the time limit, copying (with early_stop), or a signal. Returns why the stage is finished,
+    "steps" or "copies", or None when it can be resumed.
 
     Raises PokediffError for a loss that stays non-finite; the last state is intact.
     """
@@ -216,7 +217,9 @@ def train_stage(run: Run, stage: Stage) -> bool:
         f"{stage.name}: {progress.step} steps, {progress.images_seen:,} pictures, validation loss "
         f"{progress.loss_text()}: {run.out}"
     )
-    return progress.step == config.max_steps or (run.config.metrics.early_stop and progress.copying_since is not None)
+    if progress.step == config.max_steps:
+        return "steps"
+    return "copies" if run.config.metrics.early_stop and progress.copying_since is not None else None
 
 
 def train_step(

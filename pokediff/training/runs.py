@@ -37,7 +37,8 @@ from pokediff.config import TrainConfig, dump_yaml, from_values, plain
 from pokediff.data.records import write_whole
 from pokediff.errors import PokediffError
 from pokediff.model.cascade import Cascade, write_list
-from pokediff.model.pipeline import INDEX, PokeDiffPipeline
+from pokediff.model.checkpoint import INDEX
+from pokediff.model.pipeline import PokeDiffPipeline
 from pokediff.model.text import ClipTextEncoder, load_text_encoder
 
 KEEP_STATES = 2
@@ -113,9 +114,10 @@ def find_state(out: Path, name: str, resume: str) -> Path | None:
     return folder if folder.resolve().parent.name == name else find_state(out, name, "auto")
 
 
-def is_finished(out: Path, name: str) -> bool:
-    """Whether a stage was trained to its end."""
-    return bool(read_facts(out).get("stages", {}).get(name, {}).get("finished"))
+def is_finished(out: Path, name: str, max_steps: int) -> bool:
+    """Whether a stage was trained for `max_steps`, or stopped because it copied."""
+    facts = read_facts(out).get("stages", {}).get(name, {})
+    return bool(facts.get("finished")) and (facts["finished"] == "copies" or facts["steps"] >= max_steps)
 
 
 def save_state(

@@ -16,8 +16,9 @@ from pokediff.data.images import encode_png, enlarge, grid
 from pokediff.data.records import write_whole
 from pokediff.errors import PokediffError
 from pokediff.model.cascade import Cascade
+from pokediff.model.checkpoint import INDEX, quiet
 from pokediff.model.diffusion import make_noise_schedule, same_noise
-from pokediff.model.pipeline import INDEX, PokeDiffPipeline, quiet
+from pokediff.model.pipeline import PokeDiffPipeline
 from pokediff.training import runs
 from pokediff.training.clock import Limit, duration
 from pokediff.training.loop import Run, mixed_precision, prepare, seconds_per_step, train_stage, usable_cores
@@ -46,7 +47,7 @@ def train(config: TrainConfig, resume: str = "never", only: Sequence[str] = (), 
     full, names = config, select(config, only)
     if trial:
         config = shortened(config)
-        shutil.rmtree(config.out or "", ignore_errors=True)
+        remove_trial(Path(config.out or ""))
     out = Path(config.out or "checkpoints/run")
     refuse_other_run(out, names, resume, only)
     run = start(config, out, SAMPLE if trial else None)
@@ -58,7 +59,7 @@ def train(config: TrainConfig, resume: str = "never", only: Sequence[str] = (), 
         runs.start_trackers(run.accelerator, out, config)
     run.say(timetable(full, names, seconds, run.accelerator.mixed_precision))
     for number, name in enumerate(names):
-        if resume != "never" and runs.is_finished(out, name):
+        if resume != "never" and runs.is_finished(out, name, config.stages[name].max_steps):
             run.say(f"{name}: finished already")
             continue
         if resume == "never":
@@ -142,8 +143,8 @@ def timetable(config: TrainConfig, names: Sequence[str], seconds: dict[str, floa
     return "\n".join([*lines, f"in all about {duration(whole)}" + (", before compilation" if config.compile else "")])
 
 
-def train_one(run: Run, name: str, resume: str) -> bool:
-    """One stage: load, train, and add its denoiser to the cascade. Returns whether it is finished."""
+def train_one(run: Run, name: str, resume: str) -> str | None:
+    """One stage: load, train, and add its denoiser to the cascade. Returns why it is finished, None if it is not."""
     began, before = time.monotonic(), runs.read_facts(run.out).get("stages", {}).get(name, {}).get("seconds", 0.0)
     stage = prepare(run, name, resume)
     run.say(
@@ -204,6 +205,13 @@ def shortened(config: TrainConfig) -> TrainConfig:
     metrics = dataclasses.replace(config.metrics, every=0, early_stop=False, best_by="validation_loss")
     short = with_steps(config, dict.fromkeys(config.stages, TRIAL_STEPS))
     return dataclasses.replace(short, out=out, metrics=metrics, compile=False, fit_limit=False, max_minutes=None)
+
+
+def remove_trial(out: Path) -> None:
+    """Remove an earlier trial. Raises PokediffError when the folder is something else."""
+    if out.exists() and not (out / "run.json").is_file():
+        raise PokediffError(f"{out} is no earlier trial: choose another --out")
+    shutil.rmtree(out, ignore_errors=True)
 
 
 def draw_trial(out: Path, run: Run) -> None:
