@@ -21,7 +21,7 @@ from pokediff.data.images import encode_png, premultiply, to_model
 from pokediff.data.records import Record, write_records
 from pokediff.model.cascade import Cascade
 from pokediff.model.denoiser import Denoiser
-from pokediff.model.diffusion import denoising_loss, make_noise_schedule, schedule_sigmas
+from pokediff.model.diffusion import cosine_sigmas, denoising_loss, make_noise_schedule, schedule_sigmas
 from pokediff.model.pipeline import PokeDiffPipeline, quiet
 from pokediff.model.text import load_text_encoder
 
@@ -30,6 +30,7 @@ torch.set_num_threads(1)  # the models here are small; more threads only wait fo
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 COLORS = {"red": (220, 40, 40), "green": (50, 170, 60), "blue": (60, 90, 220), "yellow": (245, 215, 40)}
+MEAN, STD = 0.2, 0.2  # of the pixels that GaussianDenoiser knows
 
 
 @pytest.fixture(scope="session")
@@ -84,6 +85,36 @@ def write_data(folder: Path, number: int = 80) -> Path:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A read-only data set of 80 drawn creatures."""
     return write_data(tmp_path_factory.mktemp("data") / "creatures")
+
+
+class GaussianDenoiser(Denoiser):
+    """The exact denoiser of pictures whose pixels are independent N(MEAN, STD^2), in closed form."""
+
+    def forward(self, x, timestep, text=None, augment=None, low_res=None):
+        timesteps = torch.as_tensor(timestep).double().expand(len(x))
+        sigma = cosine_sigmas(timesteps, self.config.num_train_timesteps, *self.config.noise_range)
+        sigma = sigma[:, None, None, None]
+        y = x.double() * (1 + sigma**2) ** 0.5  # x0 + sigma noise
+        return ((STD**2 * y + sigma**2 * MEAN) / (STD**2 + sigma**2)).float()  # the posterior mean of x0
+
+
+def gaussian_denoiser(**changes) -> GaussianDenoiser:
+    values = dict(image_size=16, widths=(16,), attention=(False,), blocks=(1,), text_dim=8)
+    return GaussianDenoiser(**{**values, **changes})
+
+
+def pipeline_of(**denoisers: Denoiser) -> PokeDiffPipeline:
+    """A pipeline without a text encoder, of denoisers by name (base_16 becomes base-16)."""
+    schedule = DPMSolverMultistepScheduler.from_config(make_noise_schedule(DiffusionConfig()).config)
+    pipe = PokeDiffPipeline(Cascade({name.replace("_", "-"): part for name, part in denoisers.items()}), schedule)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def gaussian_pictures(number: int, size: int = 16) -> np.ndarray:
+    """Premultiplied RGBA uint8 (N, S, S, 4) that the Gaussian denoiser has as its data."""
+    pixels = np.random.default_rng(0).normal(MEAN, STD, (number, size, size, 4))
+    return ((pixels + 1) / 2 * 255).round().clip(0, 255).astype(np.uint8)
 
 
 def make_denoiser(seed: int = 0, **changes) -> Denoiser:
@@ -158,7 +189,9 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_pipe(tiny_checkpoint: Path) -> PokeDiffPipeline:
     """The pipeline of `tiny_checkpoint`, read-only."""
-    return PokeDiffPipeline.from_pretrained(tiny_checkpoint)
+    pipe = PokeDiffPipeline.from_pretrained(tiny_checkpoint)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 @pytest.fixture(scope="session")

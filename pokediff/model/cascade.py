@@ -112,14 +112,15 @@ class Cascade(ModelMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Cascade:
-        """Read what `save_pretrained` wrote; `kwargs` are those of a diffusers model.
+        """Read what `save_pretrained` wrote, safetensors only; `kwargs` are those of a diffusers model.
 
         Raises PokediffError when the list names a folder outside.
         """
+        kwargs["use_safetensors"] = True
         folder = Path(pretrained_model_name_or_path)
         names = json.loads((folder / LIST).read_text(encoding="utf-8"))["denoisers"]
         for name in names:
-            if Path(name).name != name or name.startswith("."):
+            if not name or Path(name).name != name or name.startswith("."):
                 raise PokediffError(f"{folder / LIST}: {name!r} is no name of a denoiser")
         return cls({name: Denoiser.from_pretrained(folder / name, **kwargs) for name in names})
 

@@ -46,6 +46,7 @@ class CheckpointPipeline(DiffusionPipeline):
             kwargs.pop(code, None)
         if kwargs.get("dtype", kwargs.get("torch_dtype")) is None:
             kwargs["dtype"] = torch.float32
+        kwargs["use_safetensors"] = True  # never a pickle
         folder = find_folder(pretrained_model_name_or_path, kwargs)
         try:
             if base := read_index(folder).get("base"):
