@@ -1,29 +1,23 @@
-"""Metrics against closed forms and other implementations, and defects planted to be found."""
+"""Measures against closed forms and other implementations, and planted defects that must be found."""
 
 from __future__ import annotations
-
-import json
-import os
-import subprocess
-import sys
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import COLORS, ROOT, draw_creature, tiny_config, write_data
+from conftest import COLORS, SHARED, draw_creature, write_data
 from safetensors.torch import save_file
 
-from pokediff.config import EvaluateConfig
 from pokediff.data.dataset import load_pictures
-from pokediff.data.images import composite, encode_png, read_image, unpremultiply
+from pokediff.data.images import composite
 from pokediff.errors import PokediffError
-from pokediff.evaluation import copies, distances, prompts
-from pokediff.evaluation.evaluate import check_disjoint, evaluate, measure_looks, real_halves
-from pokediff.evaluation.features import CLIP, Lpips, clip_similarity, load_features, resized
-from pokediff.evaluation.report import Report, compare
+from pokediff.evaluation import copies, distances, looks, prompts
+from pokediff.evaluation.classifiers import linear_classifier, two_sample_hits
+from pokediff.evaluation.features import CLIP, IMAGENET, Lpips, clip_similarity, load_features, resized
+from pokediff.evaluation.measures import measure_looks
+from pokediff.evaluation.report import Report, to_json
 from pokediff.model.text import load_text_encoder
-from pokediff.training.loop import train
 
 RNG = np.random.default_rng(0)
 
@@ -60,11 +54,10 @@ def test_frechet_of_known_moments():
 
 
 def test_the_interval_of_kid_holds_the_truth_and_repeated_pictures_do_not_raise_it():
-    held = 0
+    held, truth = 0, kid_truth()
     for seed in range(60):
         rng = np.random.default_rng(seed)
         estimate = distances.kid_bootstrap(rng.normal(size=(80, 2)), rng.normal(0.5, 1, (80, 2)), 300, seed)
-        truth = kid_truth()
         held += estimate.low <= truth <= estimate.high
     assert held >= 51  # of 60 at 95 %
     x, y = RNG.normal(size=(40, 2)), RNG.normal(size=(40, 2))
@@ -115,6 +108,39 @@ def test_a_share_of_nothing_is_not_certain():
     assert (half.low, half.high) == pytest.approx((0.404, 0.596), abs=1e-3)
 
 
+# --------------------------------------------------------------------------------------------------- two samples
+
+
+def test_two_sample_accuracy_of_two_gaussians_is_that_of_the_best_plane():
+    # Between N(0, I) and N(d, I) the best plane is right with probability Phi(|d| / 2): 0.8413 for |d| = 2.
+    x, y = RNG.normal(size=(1500, 3)), RNG.normal(size=(1500, 3)) + np.array([0, 2, 0])
+    hits = two_sample_hits(x, y, range(1500), range(1500, 3000))
+    assert hits.mean() == pytest.approx(0.8413, abs=3 * (0.84 * 0.16 / 3000) ** 0.5)
+    same = two_sample_hits(x, RNG.normal(size=(1500, 3)), range(1500), range(1500, 3000))
+    assert same.mean() == pytest.approx(0.5, abs=0.04)
+    apart = two_sample_hits(x[:40], y[:60] + 50, range(40), range(40, 100))
+    assert apart.all()
+    assert len(apart) == 80  # equally many of both
+
+
+def test_families_do_not_give_two_samples_away():
+    """Sets of equal distribution whose families look alike: only a classifier that saw a family's sisters is right."""
+    faces = RNG.normal(size=(40, 30))  # of 40 families, 10 pictures each
+    x, y = (np.repeat(part, 10, axis=0) + 0.01 * RNG.normal(size=(200, 30)) for part in (faces[:20], faces[20:]))
+    families = np.repeat(np.arange(40), 10)
+    honest = two_sample_hits(x, y, families[:200], families[200:])
+    fooled = two_sample_hits(x, y, range(200), range(200, 400))
+    assert honest.mean() < 0.75
+    assert fooled.mean() > 0.95
+
+
+def test_linear_classifier_of_three_classes():
+    centres = np.array([[0, 0], [8, 0], [0, 8]])
+    labels = np.repeat([0, 1, 2], 50)
+    classify = linear_classifier(centres[labels] + RNG.normal(size=(150, 2)), labels)
+    assert classify(centres + 0.5).tolist() == [0, 1, 2]
+
+
 # --------------------------------------------------------------------------------------------------------- copies
 
 
@@ -160,22 +186,105 @@ def test_an_empty_picture_is_no_copy(creatures):
     ).copies.any()
 
 
-# ---------------------------------------------------------------------------------------------------------- LPIPS
+# -------------------------------------------------------------------------------------------------------- features
 
 
-def test_lpips_is_torchmetrics(tmp_path, creatures):
-    """The same random SqueezeNet in both; torchmetrics brings the true weights of the channels."""
-    theirs = pytest.importorskip("torchmetrics.functional.image.lpips")._LPIPS(
-        pretrained=True, net="squeeze", pnet_rand=True
-    )
-    layers = [layer for part in theirs.net.slices for layer in part]
-    tensors = {"shift": theirs.scaling_layer.shift.flatten().view(1, 3, 1, 1), "scale": theirs.scaling_layer.scale}
-    for index, layer in enumerate(layers):
-        tensors |= {f"net.features.{index}.{key}": value for key, value in layer.state_dict().items()}
-    for depth in range(7):
-        tensors[f"lin.{depth}"] = getattr(theirs, f"lin{depth}").model[1].weight.flatten()
-    save_file({key: value.detach().contiguous().clone() for key, value in tensors.items()}, tmp_path / "s.safetensors")
-    ours = Lpips(f"squeeze:{tmp_path / 's.safetensors'}")(creatures[:6], creatures[6:12], side=64)
+@pytest.fixture(scope="module")
+def mobilenet() -> torch.nn.Module:
+    """A MobileNetV2 of random weights whose batch norms have something to do."""
+    from torchvision.models import mobilenet_v2
+
+    torch.manual_seed(0)
+    network = mobilenet_v2()
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            torch.nn.init.normal_(layer.weight, std=(2 / layer.weight[0].numel()) ** 0.5)
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            for values, spread in ((layer.weight, 0.1), (layer.bias, 0.1), (layer.running_mean, 0.1)):
+                values.data += spread * torch.randn_like(values)
+            layer.running_var *= 1.3
+    return network.eval()
+
+
+def folded(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The convolutions with batch norm folded in, in the naming that `features.mobilenet_v2` reads, too."""
+    layers = [m for m in network.features.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.BatchNorm2d)]
+    names = ["stem", "blocks.0.0", "blocks.0.1"]
+    names += [f"blocks.{block}.{layer}" for block in range(1, 17) for layer in range(3)]
+    tensors = {}
+    for name, convolution, norm in zip([*names, "head"], layers[::2], layers[1::2], strict=True):
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        tensors[f"{name}.weight"] = (convolution.weight * scale[:, None, None, None]).detach()
+        tensors[f"{name}.bias"] = (norm.bias - norm.running_mean * scale).detach()
+    return tensors
+
+
+def test_mobilenet_reads_torchvision_s_state_and_folded_convolutions(mobilenet, creatures, tmp_path):
+    save_file(mobilenet.state_dict(), tmp_path / "torchvision.safetensors")
+    save_file(folded(mobilenet), tmp_path / "folded.safetensors")
+    rgb = torch.from_numpy(composite(creatures[:4])).permute(0, 3, 1, 2).float() / 255
+    with torch.inference_mode():
+        expected = mobilenet.features(resized(rgb, 224, IMAGENET)).mean((2, 3)).numpy()
+    assert expected.std() > 0.01
+    for name in ("torchvision", "folded"):
+        net = load_features(f"mobilenet_v2:{tmp_path / name}.safetensors")
+        np.testing.assert_allclose(net(creatures[:4]), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_features_depend_on_size_and_background_and_not_on_the_batch(mobilenet, creatures, tmp_path):
+    save_file(mobilenet.state_dict(), tmp_path / "m.safetensors")
+    net = load_features(f"mobilenet_v2:{tmp_path / 'm.safetensors'}")
+    white = net(creatures[:4])
+    assert white.shape == (4, 1280)
+    assert np.abs(net(creatures[:4], "black") - white).max() > 1e-3
+    small = np.stack([cv2.resize(picture, (16, 16), interpolation=cv2.INTER_AREA) for picture in creatures[:4]])
+    assert np.abs(net(small) - white).max() > 1e-3
+    np.testing.assert_allclose(net(creatures[:4], batch_size=1), white, rtol=1e-4, atol=1e-4)
+
+
+def test_features_of_the_shared_file_are_those_of_its_own_code(creatures):
+    if not (SHARED / "weights" / "feature_nets.py").is_file():
+        pytest.skip("needs the weights in ../shared")
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("feature_nets", SHARED / "weights" / "feature_nets.py")
+    theirs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(theirs)
+    file = SHARED / "weights" / "mobilenet_v2_feat1280.safetensors"
+    rgb = torch.from_numpy(composite(creatures[:4])).permute(0, 3, 1, 2).float() / 255
+    ours = load_features(f"mobilenet_v2:{file}")(creatures[:4])
+    np.testing.assert_allclose(ours, theirs.mobilenet_v2(file)(rgb).numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["magic", "mobilenet_v2:none.safetensors", "dinov2:/none", "clip:/none"])
+def test_features_that_cannot_be_loaded_say_so(name):
+    with pytest.raises(PokediffError, match=r"features"):
+        load_features(name)
+
+
+@pytest.mark.parametrize("load", [lambda f: load_features(f"mobilenet_v2:{f}"), lambda f: Lpips(f"squeeze:{f}")])
+def test_weights_that_do_not_fit_are_one_line(load, tmp_path):
+    (tmp_path / "text").write_text("no weights")
+    save_file({"a": torch.zeros(2)}, tmp_path / "other")
+    save_file({"features.0.weight": torch.zeros(2), "features.0.0.weight": torch.zeros(2)}, tmp_path / "part")
+    for name, words in (("none", "does not exist"), ("text", "no safetensors file"), ("other", "does not fit")):
+        with pytest.raises(PokediffError, match=words) as error:
+            load(tmp_path / name)
+        assert "\n" not in str(error.value)
+
+
+def test_lpips_reads_torchvision_s_squeezenet(tmp_path, creatures):
+    """Against torchmetrics with the same weights; it is 0 for equal pictures and grows with their difference."""
+    theirs = pytest.importorskip("torchmetrics.functional.image.lpips")._LPIPS(net="squeeze", pnet_rand=True)
+    from torchvision.models import squeezenet1_1
+
+    torch.manual_seed(0)
+    network = squeezenet1_1()
+    save_file(network.state_dict(), tmp_path / "s.safetensors")
+    lpips = Lpips(f"squeeze:{tmp_path / 's.safetensors'}")
+    for part in theirs.net.slices:
+        for name, layer in part.named_children():
+            layer.load_state_dict(network.features[int(name)].state_dict())
     x, y = (
         torch.nn.functional.interpolate(
             torch.from_numpy(composite(part)).permute(0, 3, 1, 2).float() / 255, 64, mode="bicubic", antialias=True
@@ -183,15 +292,13 @@ def test_lpips_is_torchmetrics(tmp_path, creatures):
         for part in (creatures[:6], creatures[6:12])
     )
     with torch.no_grad():
-        expected = theirs(2 * x - 1, 2 * y - 1).flatten()
-    np.testing.assert_allclose(ours, expected.numpy(), rtol=1e-4, atol=1e-6)
-    with pytest.raises(PokediffError, match="lpips"):
-        Lpips("squeeze:none.safetensors")
-
-
-def test_lpips_of_the_shared_file_is_zero_for_equal_pictures_and_grows(shared, creatures):
-    lpips = Lpips(f"squeeze:{shared / 'weights' / 'lpips_squeeze_v0.1.safetensors'}")
+        expected = theirs(x, y, normalize=True).flatten().numpy()
+    np.testing.assert_allclose(lpips(creatures[:6], creatures[6:12]), expected, rtol=1e-4, atol=1e-6)
     assert lpips(creatures[:2], creatures[:2]) == pytest.approx([0, 0], abs=1e-6)
+
+
+def test_lpips_of_the_shared_file_grows_with_the_difference(shared, creatures):
+    lpips = Lpips(f"squeeze:{shared / 'weights' / 'lpips_squeeze_v0.1.safetensors'}")
     noisy = creatures[:8].copy()
     noisy[..., :3] ^= np.random.default_rng(0).integers(0, 16, noisy[..., :3].shape, dtype=np.uint8)
     assert 0 < lpips(creatures[:8], noisy).mean() < lpips(creatures[:8], creatures[8:16]).mean()
@@ -200,23 +307,22 @@ def test_lpips_of_the_shared_file_is_zero_for_equal_pictures_and_grows(shared, c
 # -------------------------------------------------------------------------------------------------------- prompts
 
 
-def test_colours_asked_for_are_recognised():
-    asked = prompts.color_grid(["artwork"])
-    assert len({ask.prompt for ask in asked}) == len(asked) == 11 * len(prompts.TYPES)
+def test_colours_of_prompts_are_recognised():
+    grid = prompts.color_grid(["artwork"])
+    assert len({cell.prompt for cell in grid}) == len(grid) == 11 * len(prompts.TYPES)
     drawn = np.stack([draw_creature(COLORS[name], "round") for name in ("red", "green", "blue")])
-    assert prompts.color_hits(drawn, ["red", "green", "blue"])[0].all()
-    assert not prompts.color_hits(drawn, ["green", "blue", "red"])[1].any()  # swapped
+    assert looks.color_hits(drawn, ["red", "green", "blue"])[0].all()
+    assert not looks.color_hits(drawn, ["green", "blue", "red"])[1].any()  # swapped
 
 
-def test_looks_tell_blur_backgrounds_and_haze(creatures, tmp_path):
-    real = load_pictures(write_data(tmp_path / "d", number=60), 32)
+def test_looks_tell_blur_backgrounds_and_haze(creatures):
     blurred = np.stack([cv2.GaussianBlur(picture, (7, 7), 0) for picture in creatures])
     filled = creatures.copy()
     filled[creatures[..., 3] == 0] = (30, 30, 30, 255)
     values = {}
     for name, pictures in (("whole", creatures), ("blurred", blurred), ("filled", filled)):
         report = Report({})
-        measure_looks(report, pictures, creatures, real)
+        measure_looks(report, pictures, creatures)
         values[name] = {figure.name: figure.value for figure in report.figures}
     whole, sharp = values["whole"], "sharpness (mean difference of neighbours)"
     assert values["blurred"][sharp] < 0.8 * whole[sharp]
@@ -224,6 +330,52 @@ def test_looks_tell_blur_backgrounds_and_haze(creatures, tmp_path):
     assert values["filled"]["share of opaque pixels"] == 1
     assert values["filled"]["mean alpha on the border"] == 1
     assert whole["mean alpha on the border"] < 0.05
+
+
+def test_styles_and_subjects_of_the_prompts_are_those_of_the_data(tmp_path):
+    species = load_pictures(write_data(tmp_path / "d", number=8), 16).records
+    assert prompts.grid_styles(species) == ("artwork",)
+    assert prompts.subjects(species)[0] == "fire creature"
+    from dataclasses import replace
+
+    things = [
+        replace(record, shape=None, types=(), kind=kind, style=style)
+        for record, kind, style in zip(
+            species, ["animal"] * 4 + ["plant"] * 4, ["emoji-flat"] * 5 + ["clip-art"] * 3, strict=True
+        )
+    ]
+    assert prompts.grid_styles(things) == ("emoji-flat", "clip-art")
+    grid = prompts.color_grid(prompts.grid_styles(things), prompts.subjects(things))
+    assert grid[0].prompt == "flat emoji of a black animal"
+    assert len(grid) == 2 * 2 * 11
+
+
+def test_captions_are_taken_in_turns():
+    assert prompts.held_out_captions([("a", "b"), ("c",), ("d", "e", "f")], 5) == ["a", "c", "d", "b", "e"]
+
+
+def test_run_lengths_are_counted():
+    row = [[9, 0, 0, 255], [9, 0, 0, 255], [9, 0, 0, 255], [200, 0, 0, 255], [0, 0, 0, 0], [200, 0, 0, 255]]
+    picture = np.array([[row]], np.uint8).reshape(1, 1, 6, 4)
+    assert looks.run_length(picture)[0] == pytest.approx((3 + 1 + 1) / 3)  # runs of 3, 1 and, after a gap, 1
+    assert looks.palette_size(picture)[0] == 2
+    assert looks.run_length(np.zeros((1, 4, 4, 4), np.uint8))[0] == 0
+    noise = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 4), np.uint8)
+    noise[..., 3] = 255
+    assert looks.run_length(noise) == pytest.approx([1, 1], abs=0.01)
+    assert looks.run_length(noise.repeat(4, axis=2)) == pytest.approx(4 * looks.run_length(noise))
+
+
+def test_reports_are_json_that_browsers_parse():
+    import json
+
+    text = to_json({"a": float("nan"), "b": [np.float32("inf"), np.int64(3), 0.5], "c": {"d": (1, None)}})
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    expected = {"a": None, "b": [None, 3, 0.5], "c": {"d": [1, None]}}
+    assert json.loads(text, parse_constant=refuse) == expected
 
 
 def test_clip_scores_are_the_model_s_own(tmp_path, creatures):
@@ -239,147 +391,13 @@ def test_clip_scores_are_the_model_s_own(tmp_path, creatures):
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)).eval()
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    asked = ["a red cat", "a blue dog", "a red cat"]
-    similarity = clip_similarity(str(tmp_path), creatures[:3], asked)
+    texts = ["a red cat", "a blue dog", "a red cat"]
+    similarity = clip_similarity(str(tmp_path), creatures[:3], texts)
     assert similarity.shape == (3, 2)
     rgb = torch.from_numpy(composite(creatures[:3])).permute(0, 3, 1, 2).float() / 255
     with torch.inference_mode():
-        for column, prompt in enumerate(asked[:2]):
+        for column, prompt in enumerate(texts[:2]):
             tokens = tokenizer([prompt], return_tensors="pt")
             output = model(pixel_values=resized(rgb, 32, CLIP), **tokens)
             expected = (output.logits_per_image / model.logit_scale.exp())[:, 0]
             np.testing.assert_allclose(similarity[:, column], expected.numpy(), atol=1e-5)
-
-
-# ---------------------------------------------------------------------------------------------------- the command
-
-
-def test_features_depend_on_size_and_background(features, creatures):
-    net = load_features(features)
-    white = net(creatures[:4])
-    assert white.shape == (4, 1280)
-    assert np.abs(net(creatures[:4], "black") - white).max() > 1e-3
-    small = np.stack([cv2.resize(picture, (16, 16), interpolation=cv2.INTER_AREA) for picture in creatures[:4]])
-    assert np.abs(net(small) - white).max() > 1e-3
-    np.testing.assert_allclose(net(creatures[:4], batch_size=1), white, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", ["magic", "mobilenet_v2:none.safetensors", "dinov2:/none", "clip:/none"])
-def test_features_that_cannot_be_loaded_say_so(name, monkeypatch):
-    with pytest.raises(PokediffError, match=r"features"):
-        load_features(name)
-
-
-@pytest.fixture(scope="module")
-def evaluated(tmp_path_factory, features):
-    """(config, folder of the report) of a tiny model on drawn data."""
-    folder = tmp_path_factory.mktemp("evaluation")
-    data = write_data(folder / "data", number=400)
-    rng = np.random.default_rng(0)
-    for path in sorted((data / "images").iterdir()):  # no two alike
-        picture = read_image(path.read_bytes())
-        cv2.circle(picture, (20, 26), 4, (*(int(v) for v in rng.integers(0, 256, 3)), 255), -1)
-        path.write_bytes(encode_png(picture))
-    checkpoint = train(tiny_config(data, folder / "tiny", max_steps=2))
-    config = EvaluateConfig(
-        checkpoint=str(checkpoint), data=str(data), out=str(folder / "report"), number=24, num_steps=2,
-        styles=("artwork", "sprite"),
-        features=(features, "magic"),
-    )  # fmt: skip
-    return config, evaluate(config)
-
-
-def test_a_report_says_everything(evaluated):
-    _, out = evaluated
-    report = json.loads((out / "report.json").read_text())
-    by_name = {figure["name"]: figure for figure in report["figures"]}
-    for figure in report["figures"]:
-        assert figure["n"] or figure["value"] is None
-        assert figure["value"] is not None or "not measured" in figure["note"]
-        if figure["low"] is not None:
-            assert figure["low"] <= figure["value"] <= figure["high"]
-    kid = by_name["kernel distance (KID, unbiased) x 1000"]
-    assert kid["floor"] < kid["value"] < 1.5 * kid["ceiling"]
-    assert "unknown kind" in by_name["all of it"]["note"]
-    assert by_name["copies in pixels"]["value"] == 0
-    assert report["settings"]["n_real"] >= 12
-    assert (report["settings"]["sampler"], report["settings"]["guidance_scale"]) == (
-        "dpmpp_2m",
-        1.5,
-    )  # what it drew with
-    assert [row["style"] for row in report["tables"]["styles"]] == ["artwork", "sprite"]
-    assert "| copies in pixels |" in (out / "report.md").read_text()
-    page = (out / "report.html").read_text()
-    assert page.count("data:image/png;base64,") >= 6
-    assert "http://" not in page.replace("http://www.w3.org", "")
-    assert "https://" not in page
-
-
-def test_run_again_it_draws_and_extracts_nothing(evaluated, monkeypatch):
-    config, out = evaluated
-    before = json.loads((out / "report.json").read_text())["figures"]
-    monkeypatch.setattr("pokediff.model.pipeline.PokeDiffPipeline.generate", None)
-    monkeypatch.setattr("pokediff.evaluation.features.FeatureNet.__call__", None)
-    evaluate(config)
-    after = json.loads((out / "report.json").read_text())["figures"]
-    assert [f for f in after if "memory" not in f["name"]] == [f for f in before if "memory" not in f["name"]]
-
-
-def test_a_folder_of_copies_is_caught(evaluated, tmp_path):
-    config, _ = evaluated
-    pictures = load_pictures(config.data, 16).split("train").spread(20)
-    rows = []
-    for index, picture in enumerate(pictures.pixels):
-        (tmp_path / f"{index}.png").write_bytes(encode_png(unpremultiply(picture)))
-        rows.append({"file_name": f"{index}.png", "text": pictures.captions[index][0]})
-    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    out = evaluate(
-        EvaluateConfig(
-            images=str(tmp_path), data=config.data, styles=config.styles, out=str(tmp_path / "r"), features=("magic",)
-        )
-    )
-    report = json.loads((out / "report.json").read_text())
-    found = {figure["name"]: figure["value"] for figure in report["figures"]}
-    assert found["distance to the nearest training picture"] < 0.01
-    assert found["nearer to a training picture than 99 % of real held-out ones"] > 0.5
-
-
-def test_training_pictures_in_the_reference_are_refused(evaluated):
-    config, _ = evaluated
-    pictures = load_pictures(config.data, 16)
-    check_disjoint(pictures.split("test"), pictures.split("train"), "test")
-    with pytest.raises(PokediffError, match="reference pictures are in the training split"):
-        check_disjoint(pictures, pictures.split("train"), "test")
-    first, second = real_halves(pictures)[:2]
-    families = np.array([record.family_key for record in pictures.records])
-    assert not set(families[first]) & set(families[second])
-
-
-def test_reports_stand_side_by_side_only_when_they_may(evaluated, tmp_path):
-    _, out = evaluated
-    page = compare([out, out], tmp_path / "c")
-    assert page.read_text().count("<th>report</th>") >= 2
-    other = tmp_path / "other"
-    other.mkdir()
-    data = json.loads((out / "report.json").read_text())
-    data["settings"]["background"] = "black"
-    (other / "report.json").write_text(json.dumps(data))
-    with pytest.raises(PokediffError, match="background is"):
-        compare([out, other], tmp_path / "c")
-    with pytest.raises(PokediffError, match=r"no report\.json"):
-        compare([tmp_path], tmp_path / "c")
-
-
-def test_two_processes_draw_what_one_draws(evaluated, tmp_path):
-    config, out = evaluated
-    options = ["--checkpoint", config.checkpoint, "--data", config.data, "--out", str(tmp_path / "two")]
-    options += ["--number", "24", "--num-steps", "2", "--features", "magic", "--styles", *config.styles]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "pokediff", "evaluate"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *launcher, *options], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    for path in sorted((out / "pictures").glob("*.png")):
-        assert (tmp_path / "two" / "pictures" / path.name).read_bytes() == path.read_bytes()
-    assert json.loads((tmp_path / "two" / "report.json").read_text())["settings"]["processes"] == 2

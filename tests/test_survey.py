@@ -12,12 +12,23 @@ from conftest import COLORS, draw_creature
 
 from pokediff.data.images import encode_png
 from pokediff.errors import PokediffError
-from pokediff.evaluation.survey import CRITERIA, collect, inattention, krippendorff_alpha, make_survey, table_of
+from pokediff.evaluation.survey import (
+    QUESTIONNAIRES,
+    collect,
+    inattention,
+    krippendorff_alpha,
+    make_survey,
+    rows_of,
+    system_names,
+    table_of,
+)
+
+RATING, COUNT = QUESTIONNAIRES["rating"], QUESTIONNAIRES["count"]
 
 
 @pytest.fixture
-def made(tmp_path):
-    """A survey of two systems, 6 pictures, 2 of them twice."""
+def folders(tmp_path):
+    """Pictures of two systems."""
     for number, (name, color) in enumerate((("ours", "red"), ("theirs", "blue"))):
         (tmp_path / name).mkdir()
         rows = []
@@ -27,14 +38,24 @@ def made(tmp_path):
             (tmp_path / name / f"{index}.png").write_bytes(encode_png(picture))
             rows.append({"file_name": f"{index}.png", "text": f"a {color} <creature> & {index}"})
         (tmp_path / name / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    make_survey([tmp_path / "ours", tmp_path / "theirs"], tmp_path / "survey", number=6, repeats=2)
-    return tmp_path / "survey"
+    return [tmp_path / "ours", tmp_path / "theirs"]
 
 
-def answers(made, name: str, rate) -> None:
+@pytest.fixture
+def made(folders, tmp_path):
+    """A survey of both, 6 pictures, 2 of them twice."""
+    return make_survey(folders, tmp_path / "survey", number=6, repeats=2).parent
+
+
+@pytest.fixture
+def counted(folders, tmp_path):
+    return make_survey(folders, tmp_path / "count", number=6, repeats=2, questions="count").parent
+
+
+def answers(made, name: str, rate, form=RATING) -> None:
     key = json.loads((made / "key.json").read_text())
     order = [*range(6), 0, 1]
-    rows = [{"id": i, **{c: rate(key["systems"][i], place) for c in CRITERIA}} for place, i in enumerate(order)]
+    rows = [{"id": i, **{c: rate(key["systems"][i], place) for c in form.criteria}} for place, i in enumerate(order)]
     (made / f"{name}.json").write_text(json.dumps({"survey": key["survey"], "rater": name, "ratings": rows}))
 
 
@@ -61,6 +82,38 @@ def test_what_raters_answered_is_counted(made):
     assert found["theirs"]["mean"] == 1.5
     assert 0.7 < found["agreement"] < 1
     assert "| 4.50 ± 0.55 (6) | 1.50 ± 0.55 (6) |" in table_of(result)
+
+
+def test_faces_and_limbs_are_counted(counted):
+    """Yes or no, blind; the share of yes has the interval of a share of the pictures, however many raters there are."""
+    page = (counted / "survey.html").read_text()
+    assert "ours" not in page
+    assert '["no", "yes"]' in page
+    for name in ("ann", "bob"):
+        answers(counted, name, lambda system, place: int(system == "ours"), COUNT)
+    answers(counted, "sleeper", lambda system, place: int(place < 6), COUNT)
+    result = collect([counted / f"{name}.json" for name in ("ann", "bob", "sleeper")], counted)
+    assert result["careless"] == ["sleeper (sleeper.json)"]
+    found = result["criteria"]["face"]
+    assert (found["ours"]["mean"], found["theirs"]["mean"]) == (1, 0)
+    assert found["ours"]["low"] == pytest.approx(0.4385, abs=1e-3)  # Wilson's interval of 3 of 3
+    assert found["agreement"] == 1
+    assert json.loads((counted / "result.json").read_text()) == result
+    row = rows_of(result)[0]
+    assert row["ours"] == "1.00 [0.44, 1.00] (6)"
+    assert row["criterion"] in table_of(result)
+
+
+def test_systems_with_the_same_prompts_show_the_same_ones(folders, tmp_path):
+    out = make_survey([folders[0], folders[0].parent / "theirs"], tmp_path / "s", number=6, repeats=0).parent
+    page = (out / "survey.html").read_text()
+    shown = sorted(re.findall(r"creature.{0,30}?(\d)\"", page))
+    assert len(shown) == 6
+    assert shown == sorted(2 * shown[::2])
+    new, old = tmp_path / "new" / "animals", tmp_path / "old" / "animals"
+    assert system_names([new, old]) == ["new", "old"]
+    with pytest.raises(PokediffError, match="name of its own"):
+        system_names([new, new])
 
 
 def test_another_survey_s_answers_are_refused(made):
@@ -90,11 +143,12 @@ def test_agreement_is_the_textbook_s():
 
 
 def test_inattention_is_the_difference_of_two_looks():
-    rows = [{"id": 0, **dict.fromkeys(CRITERIA, 1)}, {"id": 0, **dict.fromkeys(CRITERIA, 4)}]
-    assert inattention(rows) == 3
-    assert inattention(rows[:1]) == 0
+    rows = [{"id": 0, **dict.fromkeys(RATING.criteria, 1)}, {"id": 0, **dict.fromkeys(RATING.criteria, 4)}]
+    assert inattention(rows, RATING) == 3
+    assert inattention(rows[:1], RATING) == 0
 
 
+@pytest.mark.slow
 def test_a_rater_goes_through_it_in_a_browser(made):
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
@@ -120,6 +174,6 @@ def test_a_rater_goes_through_it_in_a_browser(made):
     assert found["thanks"]
     assert all(re.fullmatch(r"a (red|blue) <creature> & \d", prompt) for prompt in found["seen"])
     assert len(found["answer"]["ratings"]) == 8
-    assert all(row[name] == 3 for row in found["answer"]["ratings"] for name in CRITERIA)
+    assert all(row[name] == 3 for row in found["answer"]["ratings"] for name in RATING.criteria)
     (made / "eve.json").write_text(json.dumps(found["answer"]))
     assert collect([made / "eve.json"], made)["criteria"]["beauty"]["ours"] == {"mean": 3.0, "spread": 0.0, "n": 3}

@@ -1,7 +1,6 @@
-"""Distances between two sets of feature vectors, and how sure one can be of them at a few hundred pictures.
+"""Distances between two sets of feature vectors (N, D) and (M, D), and the intervals of estimates.
 
-Everything takes float arrays (N, D) and (M, D). Sets are small here: what a figure is worth depends on its interval,
-so each estimate comes with one.
+The sets are small, a few hundred pictures, so an estimate comes with its interval.
 """
 
 from __future__ import annotations
@@ -42,8 +41,8 @@ def kid(x: np.ndarray, y: np.ndarray) -> float:
 def kid_bootstrap(x: np.ndarray, y: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
     """`kid` with an interval from resampling both sets.
 
-    A picture drawn twice would meet itself in the sums of a U-statistic and raise it; pairs of a picture with itself
-    are left out whatever their weight.
+    Pairs of a picture with itself are left out even where it was resampled several times: they would bias the
+    U-statistic upwards.
     """
     rng = np.random.default_rng(seed)
     xx, yy, xy = kernel(x, x), kernel(y, y), kernel(x, y)
@@ -134,10 +133,10 @@ def distance_matrix(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def jackknife(
     statistic: Callable[[np.ndarray], float], number: int, blocks: int = 20, seed: int = 0, most: float = np.inf
 ) -> Estimate:
-    """A statistic of `number` things, 0 to `most`, with the interval of the block jackknife (Künsch 1989).
+    """A statistic of `number` items, 0 to `most`, with the interval of the block jackknife (Künsch 1989).
 
-    `statistic` takes the positions to use. Unlike the bootstrap it never sees a thing twice, which neighbour and
-    covariance statistics cannot bear.
+    `statistic` takes the positions to use. Unlike the bootstrap it repeats no item, and repeated items bias statistics
+    of neighbours and covariances.
     """
     blocks = min(blocks, number)
     parts = np.array_split(np.random.default_rng(seed).permutation(number), blocks)
@@ -148,7 +147,7 @@ def jackknife(
 
 
 def share_estimate(hits: np.ndarray) -> Estimate:
-    """The share of (N,) bools, its interval after Wilson (1927): none found in 500 still leaves up to 0.8 %."""
+    """The share of (N,) bools with Wilson's interval (1927): 0 of 500 has [0, 0.8 %]."""
     number, share, z = len(hits), float(np.mean(hits)), 1.96
     middle = (share + z**2 / (2 * number)) / (1 + z**2 / number)
     reach = z * np.sqrt(share * (1 - share) / number + z**2 / (4 * number**2)) / (1 + z**2 / number)
@@ -156,7 +155,7 @@ def share_estimate(hits: np.ndarray) -> Estimate:
 
 
 def mean_estimate(values: np.ndarray, seed: int = 0) -> Estimate:
-    """The mean of values (N,), its interval by bootstrap."""
+    """The mean of values (N,) with its bootstrap interval."""
     values = np.asarray(values, np.float64)
     means = np.random.default_rng(seed).choice(values, (RESAMPLES, len(values))).mean(1)
     low, high = np.percentile(means, [2.5, 97.5])

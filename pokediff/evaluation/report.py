@@ -1,10 +1,11 @@
-"""One report, three ways: report.json for programs, report.md for a repository, report.html for a reader, offline."""
+"""One report in three forms: report.json for programs, report.md for a repository, report.html to read offline."""
 
 from __future__ import annotations
 
 import base64
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,9 +20,8 @@ from pokediff.evaluation.distances import Estimate
 
 SHOWN_SIDE = 64  # px of a picture on the page
 INTRODUCTION = (
-    "Each figure stands between what real pictures score (real) and what a worthless generator scores (worthless), "
-    "where that can be said. In brackets its 95 % interval. docs/evaluation.md says what each means and when not to "
-    "trust it."
+    "Beside each figure: its 95 % interval in brackets, the figure of real pictures (real) and that of a worthless "
+    "generator (worthless), where there is one. docs/evaluation.md says what each means and when not to trust it."
 )
 
 
@@ -35,14 +35,14 @@ class Figure:
     n: str
     low: float | None = None
     high: float | None = None
-    floor: float | None = None  # what real pictures score
-    ceiling: float | None = None  # what a worthless generator scores
+    real: float | None = None  # what real pictures score
+    worthless: float | None = None  # what a worthless generator scores
     note: str = ""
 
 
 @dataclass
 class Report:
-    """What was found; `pictures` are shown, the rest is data."""
+    """The results of an evaluation; `pictures` are in report.html only."""
 
     settings: dict[str, Any]
     figures: list[Figure] = field(default_factory=list)
@@ -50,39 +50,68 @@ class Report:
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     pictures: dict[str, tuple[str, np.ndarray, int]] = field(default_factory=dict)  # title: (words, (N,H,W,4), columns)
 
-    def add(self, section: str, name: str, estimate: Estimate | float | None, n: object, **more: Any) -> None:
-        if isinstance(estimate, Estimate):
-            more = {"low": estimate.low, "high": estimate.high, **more}
-            estimate = estimate.value
-        self.figures.append(Figure(section, name, estimate, str(n), **more))
+    def add(
+        self,
+        section: str,
+        name: str,
+        estimate: Estimate | float | None,
+        n: int | str,
+        *,
+        real: float | None = None,
+        worthless: float | None = None,
+        note: str = "",
+    ) -> None:
+        """A row; n is the number of pictures, or says of what there are how many."""
+        value, low, high = (estimate, None, None) if not isinstance(estimate, Estimate) else vars(estimate).values()
+        self.figures.append(Figure(section, name, value, str(n), low, high, real, worthless, note))
+
+    def skip(self, section: str, name: str, reason: str) -> None:
+        """A row that says why this was not measured."""
+        self.figures.append(Figure(section, name, None, "", note=f"not measured: {reason}"))
 
 
 def write_report(out: Path, report: Report) -> None:
-    """OUT/report.json, report.md, report.html, each whole."""
-    data = {
-        "settings": report.settings,
-        "figures": [asdict(figure) for figure in report.figures],
-        "curves": report.curves,
-        "tables": report.tables,
-    }
-    write_whole(out / "report.json", json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    """Write report.json, report.md and report.html into OUT."""
+    data = json.loads(
+        to_json(vars(report) | {"figures": [asdict(figure) for figure in report.figures], "pictures": None})
+    )
+    del data["pictures"]
+    write_whole(out / "report.json", to_json(data))
     write_whole(out / "report.md", markdown(out.name, data))
     write_whole(out / "report.html", html(out.name, data, report.pictures))
 
 
+def to_json(data: object) -> str:
+    """JSON text that browsers parse: NaN and infinity become null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(part) for key, part in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(part) for part in value]
+        if isinstance(value, np.generic):
+            value = value.item()
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def read_report(folder: Path) -> dict[str, Any]:
-    """report.json of a folder. Raises PokediffError when there is none."""
+    """report.json of a folder. Raises PokediffError when there is none, or it is of another version."""
     path = folder / "report.json"
     if not path.is_file():
         raise PokediffError(f"{folder} holds no report.json: make one with pokediff evaluate --out {folder}")
-    return json.loads(path.read_text(encoding="utf-8"))
+    data = json.loads(path.read_text(encoding="utf-8"))
+    if any("real" not in figure for figure in data["figures"]):
+        raise PokediffError(f"{path} was written by an older version: run pokediff evaluate --out {folder} again")
+    return data
 
 
 # ---------------------------------------------------------------------------------------------------------- words
 
 
 def number(value: float | None) -> str:
-    """Three digits that count."""
+    """Three significant digits."""
     if value is None:
         return "–"
     if value == 0 or 0.001 <= abs(value) < 1e5:
@@ -100,21 +129,26 @@ def shown(figure: dict[str, Any]) -> str:
 
 
 def about(settings: dict[str, Any]) -> list[str]:
-    """What was measured, on what, how."""
+    """What was measured, against what, and how."""
     system = settings["system"]
     name = system.get("checkpoint") or system.get("images")
     styles = ", ".join(settings["styles"]) or "all styles"
     lines = [
         f"{name}: {settings['n_generated']} generated pictures of {settings['size']} px against {settings['n_real']} "
-        f"real ones ({styles}; {settings['split']} split, families nobody trained on); {settings['n_training']} "
-        "pictures of training families, of all styles, searched for copies.",
+        f"real ones ({styles}; {settings['split']} split, families that are not in the training split); copies are "
+        f"searched among {settings['n_training']} training pictures of all styles.",
         f"Background {settings['background']} on both sides; bicubic resizing with antialiasing to the network.",
     ]
     if system.get("checkpoint"):
+        sampling = settings["sampling"]
+        denoisers = ", ".join(
+            f"{name} ({part['size']} px, {part['evaluations']} evaluations)"
+            for name, part in system.get("denoisers", {}).items()
+        )
         lines.append(
-            f"Sampler {settings['sampler']}, {settings['num_steps']} steps, guidance scale "
-            f"{settings['guidance_scale']}, seeds from 0; weights sha256 {str(system['weights_sha256'])[:16]}, "
-            f"data sha256 {settings['data_sha256'][:16]}."
+            f"Denoisers {denoisers}; sampler {sampling['sampler']}, {sampling['num_inference_steps']} steps at the "
+            f"first size, guidance scale {sampling['guidance_scale']}, seeds from 0; weights sha256 "
+            f"{str(system['weights_sha256'])[:16]}, data sha256 {settings['data_sha256'][:16]}."
         )
     return lines
 
@@ -131,7 +165,7 @@ def markdown(title: str, data: dict[str, Any]) -> str:
             "| --- | --- | --- | --- | --- | --- |",
         ]
         lines += [
-            f"| {f['name']} | {shown(f)} | {number(f['floor'])} | {number(f['ceiling'])} | {f['n']} | {f['note']} |"
+            f"| {f['name']} | {shown(f)} | {number(f['real'])} | {number(f['worthless'])} | {f['n']} | {f['note']} |"
             for f in data["figures"]
             if f["section"] == section
         ]
@@ -167,7 +201,7 @@ img.plot { image-rendering: auto; max-width: 34rem }
 <th>real</th><th>worthless</th><th>n</th><th></th></tr>
 {% for row in figures %}<tr><td>{{ row.name }}</td>
 {% for value in row.cells %}<td class="v">{{ value }}</td>{% endfor %}
-<td class="v">{{ row.floor }}</td><td class="v">{{ row.ceiling }}</td><td>{{ row.n }}</td>
+<td class="v">{{ row.real }}</td><td class="v">{{ row.worthless }}</td><td>{{ row.n }}</td>
 <td class="note">{{ row.note }}</td></tr>{% endfor %}</table></div>
 {% for name, source in plots if name == section %}
 <p><img class="plot" alt="{{ name }}" src="{{ source }}"></p>{% endfor %}
@@ -184,7 +218,7 @@ img.plot { image-rendering: auto; max-width: 34rem }
 def html(title: str, data: dict[str, Any], pictures: dict[str, tuple[str, np.ndarray, int]]) -> str:
     """One self-contained file: pictures and plots are inside it."""
     images = [(name, words, sheet_uri(rgba, columns)) for name, (words, rgba, columns) in pictures.items()]
-    first = [image for image in images if image[0] in ("What it draws", "Real held-out pictures")]
+    first = [image for image in images if image[0] in ("Generated pictures", "Real held-out pictures")]
     return _page(
         title=title,
         about=about(data["settings"]),
@@ -204,7 +238,7 @@ def _page(**values: Any) -> str:
 
 
 def side_by_side(reports: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """The rows of reports side by side; floor, ceiling, n and note are those of the first report that has the row."""
+    """The rows of reports side by side; real, worthless, n and note are those of the first report that has the row."""
     keys = dict.fromkeys((figure["section"], figure["name"]) for data in reports for figure in data["figures"])
     found = [{(f["section"], f["name"]): f for f in data["figures"]} for data in reports]
     rows: dict[str, list[dict[str, Any]]] = {}
@@ -215,8 +249,8 @@ def side_by_side(reports: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict
             {
                 "name": name,
                 "cells": [shown(figure) if figure else "–" for figure in mine],
-                "floor": number(sample["floor"]),
-                "ceiling": number(sample["ceiling"]),
+                "real": number(sample["real"]),
+                "worthless": number(sample["worthless"]),
                 "n": sample["n"],
                 "note": sample["note"],
             }
@@ -236,22 +270,20 @@ def composite_rgba(rgba: np.ndarray) -> np.ndarray:
 
 
 def plots(curves: dict[str, Any]) -> list[tuple[str, str]]:
-    """(section, image) for the curves there are."""
+    """(section, image) of each curve."""
     from matplotlib.figure import Figure as Plot
 
     made = []
-    if "loss" in curves:
+    for size, curve in curves.get("loss", {}).items():
         plot = Plot(figsize=(6, 3.6), layout="constrained")
         axes = plot.subplots()
         for name in ("held-out", "training"):
-            values = curves["loss"][name]
-            axes.plot(curves["loss"]["sigma"], [v["value"] for v in values], marker="o", label=name)
-            axes.fill_between(
-                curves["loss"]["sigma"], [v["low"] for v in values], [v["high"] for v in values], alpha=0.2
-            )
-        axes.set(xscale="log", xlabel="noise level sigma", ylabel="denoising loss")
+            low, value, high = ([row[key] for row in curve[name]] for key in ("low", "value", "high"))
+            axes.plot(curve["sigma"], value, marker="o", label=name)
+            axes.fill_between(curve["sigma"], low, high, alpha=0.2)
+        axes.set(xscale="log", xlabel="noise level sigma", ylabel="denoising loss", title=f"{size} px")
         axes.legend()
-        made.append(("Loss where it matters", plot_uri(plot)))
+        made.append(("Loss by noise level", plot_uri(plot)))
     if "copies" in curves:
         plot = Plot(figsize=(6, 3.6), layout="constrained")
         axes = plot.subplots()
@@ -259,9 +291,8 @@ def plots(curves: dict[str, Any]) -> list[tuple[str, str]]:
             values = curves["copies"][name]
             axes.plot(values, np.linspace(0, 1, len(values)), label=name if name == "generated" else "real held-out")
         axes.axvline(1 / 3, color="gray", linestyle=":", label="copy")
-        axes.set(
-            xlabel="distance to the nearest over distance to the next family", ylabel="share of pictures", xlim=(0, 1)
-        )
+        axes.set(xlabel="distance to the nearest over distance to the next family", xlim=(0, 1))
+        axes.set(ylabel="share of pictures")
         axes.legend()
         made.append(("Does it copy?", plot_uri(plot)))
     return made
@@ -281,7 +312,7 @@ def _uri(png: bytes) -> str:
 
 
 def compare(folders: Sequence[Path], out: Path) -> Path:
-    """Several reports side by side: OUT/comparison.md and comparison.html. Returns the page.
+    """Write OUT/comparison.md and comparison.html, several reports side by side. Returns the page.
 
     Raises PokediffError when they cannot be compared: other data, split, size, background or numbers of pictures.
     """
@@ -289,13 +320,13 @@ def compare(folders: Sequence[Path], out: Path) -> Path:
     for key in ("data_sha256", "split", "styles", "size", "background", "n_real", "n_generated"):
         values = {json.dumps(report["settings"][key]) for report in reports}
         if len(values) > 1:
-            raise PokediffError(f"these reports cannot stand side by side: {key} is {' and '.join(sorted(values))}")
+            raise PokediffError(f"these reports cannot be compared: {key} is {' and '.join(sorted(values))}")
     names = [folder.name for folder in folders]
     sections = side_by_side(reports)
     lines = ["# Comparison", "", *(line for report in reports for line in about(report["settings"])[:1]), ""]
     for section, rows in sections:
         lines += [f"## {section}", "", "| | " + " | ".join(names) + " | real |", "|" + " --- |" * (len(names) + 2)]
-        lines += ["| " + " | ".join([row["name"], *row["cells"], row["floor"]]) + " |" for row in rows] + [""]
+        lines += ["| " + " | ".join([row["name"], *row["cells"], row["real"]]) + " |" for row in rows] + [""]
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "comparison.md", "\n".join(lines))
     page = _page(

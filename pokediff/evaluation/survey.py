@@ -1,10 +1,11 @@
-"""Ask people: one offline page that shows pictures blind and shuffled, and the figures of what they answered.
+"""Ask people: one offline page that shows pictures blind and shuffled, and the figures of their answers.
 
     pokediff survey --images outputs/a outputs/b --out survey/        # survey/survey.html and survey/key.json
-    pokediff survey --out survey/ --collect answers/*.json
+    pokediff survey --out survey/ --collect answers/*.json            # survey/result.json
 
-The page knows numbers only; which system drew what stands in key.json, which stays at home. Some pictures come twice:
-whoever rates them differently each time was not looking.
+Two questionnaires: "rating", four criteria from 0 to 5 for several people, and "count", yes or no, for counting faces
+and limbs. The page holds numbers only; which system drew which picture is in key.json, which raters do not get. Some
+pictures are shown twice: who answers differently each time was not looking.
 """
 
 from __future__ import annotations
@@ -13,113 +14,174 @@ import base64
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from pokediff.data.images import encode_png, enlarge
 from pokediff.data.records import read_text, write_whole
 from pokediff.errors import PokediffError
+from pokediff.evaluation.distances import share_estimate
+from pokediff.evaluation.generators import read_generated
+from pokediff.evaluation.report import to_json
 
-CRITERIA = {
-    "creature": "It looks like one whole creature",
-    "prompt": "It is what the words ask for",
-    "beauty": "It is well drawn",
-    "novelty": "It is new to me: I know no such creature",
-}
-BEST = 5  # ratings go from 0 to this
-ATTENTION = 1.5  # a rater whose two ratings of one picture differ by more on average was not looking
+Questions = Literal["rating", "count"]
+RESULT, KEY = "result.json", "key.json"
 SHOWN_SIDE = 256  # px
 
 
-def make_survey(folders: Sequence[Path], out: Path, number: int = 50, repeats: int = 5, seed: int = 0) -> Path:
-    """Write OUT/survey.html and OUT/key.json: `number` pictures, as many of each system, `repeats` of them twice.
+@dataclass(frozen=True)
+class Questionnaire:
+    criteria: dict[str, str]
+    best: int  # answers go from 0 to this; 1: no or yes
+    careless: float  # a rater whose two answers for one picture differ by more on average was not looking
 
-    Raises PokediffError when a folder has no pictures with prompts, or two have the same name.
+
+QUESTIONNAIRES: dict[Questions, Questionnaire] = {
+    "rating": Questionnaire(
+        {
+            "creature": "It looks like one whole creature",
+            "prompt": "It is what the words ask for",
+            "beauty": "It is well drawn",
+            "novelty": "It is new to me: I know no such creature",
+        },
+        best=5,
+        careless=1.5,
+    ),
+    "count": Questionnaire(
+        {
+            "face": "It has a face: eyes, and a mouth or snout",
+            "limbs": "Its limbs can be counted (yes if it is a thing without limbs)",
+            "torn": "It is torn: patches, holes, loose pieces",
+            "recognised": "Without the words one would say what it is",
+        },
+        best=1,
+        careless=0.4,
+    ),
+}
+
+
+def make_survey(
+    folders: Sequence[Path],
+    out: Path,
+    number: int = 50,
+    repeats: int = 5,
+    seed: int = 0,
+    questions: Questions = "rating",
+) -> Path:
+    """Write OUT/survey.html and OUT/key.json: `number` pictures, equally many of each system, `repeats` of them twice.
+
+    Folders with the same prompts show the same ones. Raises PokediffError when a folder has no pictures with prompts,
+    or two have the same name.
     """
-    from pokediff.evaluation.evaluate import read_generated
-
-    names = [folder.resolve().name for folder in folders]
-    if len(set(names)) < len(names) or not names:
-        raise PokediffError("name one or several folders of pictures with --images, each with a name of its own")
+    names = system_names(folders)
     rng = np.random.default_rng(seed)
     share = -(-number // len(folders))
     items: list[dict[str, Any]] = []
     for name, folder in zip(names, folders, strict=True):
         generated = read_generated(folder)
-        for index in rng.permutation(len(generated.pixels))[:share]:
+        order = np.random.default_rng(seed).permutation(len(generated.pixels))
+        for index in order[:share]:
             picture = enlarge(generated.pixels[index], max(1, SHOWN_SIDE // generated.pixels.shape[1]))
             items.append({"system": name, "prompt": generated.prompts[index], "png": encode_png(picture)})
     items = [items[i] for i in rng.permutation(len(items))][:number]
-    order = list(range(len(items)))
+    shown = list(range(len(items)))
     for again in rng.permutation(len(items))[:repeats]:
-        later = rng.integers(order.index(again) + 1, len(order) + 1)  # never before the first time
-        order.insert(int(later), int(again))
+        later = rng.integers(shown.index(again) + 1, len(shown) + 1)  # never before the first time
+        shown.insert(int(later), int(again))
     pictures = [
         {"id": index, "prompt": item["prompt"], "png": base64.b64encode(item["png"]).decode()}
         for index, item in enumerate(items)
     ]
     identity = hashlib.sha256(b"".join(item["png"] for item in items)).hexdigest()[:16]
-    key = {"survey": identity, "systems": [item["system"] for item in items]}
+    key = {"survey": identity, "questions": questions, "systems": [item["system"] for item in items]}
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "key.json", json.dumps(key, indent=1) + "\n")
-    write_whole(out / "survey.html", page(identity, pictures, order))
+    write_whole(out / KEY, json.dumps(key, indent=1) + "\n")
+    write_whole(out / "survey.html", page(identity, pictures, shown, QUESTIONNAIRES[questions]))
     return out / "survey.html"
 
 
-def collect(answers: Sequence[Path], out: Path) -> dict[str, Any]:
-    """Mean, spread, n and agreement for each criterion and system, from raters' files and OUT/key.json.
+def system_names(folders: Sequence[Path]) -> list[str]:
+    """Short names that tell the folders apart: "new" and "old" of new/animals and old/animals."""
+    paths = [folder.resolve() for folder in folders]
+    for names in ([path.name for path in paths], [path.parent.name for path in paths]):
+        if names and len(set(names)) == len(names):
+            return names
+    raise PokediffError("name one or several folders of pictures with --images, each with a name of its own")
 
-    Raters who did not look (ATTENTION) are left out and named. Raises PokediffError for files of another survey.
+
+def collect(answers: Sequence[Path], out: Path) -> dict[str, Any]:
+    """Mean, spread, n and agreement for each criterion and system, from raters' files and OUT/key.json; for counts,
+    also the share of yes with its interval. Written to OUT/result.json.
+
+    Raters who were not looking are left out and named. Raises PokediffError for files of another survey.
     """
-    key = _json(out / "key.json")
-    ratings: dict[str, dict[str, dict[int, float]]] = {name: {} for name in CRITERIA}  # criterion, rater, picture
+    key = _json(out / KEY)
+    questions = key.get("questions", "rating")
+    form = QUESTIONNAIRES[questions]
+    ratings: dict[str, dict[str, dict[int, float]]] = {name: {} for name in form.criteria}  # criterion, rater, picture
     careless = []
     for path in answers:
         answer = _json(path)
         if answer.get("survey") != key["survey"]:
-            raise PokediffError(f"{path} answers another survey than {out / 'key.json'}")
+            raise PokediffError(f"{path} answers another survey than {out / KEY}")
         rater = f"{answer.get('rater') or 'somebody'} ({path.name})"
         rows = answer["ratings"]
-        if inattention(rows) > ATTENTION:
+        if inattention(rows, form) > form.careless:
             careless.append(rater)
             continue
-        for name in CRITERIA:
+        for name in form.criteria:
             ratings[name][rater] = {}
             for row in rows:
-                ratings[name][rater].setdefault(row["id"], row[name])  # the first of two looks counts
-    systems = sorted(set(key["systems"]))
-    result: dict[str, Any] = {"raters": len(answers) - len(careless), "careless": careless, "criteria": {}}
+                ratings[name][rater].setdefault(row["id"], row[name])  # the first of two answers counts
+    systems = np.array(key["systems"])
+    result: dict[str, Any] = {"questions": questions, "raters": len(answers) - len(careless), "careless": careless}
+    result["criteria"] = {}
     for name, by_rater in ratings.items():
-        table = np.full((len(by_rater), len(key["systems"])), np.nan)
+        table = np.full((len(by_rater), len(systems)), np.nan)
         for number, mine in enumerate(by_rater.values()):
             table[number, list(mine)] = list(mine.values())
-        of = {system: table[:, np.array(key["systems"]) == system] for system in systems}
         result["criteria"][name] = {
             "agreement": krippendorff_alpha(table),
-            **{system: _summary(values[~np.isnan(values)]) for system, values in of.items()},
+            **{str(system): _summary(table[:, systems == system], form) for system in np.unique(systems)},
         }
+    write_whole(out / RESULT, to_json(result))
     return result
 
 
-def _summary(values: np.ndarray) -> dict[str, float | int | None]:
+def _summary(table: np.ndarray, form: Questionnaire) -> dict[str, float | int | None]:
+    """Of the answers (raters, pictures) for one system, NaN where there is none."""
+    values = table[~np.isnan(table)]
     if len(values) == 0:
         return {"mean": None, "spread": None, "n": 0}
-    return {
-        "mean": float(values.mean()),
-        "spread": float(values.std(ddof=1)) if len(values) > 1 else None,
-        "n": len(values),
-    }
+    spread = float(values.std(ddof=1)) if len(values) > 1 else None
+    summary: dict[str, float | int | None] = {"mean": float(values.mean()), "spread": spread, "n": len(values)}
+    if form.best == 1:  # raters see the same pictures, so the interval is that of the pictures
+        seen = table[:, ~np.isnan(table).all(0)]
+        interval = share_estimate(np.nanmean(seen, axis=0))
+        summary |= {"low": interval.low, "high": interval.high}
+    return summary
 
 
-def inattention(rows: Sequence[dict[str, Any]]) -> float:
-    """Mean difference between the two ratings of pictures shown twice; 0 when none was."""
+def rows_of(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The results as a table of a report: a row for each criterion, a column for each system."""
+    form = QUESTIONNAIRES[result["questions"]]
+    rows = []
+    for name, found in result["criteria"].items():
+        cells = {system: _cell(values) for system, values in found.items() if system != "agreement"}
+        rows.append({"criterion": form.criteria[name], **cells, "raters": result["raters"]})
+    return rows
+
+
+def inattention(rows: Sequence[dict[str, Any]], form: Questionnaire) -> float:
+    """Mean difference between the two answers for pictures shown twice; 0 when none was."""
     seen: dict[int, dict[str, Any]] = {}
     differences = []
     for row in rows:
         if row["id"] in seen:
-            differences += [abs(row[name] - seen[row["id"]][name]) for name in CRITERIA]
+            differences += [abs(row[name] - seen[row["id"]][name]) for name in form.criteria]
         seen.setdefault(row["id"], row)
     return float(np.mean(differences)) if differences else 0.0
 
@@ -127,7 +189,7 @@ def inattention(rows: Sequence[dict[str, Any]]) -> float:
 def krippendorff_alpha(table: np.ndarray) -> float | None:
     """Agreement of raters (R, N), NaN where not rated: 1 perfect, 0 chance (Krippendorff 2011, interval distance).
 
-    None where it is not defined: nothing rated by two, or all ratings equal.
+    None where it is not defined: no picture rated by two, or all ratings equal.
     """
     columns = [column[~np.isnan(column)] for column in table.T]
     columns = [column for column in columns if len(column) > 1]
@@ -135,7 +197,7 @@ def krippendorff_alpha(table: np.ndarray) -> float | None:
         return None
 
     def spread(values: np.ndarray) -> float:
-        return float(((values[:, None] - values[None, :]) ** 2).sum())
+        return 2 * len(values) * float(((values - values.mean()) ** 2).sum())  # the squared differences of all pairs
 
     everything = np.concatenate(columns)
     observed = sum(spread(column) / (len(column) - 1) for column in columns) / len(everything)
@@ -144,22 +206,26 @@ def krippendorff_alpha(table: np.ndarray) -> float | None:
 
 
 def table_of(result: dict[str, Any]) -> str:
-    """What `collect` found, for the terminal and for a README."""
+    """The results as a Markdown table."""
+    form = QUESTIONNAIRES[result["questions"]]
     systems = [name for name in next(iter(result["criteria"].values())) if name != "agreement"]
     lines = ["| | " + " | ".join(systems) + " | agreement |", "|" + " --- |" * (len(systems) + 2)]
     for name, found in result["criteria"].items():
         cells = [_cell(found[system]) for system in systems]
         alpha = found["agreement"]
-        lines.append(f"| {CRITERIA[name]} | {' | '.join(cells)} | {'–' if alpha is None else f'{alpha:.2f}'} |")
-    lines += ["", f"{result['raters']} raters, 0 to {BEST}: mean ± standard deviation (n); Krippendorff's alpha."]
+        lines.append(f"| {form.criteria[name]} | {' | '.join(cells)} | {'–' if alpha is None else f'{alpha:.2f}'} |")
+    scale = "share of yes [95 % interval]" if form.best == 1 else f"0 to {form.best}: mean ± standard deviation"
+    lines += ["", f"{result['raters']} raters, {scale} (n); Krippendorff's alpha."]
     if result["careless"]:
-        lines.append(f"Left out, for rating the same picture differently: {', '.join(result['careless'])}.")
+        lines.append(f"Left out, for answering differently for the same picture: {', '.join(result['careless'])}.")
     return "\n".join(lines)
 
 
 def _cell(found: dict[str, Any]) -> str:
     if found["mean"] is None:
         return "–"
+    if "low" in found:
+        return f"{found['mean']:.2f} [{found['low']:.2f}, {found['high']:.2f}] ({found['n']})"
     spread = "" if found["spread"] is None else f" ± {found['spread']:.2f}"
     return f"{found['mean']:.2f}{spread} ({found['n']})"
 
@@ -181,9 +247,9 @@ img { image-rendering: pixelated; width: 256px; height: 256px; display: block; m
 label { display: inline-block; min-width: 2.6rem; padding: .4rem 0; text-align: center; cursor: pointer }
 button, input { font: inherit; padding: .4rem .8rem } button:disabled { opacity: .4 } #bar { color: #666 }
 </style></head><body><div id="start"><h1>Creatures</h1>
-<p>{{ pictures|length }} small pictures, drawn by programs. Say of each, from 0 (not at all) to {{ best }} (very much),
-what you see. There is no right answer. You may close the page and go on later; at the end it saves a file for you to
-send back.</p>
+<p>{{ pictures|length }} small pictures, drawn by programs. Say of each {% if best == 1 %}whether the sentences are true
+of it.{% else %}from 0 (not at all) to {{ best }} (very much) how true the sentences are of it.{% endif %} There is no
+right answer. You may close the page and continue later; at the end it saves a file for you to send back.</p>
 <p><input id="rater" placeholder="your name, if you like"> <button id="go">Begin</button></p></div>
 <div id="ask" hidden><p id="bar"></p><img id="picture" alt="the picture to rate"><p id="prompt"></p>
 <div id="rows"></div>
@@ -210,7 +276,8 @@ function draw() {
     span.textContent = words; row.append(span);
     for (let value = 0; value <= best; value++) { const label = document.createElement("label"),
       box = document.createElement("input"); box.type = "radio"; box.name = name; box.value = value;
-      box.checked = known[name] === value; label.append(box, " " + value); row.append(label) }
+      const word = best === 1 ? ["no", "yes"][value] : value;
+      box.checked = known[name] === value; label.append(box, " " + word); row.append(label) }
     return row }));
   $("next").disabled = !complete(answer());
 }
@@ -227,9 +294,9 @@ if (state.ratings.length) draw();
 """
 
 
-def page(identity: str, pictures: Sequence[dict[str, Any]], order: Sequence[int]) -> str:
+def page(identity: str, pictures: Sequence[dict[str, Any]], order: Sequence[int], form: Questionnaire) -> str:
     """The survey as one self-contained file."""
     from jinja2 import Environment
 
     template = Environment(autoescape=True).from_string(PAGE)
-    return template.render(identity=identity, pictures=pictures, order=order, criteria=CRITERIA, best=BEST)
+    return template.render(identity=identity, pictures=pictures, order=order, criteria=form.criteria, best=form.best)

@@ -1,0 +1,439 @@
+"""The report: whole, on a tiny random cascade and drawn data; recognition, silhouettes and the second judge."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import COLORS, ROOT, draw_creature, write_data
+from safetensors.torch import save_file
+
+from pokediff.config import DiffusionConfig, EvaluateConfig, Sampling
+from pokediff.data.dataset import load_pictures
+from pokediff.data.images import encode_png, read_image, unpremultiply
+from pokediff.data.records import Record, write_records
+from pokediff.errors import PokediffError
+from pokediff.evaluation import classifiers, recognition
+from pokediff.evaluation.evaluate import evaluate
+from pokediff.evaluation.generators import read_generated
+from pokediff.evaluation.reference import Reference, check_disjoint
+from pokediff.evaluation.report import compare
+from pokediff.model.cascade import Cascade
+from pokediff.model.denoiser import Denoiser
+from pokediff.model.diffusion import denoising_loss, make_noise_schedule, schedule_sigmas
+from pokediff.model.pipeline import PokeDiffPipeline
+from pokediff.model.text import load_text_encoder
+
+TINY = dict(widths=(32,), blocks=(1,), attention=(False,), embedding_dim=64)
+THINGS = ("cat", "fish", "bird", "snake", "ghost", "dragon")
+RNG = np.random.default_rng(0)
+
+
+def tiny_checkpoint(folder) -> str:
+    """A base of 16 px and an upscaler to 32 px, of random weights, with the built-in text encoder."""
+    encoder = load_text_encoder("builtin")
+    torch.manual_seed(0)
+    denoisers = {
+        "base-16": Denoiser(image_size=16, steps=2, guidance_scale=1.5, **TINY),
+        "upscaler-32": Denoiser(image_size=32, patch=2, upscale=2, below=2.0, steps=1, **TINY),
+    }
+    for denoiser in denoisers.values():
+        for parameter in denoiser.parameters():
+            if parameter.abs().max() == 0:
+                torch.nn.init.normal_(parameter, std=0.05)
+    pipeline = PokeDiffPipeline(
+        Cascade(denoisers).eval(), make_noise_schedule(DiffusionConfig()), encoder.model, encoder.tokenizer
+    )
+    pipeline.save_pretrained(folder)
+    return str(folder)
+
+
+def draw_thing(index: int, source: int, size: int = 32) -> np.ndarray:
+    """Thing number `index` as source number `source` draws it: a polygon of its own in a colour of the source."""
+    rgba = np.zeros((size, size, 4), np.uint8)
+    angles = np.linspace(0, 2 * np.pi, index + 3, endpoint=False)
+    reach = size * (0.3 + 0.02 * (source % 3))
+    points = size / 2 + reach * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    color = tuple(int(v) for v in np.random.default_rng(source).integers(60, 256, 3))
+    cv2.fillPoly(rgba, [points.round().astype(np.int32)], (*color, 255))
+    return rgba
+
+
+def write_things(folder, sources: int = 6):
+    """THINGS by every source, all in the training split."""
+    (folder / "images").mkdir(parents=True)
+    records = []
+    for index, name in enumerate(THINGS):
+        for source in range(sources):
+            file = f"images/{name}-{source}.png"
+            (folder / file).write_bytes(encode_png(draw_thing(index, source)))
+            kind = "animal" if index < 4 else "monster"
+            fields = dict(name=name, kind=kind, style="emoji-flat", source=f"font{source}", family=f"emoji:{name}")
+            records.append(Record(file, split="train", **fields))
+    (folder / "rare.png").write_bytes(encode_png(draw_thing(0, 0)))
+    records.append(Record("rare.png", name="okapi", kind="animal", style="emoji-flat", source="font0", split="train"))
+    write_records(folder, records)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mobilenet(tmp_path_factory) -> str:
+    """A MobileNetV2 of random weights, as torchvision saves it."""
+    from torchvision.models import mobilenet_v2
+
+    torch.manual_seed(0)
+    network = mobilenet_v2()
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            torch.nn.init.normal_(layer.weight, std=(2 / layer.weight[0].numel()) ** 0.5)
+    path = tmp_path_factory.mktemp("weights") / "random.safetensors"
+    save_file(network.state_dict(), path)
+    return f"mobilenet_v2:{path}"
+
+
+@pytest.fixture(scope="module")
+def things(tmp_path_factory):
+    return write_things(tmp_path_factory.mktemp("things") / "data")
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory, mobilenet, things):
+    """(config, folder of the report) of a tiny model on drawn data, with a quickly trained judge."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    data = write_data(folder / "data", number=320)
+    rng = np.random.default_rng(0)
+    for path in sorted((data / "images").iterdir()):  # no two alike
+        picture = read_image(path.read_bytes())
+        cv2.circle(picture, (20, 26), 4, (*(int(v) for v in rng.integers(0, 256, 3)), 255), -1)
+        path.write_bytes(encode_png(picture))
+    config = EvaluateConfig(
+        checkpoint=tiny_checkpoint(folder / "tiny"),
+        data=(str(data),),
+        out=str(folder / "report"),
+        number=24,
+        styles=("artwork", "sprite"),
+        features=(mobilenet, "magic"),
+        concepts=(str(things),),
+        batch_size=64,
+        sampling=Sampling(size=32, num_inference_steps=2, precision="fp32", exact=True),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classifiers, "STEPS", 20)
+        return config, evaluate(config)
+
+
+# ------------------------------------------------------------------------------------------------------ the report
+
+
+def figures_of(out) -> dict[str, dict]:
+    return {figure["name"]: figure for figure in json.loads((out / "report.json").read_text())["figures"]}
+
+
+def test_a_report_is_complete(evaluated):
+    _, out = evaluated
+    report = json.loads((out / "report.json").read_text())
+    by_name = {figure["name"]: figure for figure in report["figures"]}
+    assert len(by_name) == len(report["figures"])
+    for figure in report["figures"]:
+        assert figure["n"] or figure["value"] is None
+        assert figure["value"] is not None or "not measured" in figure["note"]
+        if figure["low"] is not None:
+            assert figure["low"] <= figure["value"] <= figure["high"]
+    kid = by_name["kernel distance (KID, unbiased) x 1000"]
+    assert kid["real"] < kid["value"] < 1.5 * kid["worthless"]
+    c2st = by_name["accuracy of a two-sample classifier (C2ST)"]
+    assert c2st["real"] < 0.75 < 0.9 < c2st["value"] <= 1  # a random network is no artist
+    assert "unknown kind" in by_name["all of it"]["note"]
+    for name in ("copies in pixels", "the nearest concept is that of the prompt", "other animal, same seed"):
+        assert by_name[name]["value"] is not None
+        assert by_name[name]["real"] is not None or name == "copies in pixels"
+    assert by_name["it sees the style of the caption"]["worthless"] == 0.5
+    assert [row["style"] for row in report["tables"]["styles"]] == ["artwork", "sprite"]
+
+
+def test_a_report_names_what_drew(evaluated):
+    _, out = evaluated
+    report = json.loads((out / "report.json").read_text())
+    settings, by_name = report["settings"], figures_of(out)
+    assert settings["n_real"] >= 24
+    assert settings["size"] == 32
+    assert settings["sampling"]["guidance_scale"] == 1.5  # the checkpoint's own
+    expected = {"base-16": {"size": 16, "evaluations": 2}, "upscaler-32": {"size": 32, "evaluations": 1}}
+    assert settings["system"]["denoisers"] == expected
+    assert by_name["evaluations of base-16"]["value"] == 4  # guided: two a step
+    assert by_name["evaluations of upscaler-32"]["value"] == 1
+    assert list(report["curves"]["loss"]) == ["16", "32"]
+    assert max(report["curves"]["loss"]["32"]["sigma"]) < 2 < max(report["curves"]["loss"]["16"]["sigma"])
+    text = (out / "report.md").read_text()
+    assert "base-16 (16 px, 2 evaluations), upscaler-32 (32 px, 1 evaluations)" in text
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 8
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "https://" not in page
+
+
+def test_losses_are_those_of_the_denoisers_that_draw(evaluated):
+    """One noise level of the upscaler, by hand."""
+    config, out = evaluated
+    curve = json.loads((out / "report.json").read_text())["curves"]["loss"]["32"]
+    pipeline = PokeDiffPipeline.from_pretrained(config.checkpoint)
+    held_out = load_pictures(config.data, 32).split("test")
+    level = int((schedule_sigmas(pipeline.scheduler) - curve["sigma"][4]).abs().argmin())
+    x0 = torch.from_numpy(held_out.pixels[:]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(level))
+    text = pipeline.encode_prompt([several[0] for several in held_out.captions])
+    small = torch.nn.functional.avg_pool2d(x0, 2)
+    steps = torch.full((len(x0),), level)
+    with torch.inference_mode():
+        upscaler = pipeline.cascade["upscaler-32"]
+        loss = denoising_loss(make_noise_schedule(DiffusionConfig()), upscaler, x0, noise, steps, text, None, small)
+    assert curve["held-out"][4]["value"] == pytest.approx(float(loss.mean()), rel=1e-4)
+
+
+def test_a_second_run_draws_and_extracts_nothing(evaluated, monkeypatch):
+    config, out = evaluated
+    before = figures_of(out)
+    monkeypatch.setattr("pokediff.model.pipeline.PokeDiffPipeline.generate", None)
+    monkeypatch.setattr("pokediff.evaluation.features.FeatureNet.__call__", None)
+    monkeypatch.setattr(classifiers, "STEPS", 20)
+    evaluate(config)
+    after = figures_of(out)
+    memory = "peak memory, MB"
+    assert {k: v for k, v in after.items() if k != memory} == {k: v for k, v in before.items() if k != memory}
+
+
+def test_other_settings_draw_again(evaluated, tmp_path):
+    """Also: any object with `generate` is measured, at the size that is given."""
+    config, _ = evaluated
+    calls = []
+
+    class Blobs:
+        def generate(self, prompts, seeds, sampling=None):
+            calls.append(len(prompts))
+            shape = (sampling.size, sampling.size, 4)
+            return np.stack([np.random.default_rng(seed).integers(0, 256, shape, np.uint8) for seed in seeds])
+
+    def run(steps: int):
+        from dataclasses import replace
+
+        sampling = Sampling(size=16, num_inference_steps=steps)
+        changed = replace(config, checkpoint="blobs", out=str(tmp_path), features=(), concepts=(), sampling=sampling)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(classifiers, "STEPS", 2)
+            return evaluate(changed, Blobs())
+
+    out = run(2)
+    first = sum(calls)
+    assert json.loads((out / "report.json").read_text())["settings"]["size"] == 16
+    assert "denoising loss" not in (out / "report.md").read_text()
+    run(2)
+    assert sum(calls) == first
+    run(3)
+    assert sum(calls) == 2 * first
+
+
+def test_a_folder_of_copies_is_found(evaluated, tmp_path):
+    config, _ = evaluated
+    pictures = load_pictures(config.data, 16).split("train").spread(20)
+    rows = []
+    for index, picture in enumerate(pictures.pixels):
+        (tmp_path / f"{index}.png").write_bytes(encode_png(unpremultiply(picture)))
+        rows.append({"file_name": f"{index}.png", "text": pictures.captions[index][0]})
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out = evaluate(
+        EvaluateConfig(
+            images=str(tmp_path), data=config.data, styles=config.styles, out=str(tmp_path / "r"), features=("magic",)
+        )
+    )
+    found = {name: figure["value"] for name, figure in figures_of(out).items()}
+    assert found["distance to the nearest training picture"] < 0.01
+    assert found["nearer to a training picture than 99 % of real held-out ones"] > 0.5
+
+
+def test_folders_that_cannot_be_measured_say_so(evaluated, tmp_path):
+    config, _ = evaluated
+    with pytest.raises(PokediffError, match=r"sample\.json or metadata\.jsonl"):
+        read_generated(tmp_path)
+    (tmp_path / "metadata.jsonl").write_text("{")
+    with pytest.raises(PokediffError, match="not JSON"):
+        read_generated(tmp_path)
+    for side in (8, 9):
+        (tmp_path / f"{side}.png").write_bytes(encode_png(np.zeros((side, side, 4), np.uint8)))
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "8.png"}\n{"file_name": "9.png"}')
+    with pytest.raises(PokediffError, match="squares of one size"):
+        read_generated(tmp_path)
+    with pytest.raises(PokediffError, match="of none"):
+        evaluate(EvaluateConfig(images=config.out + "/pictures", data=config.data, styles=("none",)))
+
+
+def test_training_pictures_in_the_reference_are_refused(evaluated):
+    config, _ = evaluated
+    pictures = load_pictures(config.data, 16)
+    training = pictures.split("train")
+    check_disjoint(pictures.split("test"), training)
+    with pytest.raises(PokediffError, match="of the reference are in the training split"):
+        check_disjoint(pictures, training)
+    reference = Reference(pictures, None, pictures.split("test"), training)
+    for first, second in reference.halves:
+        assert not set(reference.families[first]) & set(reference.families[second])
+        assert len(first) + len(second) == len(reference.real)
+
+
+def test_reports_are_compared_only_when_they_may_be(evaluated, tmp_path):
+    _, out = evaluated
+    page = compare([out, out], tmp_path / "c")
+    assert page.read_text().count("<th>report</th>") >= 2
+    data = json.loads((out / "report.json").read_text())
+    for name, change in (("other", {"background": "black"}), ("old", {})):
+        (tmp_path / name).mkdir()
+        figures = data["figures"] if change else [{"name": "x", "floor": 1}]
+        changed = data | {"settings": data["settings"] | change, "figures": figures}
+        (tmp_path / name / "report.json").write_text(json.dumps(changed))
+    with pytest.raises(PokediffError, match="background is"):
+        compare([out, tmp_path / "other"], tmp_path / "c")
+    with pytest.raises(PokediffError, match="older version"):
+        compare([out, tmp_path / "old"], tmp_path / "c")
+    with pytest.raises(PokediffError, match=r"no report\.json"):
+        compare([tmp_path], tmp_path / "c")
+
+
+def test_what_was_counted_by_eye_is_in_the_report(evaluated):
+    from pokediff.evaluation.survey import QUESTIONNAIRES, collect, make_survey
+
+    config, out = evaluated
+    survey = make_survey([out / "animals"], out / "survey", number=10, repeats=0, questions="count").parent
+    key = json.loads((survey / "key.json").read_text())
+    rows = [{"id": i, **dict.fromkeys(QUESTIONNAIRES["count"].criteria, int(i < 4))} for i in range(10)]
+    (survey / "a.json").write_text(json.dumps({"survey": key["survey"], "rater": "ann", "ratings": rows}))
+    collect([survey / "a.json"], survey)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classifiers, "STEPS", 20)
+        evaluate(config)
+    table = json.loads((out / "report.json").read_text())["tables"]["counted by eye"]
+    assert table[0]["animals"].startswith("0.40 [")
+    assert "Counted by eye" in (out / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_draw_what_one_draws(evaluated, tmp_path):
+    config, out = evaluated
+    script = (
+        "import sys; from pokediff.config import EvaluateConfig, Sampling; "
+        "from pokediff.evaluation.evaluate import evaluate; "
+        f"evaluate(EvaluateConfig(checkpoint={config.checkpoint!r}, data={config.data!r}, out={str(tmp_path)!r}, "
+        f"number=24, styles={config.styles!r}, features=(), batch_size=5, sampling={config.sampling!r}))"
+    )
+    (tmp_path / "run.py").write_text(script)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "run.py")]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *launcher], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    paths = sorted((out / "pictures").glob("*.png"))
+    assert len(paths) == 24
+    for path in paths:
+        assert (tmp_path / "pictures" / path.name).read_bytes() == path.read_bytes()
+    assert json.loads((tmp_path / "report.json").read_text())["settings"]["processes"] == 2
+
+
+# ------------------------------------------------------------------------------------ recognition and silhouettes
+
+
+def test_concepts_are_what_several_sources_draw(things):
+    concepts = recognition.find_concepts(load_pictures(things, 32))
+    assert concepts.names == tuple(sorted(THINGS))  # no okapi: one source draws it
+    assert len(concepts.pictures) == 36
+    texts, of = concepts.prompts()
+    assert texts[0] == "flat emoji of a bird"
+    assert len(texts) == len(THINGS) * recognition.SEEDS_PER_CONCEPT
+    assert [concepts.names[i] in text for i, text in zip(of, texts, strict=True)] == [True] * len(texts)
+    assert recognition.find_concepts(load_pictures(things, 32).where(lambda r: r.source != "font0")).names
+    few = load_pictures(things, 32).where(lambda r: r.source in ("font0", "font1"))
+    assert recognition.find_concepts(few) is None
+
+
+def test_real_pictures_are_recognised_against_the_other_sources(things):
+    """By silhouettes as features; a source whose pictures are all alike is not recognised by its own style."""
+    concepts = recognition.find_concepts(load_pictures(things, 32))
+    features = (concepts.pictures.straight()[..., 3] > 0).reshape(36, -1).astype(float)
+    ranks = recognition.real_ranks(features, concepts)
+    assert len(ranks) == 36
+    assert (ranks == 0).mean() > 0.9
+    chance = recognition.real_ranks(RNG.normal(size=(36, 50)), concepts)
+    assert (chance == 0).mean() < 0.5
+
+
+def test_ranks_count_the_nearer_centroids():
+    centres = np.array([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [np.nan] * 3])
+    found = recognition.ranks(
+        np.array([[0.9, 0.2, 0.1], [0.9, 0.2, 0.1], [0.9, 0.2, 0.1]]), np.array([0, 1, 2]), centres
+    )
+    assert found.tolist() == [0, 1, 2]
+    of, sources = np.array([0, 0, 0, 1]), np.array(["a", "a", "b", "a"])
+    means = recognition.centroids(np.array([[0.0], [2], [5], [7]]), of, sources, 3)
+    assert means[:2, 0].tolist() == [3, 7]  # the mean of a's mean, 1, and b's, 5
+    assert np.isnan(means[2, 0])
+
+
+def test_silhouettes_tell_the_word_from_the_seed():
+    a, b = np.zeros((2, 4, 4), bool)
+    a[:, :2], b[:, 1:3] = True, True
+    assert recognition.overlap(a, b) == pytest.approx(1 / 3)
+    assert recognition.overlap(a & False, b & False) == 1
+    seeds, animals = 5, len(recognition.ANIMALS)
+
+    def pictures(mask_of) -> np.ndarray:
+        rgba = np.zeros((animals * seeds, 16, 16, 4), np.uint8)
+        for animal in range(animals):
+            for seed in range(seeds):
+                rgba[animal * seeds + seed, ..., 3] = 255 * mask_of(animal, seed)
+        return rgba
+
+    def block(number: int) -> np.ndarray:
+        mask = np.zeros((16, 16), bool)
+        mask[number : number + 4] = True
+        return mask
+
+    words, noises = recognition.silhouette_overlaps(pictures(lambda animal, seed: block(animal)))
+    assert (words.shape, noises.shape) == ((seeds,), (animals,))
+    assert noises == pytest.approx(np.ones(animals))
+    assert words.mean() < 0.4
+    words, noises = recognition.silhouette_overlaps(pictures(lambda animal, seed: block(2 * seed)))
+    assert words == pytest.approx(np.ones(seeds))
+    assert noises.mean() < 0.4
+
+
+# --------------------------------------------------------------------------------------------------- the second judge
+
+
+def judged_pictures(number: int, first: int) -> tuple[np.ndarray, list[Record]]:
+    pixels, records = [], []
+    for index in range(first, first + number):
+        shape, style = ("round", "square")[index % 2], ("artwork", "clip-art")[index // 2 % 2]
+        picture = draw_creature(list(COLORS.values())[index % 3], shape, 16, seed=index)
+        if style == "clip-art":
+            picture[picture[..., 3] == 0] = (90, 90, 90, 255)
+        pixels.append(picture)
+        records.append(Record(f"{index}.png", style=style, shape=shape))
+    return np.stack(pixels), records
+
+
+def test_the_judge_knows_styles_and_kinds_of_pictures_that_it_has_not_seen(monkeypatch):
+    monkeypatch.setattr(classifiers, "STEPS", 200)
+    judge = classifiers.Judge(*judged_pictures(160, 0))
+    assert judge.classes == {"style": ["clip art", "official artwork"], "kind": ["round", "square"]}
+    pixels, records = judged_pictures(80, 1000)
+    said = judge(pixels)
+    for name, label in classifiers.LABELS.items():
+        assert np.mean([label(record) == text for record, text in zip(records, said[name], strict=True)]) > 0.9
+    again = classifiers.Judge(*judged_pictures(160, 0))(pixels)
+    assert (again["kind"] == said["kind"]).all()
+    with pytest.raises(ValueError, match="no two styles or kinds"):
+        classifiers.Judge(*judged_pictures(16, 0))
