@@ -1,26 +1,42 @@
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_config
 from diffusers import DDIMScheduler
+from tiny import BASE, REFINER, tiny_config, tiny_stage, with_stage
 
-from pokediff.config import DiffusionConfig, DistillConfig, ModelConfig, RefineConfig, SampleConfig
-from pokediff.drawing.sample import sample
+from pokediff.config import DiffusionConfig, DistillConfig
 from pokediff.errors import PokediffError
+from pokediff.model.diffusion import make_noise_schedule
 from pokediff.model.pipeline import PokeDiffPipeline
-from pokediff.training.distillation import Distillation, recipe, trailing
-from pokediff.training.loop import make_noise_schedule, train
+from pokediff.training.distillation import Distillation, distillation_recipe, trailing
+from pokediff.training.objectives import Batch
+from pokediff.training.stages import train
+
+SCHEDULE = make_noise_schedule(DiffusionConfig())
+STUDENT = tiny_stage(
+    model=replace(BASE, steps=2, guidance_scale=1.0), distill=DistillConfig("base-16", 2, 2.0), fast=True, max_steps=4
+)
 
 
 @pytest.fixture(scope="module")
 def teacher(data, tmp_path_factory):
-    return train(tiny_config(data, tmp_path_factory.mktemp("run") / "teacher"))
+    """A cascade of a base and a refiner below sigma 1."""
+    stages = {"base-16": tiny_stage(), "refiner-16": REFINER}
+    return train(tiny_config(data, tmp_path_factory.mktemp("run") / "teacher", stages))
+
+
+def distillation(folder, steps: int, teacher_steps: int, scale: float) -> Distillation:
+    cascade = PokeDiffPipeline.from_pretrained(folder).cascade
+    made = Distillation(DistillConfig("base-16", teacher_steps, scale), cascade, steps, 16, SCHEDULE)
+    made.half = False
+    return made
+
+
+def batch(x0: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor) -> Batch:
+    return Batch(x0, torch.randn_like(x0), timesteps, text)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 16, 20])
@@ -31,116 +47,100 @@ def test_the_steps_are_spaced_as_the_sampler_spaces_them(steps):
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
-def test_one_step_with_the_target_ends_where_the_teacher_ends(data, teacher, scale):
-    """Walk with diffusers' DDIM in eight steps; with the targets two steps must pass the same places."""
+def test_one_step_with_the_target_ends_where_the_teacher_ends(teacher, scale):
+    """diffusers' DDIM in eight steps and two steps with the targets pass the same places; the refiner takes part."""
     pipeline = PokeDiffPipeline.from_pretrained(teacher)
-    options = dict(sampler="ddim", num_steps=8, guidance_scale=scale, precision="fp32")
     prompts = ["a red creature", "a blue creature"]
-    states = [step.x for step in pipeline.denoise(prompts, [1, 2], **options)]
-    schedule = make_noise_schedule(tiny_config(data, teacher))
-    config = DistillConfig(teacher=str(teacher), steps=2, substeps=4, guidance_scale=scale)
-    distillation = Distillation(config, schedule, torch.device("cpu"))
-    distillation.half = False
+    options = dict(sampler="ddim", num_inference_steps=8, guidance_scale=scale, precision="fp32")
+    states = list(pipeline.denoise(prompts, [1, 2], **options))
+    assert {step.denoiser for step in states[:-1]} == {"base-16", "refiner-16"}
+    made = distillation(teacher, 2, 4, scale)
     text = pipeline.encode_prompt(prompts)
     for first, last in ((0, 4), (4, 8)):
-        index = torch.full((2,), first)
-        target = distillation.target(states[first], index, text, None)
-        alpha, std = distillation._at(index)
-        next_alpha, next_std = distillation._at(index + 4)
-        landed = next_alpha * target + next_std * (states[first] - alpha * target) / std
-        torch.testing.assert_close(landed, states[last], rtol=1e-3, atol=2e-3)
+        index, x = torch.full((2,), first), states[first].x
+        target = made.target(x, index, batch(x, index, text))
+        alpha, std = made._at(index)
+        next_alpha, next_std = made._at(index + 4)
+        landed = next_alpha * target + next_std * (x - alpha * target) / std
+        torch.testing.assert_close(landed, states[last].x, rtol=1e-3, atol=2e-3)
 
 
-def test_a_student_that_already_goes_there_has_no_loss(data, teacher):
-    """Of a teacher whose answer never changes, the several steps are one."""
-    schedule = make_noise_schedule(tiny_config(data, teacher))
-    distillation = Distillation(DistillConfig(str(teacher), 4, 2, 1.0), schedule, torch.device("cpu"))
+def test_a_student_that_agrees_with_its_teacher_has_no_loss(teacher):
+    """A teacher that always predicts the same x0: its several steps are one."""
+    made = distillation(teacher, 4, 2, 1.0)
     x0 = torch.full((6, 4, 16, 16), 0.3)
-    distillation.predict = lambda z, *_: torch.full_like(z, 0.3)
-
-    def student(noisy, timestep, *_):  # the v that means 0.3
-        alpha = schedule.alphas_cumprod[timestep].sqrt()[:, None, None, None]
-        return (alpha * noisy - 0.3) / (1 - alpha**2).sqrt()
-
+    made.teacher_x0 = lambda z, *_: torch.full_like(z, 0.3)
     timesteps = torch.tensor([0, 249, 250, 500, 751, 999])
-    loss = distillation(student, x0, torch.randn_like(x0), timesteps, None)
+    loss = made(lambda noisy, *_: torch.full_like(noisy, 0.3), batch(x0, timesteps, torch.zeros(6, 384)))
     torch.testing.assert_close(loss, torch.zeros(6), rtol=0, atol=1e-5)
 
 
-def test_a_student_is_taught_saved_and_draws_in_its_few_steps(data, teacher, tmp_path):
-    config = tiny_config(data, tmp_path / "student", distill=DistillConfig(str(teacher), 2, 2, 2.0), max_steps=4)
+def test_a_student_is_one_more_stage_and_draws_with_fast(data, teacher, tmp_path):
+    config = tiny_config(data, tmp_path / "student", {"base-16-fast": STUDENT}, base=str(teacher))
     out = train(config)
-    index = json.loads((out / "model_index.json").read_text())
-    assert (index["num_steps"], index["guidance_scale"], index["scheduler"][1]) == (2, 1.0, "DDIMScheduler")
-    drawn = sample(SampleConfig(prompt=("a red creature",), checkpoint=str(out), out=str(tmp_path / "drawn")))
-    settings = json.loads((drawn / "sample.json").read_text())["settings"]
-    assert (settings["num_steps"], settings["guidance_scale"], settings["sampler"]) == (2, 1.0, "ddim")
     pipeline = PokeDiffPipeline.from_pretrained(out)
-    assert len(list(pipeline.denoise(["a cat"], [0]))) == 3
-    assert len(list(pipeline.denoise(["a cat"], [0], num_steps=5))) == 6
-    resumed = train(replace(config, max_steps=6), resume="auto")
-    weights = PokeDiffPipeline.from_pretrained(resumed).unet.stem.weight
-    assert not torch.equal(weights, pipeline.unet.stem.weight)
+    assert list(pipeline.cascade) == ["base-16", "refiner-16", "base-16-fast"]
+    steps = list(pipeline.denoise(["a cat"], [0], fast=True))
+    assert [step.denoiser for step in steps] == ["base-16-fast", "refiner-16", None]
+    assert pipeline.resolved(pipeline_sampling(fast=True)).guidance_scale == 1.0
+    slow = [step.denoiser for step in pipeline.denoise(["a cat"], [0])]
+    assert "base-16-fast" not in slow
+    assert len(list(pipeline.denoise(["a cat"], [0], fast=True, num_inference_steps=5))) == 6
+    before = pipeline.cascade["base-16-fast"].stem.weight
+    train(with_stage(config, "base-16-fast", max_steps=6), resume="auto")
+    assert not torch.equal(PokeDiffPipeline.from_pretrained(out).cascade["base-16-fast"].stem.weight, before)
+
+
+def pipeline_sampling(**options):
+    from pokediff.config import Sampling
+
+    return Sampling(**options)
+
+
+def test_what_the_refiner_does_is_not_learned(teacher):
+    made = distillation(teacher, 4, 4, 1.0)
+    assert made.steps == 2
+    seen = []
+    made.target = lambda noisy, first, _: seen.extend(first.tolist()) or torch.zeros_like(noisy)
+    x0 = torch.zeros(1000, 4, 16, 16)
+    made(lambda z, *_: torch.zeros_like(z), batch(x0, torch.arange(1000), torch.zeros(1000, 384)))
+    assert set(seen) == {0, 4}
+    text = torch.zeros(1, 384)
+    for position, name in ((15, "refiner-16"), (0, "base-16")):  # the last of the sixteen steps, and the first
+        index = torch.tensor([position])
+        expected = made.cascade[name](x0[:1], made.timesteps[index], text).clamp(-1, 1)
+        predicted = made.teacher_x0(x0[:1], index, batch(x0[:1], index, text))
+        torch.testing.assert_close(predicted, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        (replace(STUDENT, distill=DistillConfig("base-64", 2, 2.0)), "base-64 is not in the cascade"),
+        (replace(STUDENT, image_size=32), "base-16 does not draw 32 px"),
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_refused(data, teacher, tmp_path, stage, words):
+    with pytest.raises(PokediffError, match=words):
+        train(tiny_config(data, tmp_path / "out", {"base-16-fast": stage}, base=str(teacher)))
 
 
 def test_impossible_students_are_refused(data, tmp_path):
-    for changes in (dict(steps=0), dict(substeps=1), dict(steps=500, substeps=4)):
-        with pytest.raises(PokediffError, match="distill"):
-            tiny_config(data, tmp_path, distill=DistillConfig(**changes))
+    with pytest.raises(PokediffError, match="at least 2"):
+        DistillConfig("base-16", 1)
+    with pytest.raises(PokediffError, match="more teacher steps"):
+        stage = replace(STUDENT, model=replace(BASE, steps=501))
+        tiny_config(data, tmp_path, {"base-16-fast": stage})
 
 
-def test_the_verb_needs_a_teacher_and_a_number(data, teacher, tmp_path):
-    common = [sys.executable, "-m", "pokediff", "distill", "--checkpoint", str(teacher), "--data", str(data)]
-    small = ["--out", str(tmp_path / "out"), "--max-steps", "2", "--batch-size", "4", "--warmup-steps", "1"]
-    done = subprocess.run([*common, *small, "--steps", "2"], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    student = PokeDiffPipeline.from_pretrained(tmp_path / "out")
-    assert student.config.num_steps == 2
-    refused = subprocess.run([*common, *small, "--steps", "12"], capture_output=True, text=True, cwd=tmp_path)
-    assert refused.returncode != 0
-    assert "choose at most 8" in refused.stderr
-    again = recipe(tmp_path / "out", 1, str(data))
-    assert (again.distill.substeps, again.distill.guidance_scale) == (2, 1.0)
-
-
-def test_a_teacher_of_another_schedule_or_size_is_refused(data, teacher, tmp_path):
-    config = tiny_config(data, tmp_path, distill=DistillConfig(str(teacher), 2, 2))
-    with pytest.raises(PokediffError, match="noise schedule"):
-        train(replace(config, diffusion=replace(config.diffusion, noise_shift=2.0)))
-    with pytest.raises(PokediffError, match="other sizes"):
-        train(replace(config, out=str(tmp_path / "b"), dataset=replace(config.dataset, image_size=32)))
-
-
-def test_the_teachers_refiner_is_kept_and_what_it_draws_is_not_learned(data, teacher, tmp_path):
-    model = ModelConfig(widths=(32,), attention=(False,), blocks=(1,), embedding_dim=64, plain=True, sigma_data=0.3)
-    rest = dict(diffusion=DiffusionConfig(prediction_type="sample"), refine=RefineConfig(str(teacher), below=1.0))
-    refined = train(tiny_config(data, tmp_path / "refined", model=model, **rest))
-    student = train(
-        replace(recipe(refined, 4, str(data)), out=str(tmp_path / "student"), max_steps=2, precision="fp32")
+def test_the_recipe_adds_a_fast_base_to_a_checkpoint(data, teacher, tmp_path):
+    config = distillation_recipe(teacher, 2, (str(data),))
+    assert config.base == str(teacher)
+    (name, stage) = next(iter(config.stages.items()))
+    assert (name, stage.model.steps, stage.fast, stage.model.guidance_scale) == ("base-16-fast", 2, True, 1.0)
+    assert (stage.distill.teacher, stage.distill.teacher_steps_per_step, stage.distill.guidance_scale) == (
+        "base-16",
+        8,
+        1.5,
     )
-    pipeline, before = PokeDiffPipeline.from_pretrained(student), PokeDiffPipeline.from_pretrained(refined)
-    assert (pipeline.config.num_steps, pipeline.config.guidance_scale, pipeline.config.refine_below) == (4, 1.0, 1.0)
-    for name, weight in pipeline.refiner.state_dict().items():
-        torch.testing.assert_close(weight, before.refiner.state_dict()[name], rtol=0, atol=0)
-
-    schedule = make_noise_schedule(tiny_config(data, teacher))
-    distillation = Distillation(DistillConfig(str(refined), 4, 4, 1.0), schedule, torch.device("cpu"))
-    assert distillation.asked == sum(sigma >= 1 for sigma in pipeline.sigmas()) == 2
-    seen = []
-    distillation.target = lambda noisy, first, *_: seen.extend(first.tolist()) or torch.zeros_like(noisy)
-    x0, text = torch.zeros(1000, 4, 16, 16), pipeline.unet.null_text.expand(1000, -1)
-    distillation(lambda z, *_: torch.zeros_like(z), x0, torch.randn_like(x0), torch.arange(1000), text)
-    assert set(seen) == {0, 4}
-    distillation.half = False
-    below, above = torch.tensor([15]), torch.tensor([0])  # the last of the sixteen steps, and the first
-    for index, network in ((below, before.refiner), (above, before.unet)):
-        expected = network(x0[:1], distillation.timesteps[index], text[:1])
-        if network is before.unet:
-            expected = -distillation._at(index)[1] * expected  # v, of a picture of zeros
-        predicted = distillation.predict(x0[:1], index, text[:1], None)
-        torch.testing.assert_close(predicted, expected.clamp(-1, 1), rtol=1e-3, atol=1e-4)
-    distillation.teacher.register_modules(refiner=before.unet)  # a refiner may predict v, too
-    z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    alpha, std = distillation._at(below)
-    expected = (alpha * z - std * before.unet(z, distillation.timesteps[below], text[:1])).clamp(-1, 1)
-    torch.testing.assert_close(distillation.predict(z, below, text[:1], None), expected, rtol=1e-3, atol=1e-4)
+    assert stage.model.widths == BASE.widths

