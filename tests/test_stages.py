@@ -2,14 +2,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from conftest import write_data
 from safetensors.torch import load_file
-from tiny import REFINER, UPSCALER, tiny_config, tiny_stage
+from tiny import REFINER, UPSCALER, tiny_config, tiny_stage, write_open_clip
 
 from pokediff.config import TrainConfig, load_yaml
+from pokediff.data.dataset import embed
 from pokediff.errors import PokediffError
 from pokediff.model.diffusion import cosine_sigmas
 from pokediff.model.pipeline import PokeDiffPipeline
@@ -67,8 +71,6 @@ def test_a_stopped_cascade_resumes_to_the_same_bits(cascade, data, tmp_path):
 
 def test_one_stage_is_trained_again_and_the_others_stay(cascade, data, tmp_path):
     out = tmp_path / "copy"
-    import shutil
-
     shutil.copytree(cascade, out)
     config = with_steps(tiny_config(data, out, STAGES), {"refiner-16": 2})
     train(config, only=["refiner-16"])
@@ -139,8 +141,6 @@ def test_a_shorter_stage_keeps_the_shape_of_its_schedule():
 def test_a_stage_is_trained_on_its_range_of_noise_only(data, tmp_path):
     config = tiny_config(data, tmp_path, {"refiner-16": replace(REFINER, model=replace(REFINER.model, below=0.8))})
     last = trained_timesteps(config, config.stages["refiner-16"]) - 1
-    import torch
-
     sigmas = cosine_sigmas(torch.arange(1000).double(), 1000, *config.diffusion.range)
     assert sigmas[last - 1] < 0.8 <= sigmas[last]
     assert trained_timesteps(config, tiny_stage()) == 1000
@@ -165,6 +165,22 @@ def test_what_does_not_fit_the_base_is_named(cascade, data, tmp_path, changes, w
         config = replace(config, diffusion=replace(config.diffusion, noise_shift=changes["noise_shift"]))
     with pytest.raises(PokediffError, match=words):
         train(config)
+
+
+@pytest.mark.filterwarnings("ignore:only the first")
+def test_it_trains_from_the_vectors_of_a_clip(tmp_path):
+    """What the scraper writes by default: the vectors of an open_clip model, read from the file beside the data."""
+    folder = write_data(tmp_path / "data", 40)
+    (tmp_path / "clip").mkdir()
+    name = f"open_clip:local-dir:{write_open_clip(tmp_path / 'clip')}"
+    embed(folder, name)
+    stages = {"base-16": tiny_stage(max_steps=2)}
+    out = train(tiny_config(folder, tmp_path / "run", stages, text_encoder=name))
+    pipe = PokeDiffPipeline.from_pretrained(out)
+    assert pipe.text_encoder is None
+    assert pipe.base.config.text_dim == 24
+    assert pipe.encode_prompt("a red creature").shape == (1, 24)
+    assert pipe("a red creature", seed=1).images[0].size == (16, 16)
 
 
 def test_an_unknown_stage_is_named(data, tmp_path):

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-import json
 import time
 
 import pytest
 import torch
+from tiny import write_open_clip
 
 from pokediff.errors import PokediffError
 from pokediff.model import text
@@ -44,21 +44,7 @@ def clip_folder(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def open_clip_folder(tmp_path_factory) -> str:
-    """A small random CLIP in open_clip's format."""
-    import open_clip
-    from safetensors.torch import save_file
-
-    folder = tmp_path_factory.mktemp("open_clip")
-    config = {
-        "embed_dim": 24,
-        "vision_cfg": {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
-        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
-    }
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
-    torch.manual_seed(0)
-    model = open_clip.CLIP(**{**config, "vision_cfg": config["vision_cfg"], "text_cfg": config["text_cfg"]})
-    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
-    return str(folder)
+    return write_open_clip(tmp_path_factory.mktemp("open_clip"))
 
 
 def check(encoder, dim: int) -> None:

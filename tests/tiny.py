@@ -1,9 +1,13 @@
-"""Cascades that train in seconds."""
+"""Cascades that train in seconds, and a small CLIP."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
 
 from pokediff.config import ModelConfig, StageConfig, TrainConfig
 
@@ -50,3 +54,19 @@ def tiny_config(data: Path, out: Path, stages: dict[str, StageConfig] | None = N
 def with_stage(config: TrainConfig, name: str = "base-16", **changes) -> TrainConfig:
     """A run with some fields of one stage changed."""
     return replace(config, stages={**config.stages, name: replace(config.stages[name], **changes)})
+
+
+def write_open_clip(folder: Path) -> str:
+    """Write a random CLIP with vectors of 24 numbers in open_clip's format. Returns the folder."""
+    import open_clip
+
+    config = {
+        "embed_dim": 24,
+        "vision_cfg": {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+    }
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    torch.manual_seed(0)
+    model = open_clip.CLIP(**config)
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return str(folder)
