@@ -325,7 +325,7 @@ def plain_fields(for_help: bool) -> Callable[[StructTypeInfo], StructConstructor
         if get_origin(kind) is Annotated:
             return one
         if one.name == "stages" and for_help:
-            return replace(one, type=tyro.conf.Suppress[kind])
+            return replace(one, type=tyro.conf.Suppress[kind])  # type: ignore[misc]
         spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(kind, {tyro.conf.DisallowNone}))
         has_value = isinstance(spec, PrimitiveConstructorSpec) and kind not in (bool, bool | None)
         settings = tyro.conf.arg(

@@ -3,7 +3,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pokediff.drawing.pixelart import apply_palette, finish, harden, pick_palette, read_palette, remove_specks
+from pokediff.drawing.pixelart import (
+    FAINT,
+    apply_palette,
+    finish,
+    harden,
+    pick_palette,
+    read_palette,
+    remove_faint,
+    remove_specks,
+)
 from pokediff.errors import PokediffError
 
 
@@ -41,6 +50,16 @@ def test_an_eye_beside_the_body_that_is_large_enough_stays():
     assert (remove_specks(picture)[0:3, 14:18, 3] == 255).all()
 
 
+def test_faint_pixels_go_only_when_cleaning():
+    picture = np.zeros((8, 8, 4), np.uint8)
+    picture[2:6, 2:6] = [10, 20, 30, 255]
+    picture[1, 2:6] = [[200, 0, 0, alpha] for alpha in (1, 2, 3, 4)]
+    assert FAINT == 3
+    assert remove_faint(picture)[1, 2:6].tolist() == [[0, 0, 0, 0]] * 2 + [[200, 0, 0, 3], [200, 0, 0, 4]]
+    np.testing.assert_array_equal(finish(picture)[1], remove_faint(picture)[1])
+    np.testing.assert_array_equal(finish(picture, clean=False), picture)
+
+
 def test_hard_alpha_is_all_or_nothing():
     hard = harden(creature())
     assert set(np.unique(hard[..., 3])) == {0, 255}
@@ -64,7 +83,7 @@ def test_few_colours_are_kept_as_they_are():
 
 
 @pytest.mark.parametrize("colors", [2, 8, 16])
-def test_never_more_colours_than_asked_for(colors):
+def test_never_more_colours_than_wanted(colors):
     done = finish(creature(), palette=colors, hard_alpha=True)
     assert len(np.unique(done[done[..., 3] > 0][:, :3], axis=0)) <= colors
 
@@ -86,11 +105,11 @@ def test_palettes_of_files(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("x.hex", "ff00", "is no colour"),
+        ("x.hex", "ff00", "is not a colour"),
         ("x.hex", "", "has 0 colours"),
         ("x.gpl", "255 0 0\n", "first line"),
-        ("x.gpl", "GIMP Palette\nred green blue\n", "is no colour"),
-        ("x.txt", "ff0000", "only .gpl and .hex"),
+        ("x.gpl", "GIMP Palette\nred green blue\n", "is not a colour"),
+        ("x.txt", "ff0000", "a .gpl or .hex file"),
     ],
 )
 def test_bad_palette_files_are_named(tmp_path, name, text, words):

@@ -80,7 +80,8 @@ def write_drawing(
     created = not out.exists()
     claim(out, names, [path for path in (config.image, config.mask) if path])
     done: list[np.ndarray] = []
-    write_facts(out, pipeline, config, jobs, names)  # first, so that what is written is known to be ours
+    facts = facts_of(pipeline, config)
+    write_facts(out, facts, jobs, names)  # first, so that what is written is known to be ours
     copy_inputs(out, config)
     try:
         for pictures, frames in batches:
@@ -96,7 +97,7 @@ def write_drawing(
         if done:
             write_sheet(out, np.stack(done), config)
             names = [name for name in names if (out / name).is_file()]
-            write_facts(out, pipeline, config, jobs[: len(done)], names, time.monotonic() - began)
+            write_facts(out, facts | {"seconds": round(time.monotonic() - began, 2)}, jobs[: len(done)], names)
         else:
             remove(out, names)
             if created:
@@ -231,15 +232,8 @@ def copy_inputs(out: Path, config: SampleConfig) -> None:
             shutil.copyfile(path, out / copied_name(kind, path))
 
 
-def write_facts(
-    out: Path,
-    pipeline: PokeDiffPipeline,
-    config: SampleConfig,
-    jobs: Sequence[Job],
-    files: Sequence[str],
-    seconds: float | None = None,
-) -> None:
-    """Write sample.json."""
+def facts_of(pipeline: PokeDiffPipeline, config: SampleConfig) -> dict[str, Any]:
+    """What sample.json says beside its pictures."""
     # What "auto" was here: another machine would choose otherwise and draw other pictures.
     precision: Any = "bf16" if pipeline.in_bf16(config.sampling.precision) else "fp32"
     settings = dataclasses.replace(
@@ -249,16 +243,19 @@ def write_facts(
         image=copied_name("image", config.image) if config.image else None,
         mask=copied_name("mask", config.mask) if config.mask else None,
     )
-    facts = {
+    return {
         "settings": plain(settings),
-        "pictures": [{"file": f"{k:04}.png", **job.facts()} for k, job in enumerate(jobs)],
-        "files": list(files),
         "weights_sha256": weights_sha256(checkpoint_folder(config.checkpoint)),
         "device": str(pipeline.device),
         "packages": {name: version(name) for name in ("pokediff", "torch", "diffusers")},
-        "seconds": seconds and round(seconds, 2),
     }
-    write_whole(out / FACTS, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_facts(out: Path, facts: dict[str, Any], jobs: Sequence[Job], files: Sequence[str]) -> None:
+    """Write sample.json."""
+    pictures = [{"file": f"{k:04}.png", **job.facts()} for k, job in enumerate(jobs)]
+    text = json.dumps({**facts, "pictures": pictures, "files": list(files)}, indent=2, ensure_ascii=False)
+    write_whole(out / FACTS, text + "\n")
 
 
 def checkpoint_folder(name: str | None) -> Path:
