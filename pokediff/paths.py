@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pokediff.errors import PokediffError
-
 PACKAGE = Path(__file__).resolve().parent
 
 
@@ -17,17 +15,3 @@ def shipped(kind: Literal["checkpoints", "configs"], name: str = "") -> Path:
     """
     inside = PACKAGE / kind
     return (inside if inside.is_dir() else PACKAGE.parent / kind) / name
-
-
-def find_checkpoint(name: str | Path) -> Path:
-    """The folder of a checkpoint: `name` itself if it is a folder, else the shipped checkpoint of that name.
-
-    Raises PokediffError when there is neither.
-    """
-    folder = Path(name)
-    if folder.is_dir():
-        return folder
-    known = {index.parent.name: index.parent for index in sorted(shipped("checkpoints").glob("*/model_index.json"))}
-    if str(name) in known:
-        return known[str(name)]
-    raise PokediffError(f"no checkpoint {name}: give a folder, or one of {', '.join(known) or 'none shipped'}")

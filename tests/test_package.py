@@ -19,7 +19,8 @@ from conftest import ROOT, draw_creature
 
 from pokediff.data.images import encode_png
 from pokediff.errors import PokediffError
-from pokediff.paths import find_checkpoint, shipped
+from pokediff.model.checkpoint import find_folder
+from pokediff.paths import shipped
 
 DISTRIBUTIONS = {  # where the name to import is not the name to install
     "bs4": "beautifulsoup4",
@@ -38,7 +39,9 @@ EXTRAS = {  # what a part of the package may import beside the hard requirements
     "benchmarks": ["dev", "benchmarks"],
     "scripts": ["dev", "benchmarks"],
 }
-OURS = {"pokediff", "scraper", "conftest"} | {path.stem for path in ROOT.glob("tests/*.py")} | {"peers"}
+OURS = {"pokediff", "scraper"} | {
+    path.stem for name in ("tests", "benchmarks", "scripts") for path in ROOT.glob(f"{name}/*.py")
+}
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +96,10 @@ def test_every_import_is_declared(path, config):
     assert imported(path) <= allowed
 
 
-def test_every_requirement_is_imported_somewhere(config):
-    everything = set().union(*(imported(path) for path in FILES))
-    by_name = {"tensorboard", "accelerate"}  # accelerate's tracker imports TensorBoard
-    assert required(config) - everything <= by_name
+def test_every_hard_requirement_is_imported_by_the_package(config):
+    everything = set().union(*(imported(path) for path in FILES if path.is_relative_to(ROOT / "pokediff")))
+    everything |= set().union(*(imported(path) for path in FILES if path.is_relative_to(ROOT / "scraper")))
+    assert required(config) - everything == {"tensorboard"}  # which accelerate's tracker imports
 
 
 def test_every_folder_of_modules_is_installed(config):
@@ -110,11 +113,11 @@ def test_every_folder_of_modules_is_installed(config):
 
 def test_a_folder_comes_before_a_shipped_checkpoint_of_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert find_checkpoint("pokediff") == shipped("checkpoints", "pokediff")
-    (tmp_path / "pokediff").mkdir()
-    assert find_checkpoint("pokediff") == Path("pokediff")
-    with pytest.raises(PokediffError, match=r"no checkpoint pokedif: .*one of .*pokediff"):
-        find_checkpoint("pokedif")
+    assert find_folder("pokediff", {}) == shipped("checkpoints", "pokediff")
+    shutil.copytree(shipped("checkpoints", "pokediff"), "pokediff", ignore=shutil.ignore_patterns("*.safetensors"))
+    assert find_folder("pokediff", {}) == Path("pokediff")
+    with pytest.raises(PokediffError, match="pokedif"):
+        find_folder("pokedif", {})
 
 
 # ------------------------------------------------------------------------------------------------------------ imports
@@ -124,8 +127,7 @@ import sys
 import pokediff
 heavy = [name for name in ("torch", "diffusers", "cv2", "open_clip", "bs4") if name in sys.modules]
 assert not heavy, f"import pokediff loads {heavy}"
-from pokediff.paths import find_checkpoint
-pipe = pokediff.PokeDiffPipeline.from_pretrained(find_checkpoint("pokediff"))
+pipe = pokediff.PokeDiffPipeline.from_pretrained("pokediff")
 pipe("a red cat", num_inference_steps=1)
 heavy = [name for name in ("open_clip", "bs4", "gradio", "tensorboard", "matplotlib") if name in sys.modules]
 assert not heavy, f"drawing loads {heavy}"

@@ -82,14 +82,13 @@ def evaluate(config: EvaluateConfig, generator: ImageGenerator | None = None) ->
 def make_drawer(config: EvaluateConfig, generator: ImageGenerator | None, device: str) -> Drawer:
     """The generator with its settings, those of the checkpoint where the configuration has none."""
     from pokediff.drawing.sample import load_checkpoint
-    from pokediff.drawing.sheets import weights_sha256
-    from pokediff.paths import find_checkpoint
+    from pokediff.drawing.sheets import checkpoint_folder, weights_sha256
 
     sampling, facts = config.sampling, {"checkpoint": Path(config.checkpoint or "pokediff").name}
     if generator is None:
         pipeline = load_checkpoint(config.checkpoint, config.device or device)
         sampling, generator = pipeline.resolved(sampling), pipeline
-        facts["weights_sha256"] = str(weights_sha256(find_checkpoint(config.checkpoint)))
+        facts["weights_sha256"] = str(weights_sha256(checkpoint_folder(config.checkpoint)))
         facts["denoisers"] = denoisers_used(pipeline, sampling)  # type: ignore[assignment]
     if sampling.size is None:
         raise PokediffError("evaluate: this generator needs --size")
