@@ -47,7 +47,7 @@ def folder_list(folders: Folders) -> list[Path]:
 # ---------------------------------------------------------------------------------------------------------- pictures
 
 
-class Rows:
+class Rows(Sequence[np.ndarray]):
     """A view of some rows of an array in memory or in a mapped file; indexing reads just these rows (read only)."""
 
     def __init__(self, array: np.ndarray, index: np.ndarray) -> None:
@@ -57,7 +57,7 @@ class Rows:
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, which: Any) -> np.ndarray:
+    def __getitem__(self, which: Any) -> np.ndarray:  # an index, a slice or several indices
         return np.asarray(self.array[self.index[which]])
 
     def pick(self, index: Sequence[int]) -> Rows:

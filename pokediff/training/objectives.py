@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -102,7 +102,8 @@ def validation_batches(
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
-    return Batch(*(None if value is None else value.to(device) for value in vars(batch).values()))
+    moved = {name: None if value is None else value.to(device) for name, value in vars(batch).items()}
+    return replace(batch, **moved)
 
 
 def mix(*numbers: int) -> int:

@@ -215,17 +215,16 @@ def publish(pipeline: PokeDiffPipeline, out: Path, name: str, config: TrainConfi
         base = os.path.relpath(config.base, out) if Path(config.base).is_dir() else config.base
         publish_part(pipeline, out, name, base)
     else:
-        parts = {key: part for key, part in pipeline.components.items() if key != "cascade"}
+        others = {key: part for key, part in pipeline.components.items() if key != "cascade"}
         settings = {key: pipeline.config[key] for key in PokeDiffPipeline.settings}
-        known = {key: pipeline.cascade[key] for key in pipeline.cascade if key != name}
-        new = {key: value for key, value in known.items() if not (out / "cascade" / key / "config.json").is_file()}
-        cascade = Cascade({**{key: _half(value) for key, value in new.items()}, name: _half(pipeline.cascade[name])})
-        whole = PokeDiffPipeline(cascade, **{key: _half(part) for key, part in parts.items()}, **settings)
+        there = {path.parent.name for path in (out / "cascade").glob("*/config.json")}
+        cascade = Cascade({key: _half(part) for key, part in pipeline.cascade.items() if key == name or key not in there})
+        whole = PokeDiffPipeline(cascade, **{key: _half(part) for key, part in others.items()}, **settings)
         _replace(out, whole.save_pretrained, list(pipeline.cascade))
-    known = read_facts(out)
-    known.setdefault("stages", {})[name] = facts
-    write_facts(out, known)
-    write_whole(out / "README.md", model_card(config, known["stages"]))
+    report = read_facts(out)
+    report.setdefault("stages", {})[name] = facts
+    write_facts(out, report)
+    write_whole(out / "README.md", model_card(config, report["stages"]))
 
 
 def publish_part(pipeline: PokeDiffPipeline, folder: Path, name: str, base: str) -> None:
