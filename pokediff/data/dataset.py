@@ -11,7 +11,7 @@ import math
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,7 +47,7 @@ def folder_list(folders: Folders) -> list[Path]:
 # ---------------------------------------------------------------------------------------------------------- pictures
 
 
-class Rows(Sequence[np.ndarray]):
+class Rows:
     """A view of some rows of an array in memory or in a mapped file; indexing reads just these rows (read only)."""
 
     def __init__(self, array: np.ndarray, index: np.ndarray) -> None:
@@ -59,6 +59,9 @@ class Rows(Sequence[np.ndarray]):
 
     def __getitem__(self, which: Any) -> np.ndarray:  # an index, a slice or several indices
         return np.asarray(self.array[self.index[which]])
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[row] for row in range(len(self)))
 
     def pick(self, index: Sequence[int]) -> Rows:
         return Rows(self.array, self.index[list(index)])

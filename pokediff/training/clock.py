@@ -59,6 +59,10 @@ class Limit:
     def __init__(self, minutes: float | None) -> None:
         self.end = None if minutes is None else time.monotonic() + 60 * minutes
 
+    def part(self, share: float) -> Limit:
+        """A limit at this share of the time that is left."""
+        return Limit(None if self.end is None else share * (self.end - time.monotonic()) / 60)
+
     def reached(self) -> bool:
         return self.end is not None and time.monotonic() >= self.end
 

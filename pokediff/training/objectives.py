@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -102,8 +102,11 @@ def validation_batches(
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
-    moved = {name: None if value is None else value.to(device) for name, value in vars(batch).items()}
-    return replace(batch, **moved)
+    def move(value: torch.Tensor | None) -> torch.Tensor | None:
+        return None if value is None else value.to(device)
+
+    x0, noise, timesteps, text = (value.to(device) for value in (batch.x0, batch.noise, batch.timesteps, batch.text))
+    return Batch(x0, noise, timesteps, text, move(batch.augment), move(batch.low_res))
 
 
 def mix(*numbers: int) -> int:

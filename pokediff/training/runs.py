@@ -218,7 +218,8 @@ def publish(pipeline: PokeDiffPipeline, out: Path, name: str, config: TrainConfi
         others = {key: part for key, part in pipeline.components.items() if key != "cascade"}
         settings = {key: pipeline.config[key] for key in PokeDiffPipeline.settings}
         there = {path.parent.name for path in (out / "cascade").glob("*/config.json")}
-        cascade = Cascade({key: _half(part) for key, part in pipeline.cascade.items() if key == name or key not in there})
+        written = {key: part for key, part in pipeline.cascade.items() if key == name or key not in there}
+        cascade = Cascade({key: _half(part) for key, part in written.items()})
         whole = PokeDiffPipeline(cascade, **{key: _half(part) for key, part in others.items()}, **settings)
         _replace(out, whole.save_pretrained, list(pipeline.cascade))
     report = read_facts(out)

@@ -60,16 +60,22 @@ def train(config: TrainConfig, resume: str = "never", only: Sequence[str] = (), 
         runs.describe(out, config, run.accelerator)
         runs.start_trackers(run.accelerator, out, config)
     run.say(timetable(full, names, seconds, run.accelerator.mixed_precision))
+    needed = {name: seconds[name] * config.stages[name].max_steps * OVERHEAD for name in names}
+    whole = run.limit
     for number, name in enumerate(names):
         if resume != "never" and runs.is_finished(out, name, config.stages[name].max_steps):
             run.say(f"{name}: finished already")
             continue
         if resume == "never":
             shutil.rmtree(out / "state" / name, ignore_errors=True)
+        left = sum(needed[later] for later in names[number + 1 :])
+        if config.fit_limit:  # a machine that has become slower must not cost a later stage its turn
+            run.limit = whole.part(needed[name] / (needed[name] + left))
         finished = train_one(run, name, resume)
-        left = sum(seconds[later] * config.stages[later].max_steps * OVERHEAD for later in names[number + 1 :])
-        if not finished:
-            run.say(f"stopped in {name}; go on with --resume auto" + (f", {duration(left)} after it" if left else ""))
+        if not finished and not (config.fit_limit and run.limit.reached()):
+            run.say(
+                f"stopped in {name}; continue with --resume auto" + (f", {duration(left)} after it" if left else "")
+            )
             break
         if left:
             run.say(f"time left: about {duration(left)}")
