@@ -103,12 +103,15 @@ class Cascade(ModelMixin):
 
     # -------------------------------------------------------------------------------------------------------- on disk
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, variant: str | None = None, **kwargs: Any) -> None:
         """Write FOLDER/config.json, the list, and FOLDER/<name>/ of each denoiser."""
+        if variant is not None:
+            raise PokediffError("variant: a checkpoint has one set of weights; choose their dtype when loading")
         folder = Path(save_directory)
         for name, denoiser in self.items():
             denoiser.save_pretrained(folder / name, **kwargs)
-        write_list(folder, list(self))
+        listed = {"_class_name": "Cascade", "denoisers": list(self)}
+        (folder / LIST).write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Cascade:

@@ -44,6 +44,8 @@ class CheckpointPipeline(DiffusionPipeline):
         """
         for code in ("trust_remote_code", "custom_pipeline"):
             kwargs.pop(code, None)
+        if kwargs.pop("variant", None) is not None:
+            raise PokediffError("variant: a checkpoint has one set of weights; choose their dtype when loading")
         if kwargs.get("dtype", kwargs.get("torch_dtype")) is None:
             kwargs["dtype"] = torch.float32
         kwargs["use_safetensors"] = True  # never a pickle

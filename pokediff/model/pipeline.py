@@ -140,15 +140,15 @@ class PokeDiffPipeline(CheckpointPipeline):
 
     # ------------------------------------------------------------------------------------------------------------ text
 
-    def encode_prompt(self, prompts: str | Sequence[str]) -> torch.Tensor:
+    def encode_prompt(self, prompt: str | Sequence[str]) -> torch.Tensor:
         """(N, D) text vectors on the pipeline's device; a string is one prompt; "" gives the null condition."""
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         null = self.base.null_text
         known = {"": null}
-        for prompt in dict.fromkeys(prompts):
-            if prompt:  # each alone: in a batch its vector would differ in the last digit
-                known[prompt] = self._load_encoder()([prompt]).pooled[0].to(null)
-        return torch.stack([known[prompt] for prompt in prompts])
+        for text in dict.fromkeys(prompts):
+            if text:  # each alone: in a batch its vector would differ in the last digit
+                known[text] = self._load_encoder()([text]).pooled[0].to(null)
+        return torch.stack([known[text] for text in prompts])
 
     def _load_encoder(self) -> TextEncoder:
         if self._encoder is None:
@@ -327,8 +327,8 @@ class PokeDiffPipeline(CheckpointPipeline):
             drawn.append(step.x0.cpu())
             if self._interrupt:
                 break
-        largest = max(pictures.shape[-1] for pictures in drawn)
-        return torch.cat([interface.enlarge(pictures, largest) for pictures in drawn])
+        size = options.get("size") or (sampling and sampling.size) or self.image_size
+        return torch.cat([interface.enlarge(pictures, size) for pictures in drawn])
 
     def __call__(
         self,
