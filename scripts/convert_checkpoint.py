@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from pokediff.errors import PokediffError, one_line_errors
 from pokediff.model.checkpoint import complete
 from pokediff.model.denoiser import Denoiser
+from pokediff.model.diffusion import cosine_sigmas
 from pokediff.model.pipeline import PokeDiffPipeline
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -54,9 +55,24 @@ def convert_config(old: dict[str, Any], below: float | None, guidance_scale: flo
     }
 
 
+def noise_range(scheduler: dict[str, Any]) -> tuple[float, float, float]:
+    """(sigma_min, sigma_max, noise_shift) of an old scheduler_config.json: base networks did not say it."""
+    alphas_cumprod = (1 - torch.tensor(scheduler["trained_betas"], dtype=torch.float64)).cumprod(0)
+    sigmas = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
+    first, middle, last = (float(sigmas[index]) for index in (0, len(sigmas) // 2, -1))
+    low, high = first, last
+    for _ in range(60):  # the larger the shift, the larger the sigma in the middle
+        shift = (low * high) ** 0.5
+        sigma = cosine_sigmas(torch.tensor(len(sigmas) // 2).double(), len(sigmas), first, last, shift)
+        low, high = (shift, high) if sigma < middle else (low, shift)
+    return tuple(float(f"{value:.4g}") for value in (first, last, shift))
+
+
 def read_networks(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]]:
     """{name: (config, weights)} of the denoisers of one old checkpoint."""
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    noise = {"noise_range": noise_range(scheduler), "num_train_timesteps": scheduler["num_train_timesteps"]}
     found = {}
     for part, kind, below in (
         ("unet", "base", None),
@@ -66,7 +82,7 @@ def read_networks(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, tor
         if not (folder / part / WEIGHTS).is_file():
             continue
         old = json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
-        config = convert_config(old, below, index.get("guidance_scale", 1.5) if part == "unet" else None)
+        config = convert_config({**noise, **old}, below, index.get("guidance_scale", 1.5) if part == "unet" else None)
         weights = convert_weights(load_file(folder / part / WEIGHTS), predicts_v=old.get("sigma_data") is None)
         found[f"{kind}-{config['image_size']}"] = (config, weights)
     return found
