@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, get_origin
+from typing import Annotated, Any, Literal, get_origin
 
 import tyro
 from tyro.conf import Positional
@@ -45,9 +45,9 @@ class Command:
     """A row of COMMANDS."""
 
     help: str
-    options: type | None  # None: `run` gets the arguments and parses them itself
-    run: Callable[..., None]
-    defaults: Callable[[list[str]], Any] | None = None  # the options' defaults, where an argument decides them
+    options: type | Callable[[], type]  # a dataclass, or a function that imports it
+    run: Callable[[Any], None]
+    defaults: Callable[[list[str]], Any] | None = None  # of the options, where an argument decides them
 
 
 # ---------------------------------------------------------------------------------------------------------- options
@@ -70,6 +70,7 @@ class TrainOptions:
     config: Path | None = None  # a YAML file, or the name of a shipped one (pokemon)
     only: Annotated[tuple[str, ...], tyro.conf.arg(name="stages", metavar="NAME ...", help_behavior_hint="")] = ()
     """train only these stages"""
+    size: Literal[32, 64, 128] | None = None  # px, of a folder (default: by the size of the pictures)
     max_steps: int | None = None  # optimizer steps of every stage that is trained; its decay becomes shorter with it
     trial: bool = False  # a few steps of every stage, drawings, and the expected time of the whole run
     resume: str = "never"  # auto: from the newest state, or start; never; or a folder .../state/STAGE/step-N
@@ -136,10 +137,16 @@ class SurveyOptions:
 # ---------------------------------------------------------------------------------------------------------- commands
 
 
-def scrape(args: Sequence[str], prog: str) -> None:
-    from pokediff.scraper.crawl import main  # the folder scraper/, mapped by setup.cfg
+def scrape_options() -> type:
+    from pokediff.scraper.crawl import ScrapeOptions  # the folder scraper/, mapped by setup.cfg
 
-    raise SystemExit(main(args, prog))
+    return ScrapeOptions
+
+
+def scrape(options: Any) -> None:
+    from pokediff.scraper.crawl import run
+
+    raise SystemExit(run(options))
 
 
 def embed(options: EmbedOptions) -> None:
@@ -158,12 +165,12 @@ def train_defaults(args: list[str]) -> TrainOptions:
         config = load_yaml(path, TrainConfig)
         return TrainOptions(settings=replace(config, out=config.out or f"checkpoints/{path.stem}"))
     generic = TrainOptions(settings=load_yaml(shipped("configs", "pokemon.yaml"), TrainConfig))
-    folder = parse(TrainOptions, args, "pokediff train", generic).folder
-    if folder is None:
+    given = parse(TrainOptions, args, "pokediff train", generic)
+    if given.folder is None:
         raise PokediffError("nothing to train on: give a folder of pictures, or --config FILE")
     from pokediff.training.recipes import recipe_for
 
-    return TrainOptions(settings=recipe_for(folder))
+    return TrainOptions(settings=recipe_for(given.folder, size=given.size))
 
 
 def train(options: TrainOptions) -> None:
@@ -251,7 +258,9 @@ def survey(options: SurveyOptions) -> None:
 
 
 COMMANDS = {
-    "scrape": Command("build a data set from Bulbapedia: pictures, metadata.jsonl, text embeddings", None, scrape),
+    "scrape": Command(
+        "build a data set from Bulbapedia: pictures, metadata.jsonl, text embeddings", scrape_options, scrape
+    ),
     "embed": Command("write the text embeddings of a data set's captions", EmbedOptions, embed),
     "train": Command("train a cascade; `train FOLDER` on your own pictures", TrainOptions, train, train_defaults),
     "distill": Command("add a few-step base to a checkpoint", DistillOptions, distill, distill_defaults),
@@ -282,18 +291,16 @@ def main(args: Sequence[str] | None = None, command: str | None = None, prog: st
                 return
             command, *words = words
             if command not in COMMANDS:
-                near = difflib.get_close_matches(command, COMMANDS, 1)
+                near = difflib.get_close_matches(command, COMMANDS, 1, 0.7)
                 hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
                 raise PokediffError(f"unknown command {command!r}; {hint}")
             prog = f"{prog} {command}"
         row = COMMANDS[command]
-        if row.options is None:
-            row.run(words, prog)
-            return
         refuse_duplicates(words)
+        options = row.options if isinstance(row.options, type) else row.options()
         wants_help = {"-h", "--help"} & set(words)
         default = row.defaults(words) if row.defaults and not wants_help else None
-        row.run(parse(row.options, words, prog, default))
+        row.run(parse(options, words, prog, default))
 
 
 def usage() -> str:

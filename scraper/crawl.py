@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 from urllib.parse import urlsplit
 
 import tyro
@@ -44,7 +43,7 @@ class ScrapeOptions:
     out: Path  # folder of the data set
     base_url: str = BASE_URL  # address of the wiki
     contact: str = ""  # an address at which the wiki's administrators can reach you, sent in the User-Agent
-    limit: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None  # only the first entries of the list
+    limit: int | None = None  # only the first entries of the list
     pages: bool = False  # also read each species' page: category, appearance, evolution line
     forms: bool = True  # regional and other forms, too
     text_encoder: str = DEFAULT_CLIP  # for the embeddings; none: no embeddings
@@ -88,15 +87,19 @@ class Summary:
 
 
 def main(args: Sequence[str] | None = None, prog: str = "pokediff scrape") -> int:
-    """Returns the exit code: 0 when all is stored that the server has, else 1; a PokediffError exits with 2."""
+    """`run` with options from the command line; a PokediffError exits with 2."""
     with one_line_errors():
-        options = tyro.cli(ScrapeOptions, args=args, prog=prog)
-        summary = scrape(options)
-        print_summary(summary, options.out)
-        if options.text_encoder != "none" and summary.stored and summary.stopped is None:
-            from pokediff.data.dataset import embed  # loads torch
+        return run(tyro.cli(ScrapeOptions, args=args, prog=prog))
 
-            print(embed(options.out, options.text_encoder, progress=tqdm))
+
+def run(options: ScrapeOptions) -> int:
+    """Scrape and embed. Returns the exit code: 0 when all is stored that the server has, else 1."""
+    summary = scrape(options)
+    print_summary(summary, options.out)
+    if options.text_encoder != "none" and summary.stored and summary.stopped is None:
+        from pokediff.data.dataset import embed  # loads torch
+
+        print(embed(options.out, options.text_encoder, progress=tqdm))
     return 0 if summary.stopped is None and summary.failed == 0 else 1
 
 
