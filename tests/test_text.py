@@ -58,7 +58,7 @@ def check(encoder, dim: int) -> None:
     assert embedding.tokens.shape == (3, length, dim)
     assert embedding.mask.shape == (3, length)
     assert embedding.mask.sum(1).tolist()[2] == 2  # the empty prompt is its marks of start and end
-    for index, prompt in enumerate(PROMPTS):  # the company of other prompts changes nothing
+    for index, prompt in enumerate(PROMPTS):  # other prompts in the batch change nothing
         torch.testing.assert_close(encoder([prompt]).pooled[0], embedding.pooled[index], rtol=0, atol=1e-5)
 
 
@@ -74,24 +74,25 @@ def test_open_clip(open_clip_folder):
     check(load_text_encoder(f"open_clip:local-dir:{open_clip_folder}"), 24)
 
 
-def test_builtin_knows_what_prompts_mean(builtin):
-    def likeness(a: str, b: str) -> float:
+def test_builtin_places_prompts_by_meaning(builtin):
+    def similarity(a: str, b: str) -> float:
         return float(builtin([a]).pooled[0] @ builtin([b]).pooled[0])
 
-    assert likeness("a crimson dragon", "a red dragon") > likeness("a crimson dragon", "a blue dragon")
-    assert likeness("a feline", "a cat") > likeness("a feline", "a fish")
-    assert likeness("a serpent", "a snake") > likeness("a serpent", "a bird")
+    assert similarity("a crimson dragon", "a red dragon") > similarity("a crimson dragon", "a blue dragon")
+    assert similarity("a feline", "a cat") > similarity("a feline", "a fish")
+    assert similarity("a serpent", "a snake") > similarity("a serpent", "a bird")
 
 
 def test_builtin_is_small():
-    assert sum(file.stat().st_size for file in text.BUILTIN_FOLDER.rglob("*") if file.is_file()) <= 8_000_000
+    files = [file for part in ("text_encoder", "tokenizer") for file in (text.BUILTIN_FOLDER / part).iterdir()]
+    assert 1_000_000 < sum(file.stat().st_size for file in files) <= 8_000_000
 
 
-def test_any_text_can_be_read(builtin):
-    strange = ["Flabébé ♀ ☃ 龍", "x" * 300, "<|endoftext|>", "\n\t"]
+def test_any_text_has_a_vector(builtin):
+    unusual = ["Flabébé ♀ ☃ 龍", "x" * 300, "<|endoftext|>", "\n\t"]
     with pytest.warns(UserWarning, match="only the first 64 tokens"):
-        assert torch.isfinite(builtin(strange).pooled).all()
-    # a symbol nobody has seen does not end the sentence
+        assert torch.isfinite(builtin(unusual).pooled).all()
+    # an unknown symbol does not end the prompt
     assert not torch.equal(builtin(["☃ red"]).pooled, builtin(["☃ blue"]).pooled)
 
 
@@ -103,14 +104,12 @@ def test_long_prompts_are_cut_with_a_warning(clip_folder):
         torch.testing.assert_close(encoder(["red " * 60]).pooled, long)
 
 
-def test_an_unreachable_hub_is_one_quick_line_that_names_the_alternative(monkeypatch):
+def test_an_unreachable_hub_is_one_line_that_names_the_alternative(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     for name in ("open_clip:ViT-B-32:laion2b_s34b_b79k", "clip:openai/clip-vit-base-patch32"):
-        begin = time.monotonic()
         with pytest.raises(PokediffError, match='cannot be reached; use "builtin"') as error:
             load_text_encoder(name)
         assert "\n" not in str(error.value)
-        assert time.monotonic() - begin < 20
 
 
 @pytest.mark.parametrize(

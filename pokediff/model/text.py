@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
-from pokediff.data.records import write_whole
+from pokediff.data.files import write_whole
 from pokediff.errors import PokediffError, first_line
 from pokediff.paths import shipped
 
@@ -29,7 +29,7 @@ ALTERNATIVES = 'use "builtin", which needs no download, or give a local folder o
 
 @dataclass(frozen=True)
 class TextEmbedding:
-    """What an encoder says of N prompts, float32. `mask` is 1 at the L places that hold a token, 0 at padding."""
+    """The vectors of N prompts, float32; `mask` is 1 for each of the L tokens and 0 for padding."""
 
     pooled: torch.Tensor  # (N, D), unit length
     tokens: torch.Tensor  # (N, L, D)
@@ -39,7 +39,7 @@ class TextEmbedding:
 class TextEncoder(Protocol):
     """Prompts to vectors. Words beyond `max_tokens` tokens are cut, with a warning."""
 
-    name: str  # what load_text_encoder makes it from
+    name: str  # as given to load_text_encoder
     dim: int  # D
     max_tokens: int  # the largest L, start and end marks included
 
@@ -54,7 +54,7 @@ class ClipTextEncoder:
         self.dim: int = model.config.projection_dim
         self.max_tokens: int = model.config.max_position_embeddings
         if len(tokenizer) < 0.9 * model.config.vocab_size:
-            # transformers hands out an empty tokenizer, without a word, where it finds no files
+            # transformers makes an empty tokenizer, without an error, where it finds no files
             raise PokediffError(f"text encoder {name}: its tokenizer files are missing; {ALTERNATIVES}")
 
     @classmethod
@@ -105,7 +105,7 @@ class OpenClipTextEncoder:
 
     def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
         self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
-        self.text = getattr(model, "text", model)  # newer models keep their text half apart
+        self.text = getattr(model, "text", model)  # some models keep their text half apart
         self.max_tokens: int = tokenizer.context_length
         self.dim: int = self(["a"]).pooled.shape[1]
 
@@ -168,7 +168,7 @@ ENCODERS: dict[str, Callable[[str], TextEncoder]] = {
 def load_text_encoder(name: str) -> TextEncoder:
     """An encoder by its name: "builtin", "clip:REPOSITORY", "open_clip:ARCHITECTURE:TAG".
 
-    Raises PokediffError, in one line that names the alternative, when the kind is unknown or its files out of reach.
+    Raises PokediffError, in one line that names the alternative, when the kind is unknown or its files cannot be reached.
     """
     kind, _, details = name.partition(":")
     if kind not in ENCODERS:
@@ -177,7 +177,7 @@ def load_text_encoder(name: str) -> TextEncoder:
 
 
 def cached_or_downloaded(load: Callable[[bool], Any], what: str, otherwise: str) -> Any:
-    """load(local=True), else load(local=False), but only if the hub answers: its client retries for minutes in vain.
+    """load(local=True), else load(local=False) if the hub answers: without it the client would retry for minutes.
 
     Raises PokediffError, "<what>: ... cannot be reached; <otherwise>".
     """
@@ -217,8 +217,8 @@ def encode_captions(
     batch_size: int = 256,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> torch.Tensor:
-    """The pooled vectors of many captions, float32 (N, D), in their order. `progress` may wrap the loop (tqdm)."""
-    order = sorted(range(len(captions)), key=lambda index: len(captions[index]))  # alike lengths waste no padding
+    """The pooled vectors of many captions, float32 (N, D), in their order; `progress`, e.g. tqdm, wraps the loop."""
+    order = sorted(range(len(captions)), key=lambda index: len(captions[index]))  # similar lengths need little padding
     pooled = torch.empty(len(captions), encoder.dim)
     for start in progress(range(0, len(order), batch_size)):
         part = order[start : start + batch_size]
@@ -227,7 +227,7 @@ def encode_captions(
 
 
 def embeddings_path(folder: str | Path, encoder_name: str) -> Path:
-    """Where the vectors of a data set lie: FOLDER/embeddings-<encoder>.safetensors."""
+    """The file of the vectors of a data set: FOLDER/embeddings-<encoder>.safetensors."""
     slug = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in encoder_name)
     return Path(folder) / f"embeddings-{slug}.safetensors"
 
@@ -241,7 +241,7 @@ def save_embeddings(path: Path, encoder_name: str, captions: Sequence[str], pool
 
 
 def load_embeddings(path: Path, encoder_name: str) -> dict[str, torch.Tensor]:
-    """{caption: vector (D,) float32} as saved, {} without a file. Raises PokediffError for another encoder's file."""
+    """{caption: vector (D,) float32}, empty without a file. Raises PokediffError for the file of another encoder."""
     from safetensors import safe_open
 
     if not path.is_file():
