@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from pokediff.data.files import write_whole
 from pokediff.errors import PokediffError, first_line
 from pokediff.paths import shipped
 
+T = TypeVar("T")
 BUILTIN_FOLDER = shipped("checkpoints", "pokediff")
 ALTERNATIVES = 'use "builtin", which needs no download, or give a local folder or file'
 
@@ -168,7 +169,7 @@ ENCODERS: dict[str, Callable[[str], TextEncoder]] = {
 def load_text_encoder(name: str) -> TextEncoder:
     """An encoder by its name: "builtin", "clip:REPOSITORY", "open_clip:ARCHITECTURE:TAG".
 
-    Raises PokediffError, in one line that names the alternative, when the kind is unknown or its files cannot be reached.
+    Raises PokediffError, in one line that names the alternative, for an unknown kind and files that cannot be reached.
     """
     kind, _, details = name.partition(":")
     if kind not in ENCODERS:
@@ -176,7 +177,7 @@ def load_text_encoder(name: str) -> TextEncoder:
     return ENCODERS[kind](details)
 
 
-def cached_or_downloaded(load: Callable[[bool], Any], what: str, otherwise: str) -> Any:
+def cached_or_downloaded(load: Callable[[bool], T], what: str, otherwise: str) -> T:
     """load(local=True), else load(local=False) if the hub answers: without it the client would retry for minutes.
 
     Raises PokediffError, "<what>: ... cannot be reached; <otherwise>".
