@@ -1,4 +1,4 @@
-"""The demo under load, over loopback: a crowd at once, many requests one after another, and the page in a browser.
+"""The demo under load, over loopback: many clients at once, many requests one after another, the page in a browser.
 
     python benchmarks/demo.py --clients 50 --requests 500
 
@@ -26,22 +26,26 @@ import psutil
 import requests
 
 ROOT = Path(__file__).resolve().parent.parent
+SIZE = 32  # px
 FRAMES = """() => { window.seen = []; window.begun = performance.now();
   new MutationObserver(() => { const strip = document.querySelector('#film .strip');
     if (strip && window.last !== strip.style.backgroundImage) { window.last = strip.style.backgroundImage;
       window.seen.push(performance.now() - window.begun); } })
     .observe(document.querySelector('#film'), {childList: true, subtree: true, attributes: true}); }"""
 
+CHROMIUM = ["--no-sandbox", "--no-first-run", "--disable-gpu", "--disable-quic", "--disable-sync"]
+CHROMIUM += ["--disable-background-networking", "--disable-component-update"]
 DONE = "window.seen.length > 5 && document.querySelector('#status').innerText.startsWith('Done')"
 
 
 @contextmanager
 def demo(queue: int) -> Iterator[tuple[str, psutil.Process]]:
-    """A server of its own; its address and its process."""
+    """A new server: its address and its process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "pokediff", "demo", "--port", str(port), "--queue", str(queue)]
+    command += ["--size", str(SIZE)]
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ}, stdout=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:
@@ -58,8 +62,8 @@ def demo(queue: int) -> Iterator[tuple[str, psutil.Process]]:
 
 
 def ask(url: str, seed: int, prompt: str = "a blue water turtle") -> dict[str, Any] | None:
-    """One picture; None where the queue was full."""
-    values = [prompt, seed, "", None, None, None, None]
+    """The final message of one drawing; None when the queue was full."""
+    values = [prompt, seed, "", None, None, None, None, SIZE, False]  # the arguments of `sprite`, in their order
     joined = requests.post(f"{url}/gradio_api/call/sprite", json={"data": values}, timeout=120)
     if joined.status_code == 503:
         return None
@@ -70,7 +74,7 @@ def ask(url: str, seed: int, prompt: str = "a blue water turtle") -> dict[str, A
 
 
 def crowd(url: str, clients: int) -> dict[str, Any]:
-    """All at once; the seed in each answer, and the picture alone, prove that it is the client's own."""
+    """All at once. The seed in each answer, and the same picture drawn alone, prove that no client got another's."""
     seconds: list[float] = []
 
     def one(seed: int) -> dict[str, Any] | None:
@@ -90,7 +94,7 @@ def crowd(url: str, clients: int) -> dict[str, Any]:
     return {
         "clients": clients,
         "drawn": len(drawn),
-        "busy": clients - len(drawn),
+        "refused": clients - len(drawn),
         "own_seed": own,
         "same_as_alone": f"{len(alone)} of {min(5, len(drawn))}",
         "median_s": round(statistics.median(seconds), 2),
@@ -100,7 +104,7 @@ def crowd(url: str, clients: int) -> dict[str, Any]:
 
 
 def many(url: str, process: psutil.Process, number: int, clients: int = 4) -> dict[str, Any]:
-    """`number` pictures from a few clients; memory at the first tenth and at the end."""
+    """`number` pictures from a few clients; memory after every tenth of them."""
     memory = []
     with ThreadPoolExecutor(clients) as pool:
         for index, _ in enumerate(pool.map(lambda seed: ask(url, seed), range(number))):
@@ -110,12 +114,12 @@ def many(url: str, process: psutil.Process, number: int, clients: int = 4) -> di
 
 
 def browser(url: str, rounds: int = 5) -> dict[str, Any]:
-    """From the click to the first frame on the page, and frames a second while it draws."""
+    """Seconds from the click to the first frame on the page, and frames a second while it draws."""
     from playwright.sync_api import sync_playwright
 
     first, rate = [], []
     with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        running = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=CHROMIUM)
         page = running.new_page()
         page.goto(url)
         page.wait_for_selector("#draw")

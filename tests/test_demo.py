@@ -358,6 +358,38 @@ def test_a_film_shows_all_steps_at_one_size_each_with_its_denoiser(server, studi
     assert "6 steps at 32 px and 2 steps at 64 px" in draw.summary(config, studio.evaluations(config))
 
 
+def test_reports_and_training_runs_are_shown_or_refused_in_a_sentence(server, tmp_path):
+    from pokediff.demo import reports
+    from pokediff.evaluation.report import Report, write_report
+
+    settings = dict(styles=["artwork"], n_generated=8, size=32, n_real=9, split="test", n_training=60)
+    settings |= dict(background="white", data_sha256="0" * 64, system={"images": "a folder"})
+    for name, value in (("one", 0.25), ("two", 0.5)):
+        found = Report(settings)
+        found.add("Is it <good>?", "kernel distance", value, 8)
+        (tmp_path / name).mkdir()
+        write_report(tmp_path / name, found)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "report.json").write_text('{"figures": [{"floor": 1}]}')
+    assert reports.found(tmp_path, "report.json") == ["old", "one", "two"]
+    (table,) = reports.show_reports(tmp_path, ["one", "two", "../elsewhere"])
+    assert "<td>0.25</td><td>0.5" in table.replace("0.250", "0.25").replace("0.500", "0.5")
+    assert "Is it &lt;good&gt;?" in table
+    assert "older version" in next(reports.show_reports(tmp_path, ["old"]))
+    assert "Choose a report" in next(reports.show_reports(tmp_path, ["../elsewhere"]))
+    rows = [{"stage": stage, "step": 20, "loss": 0.5} for stage in ("base-32", "upscaler-64")]
+    (tmp_path / "one" / "log.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"stage": "ups')
+    (tmp_path / "one" / "previews").mkdir()
+    for name in ("base-32-00000010", "base-32-00000020", "upscaler-64-00000020"):
+        (tmp_path / "one" / "previews" / f"{name}.png").write_bytes(png_of(8, 8))
+    (curves,) = reports.show_run(tmp_path, "one")
+    assert "base-32 20 steps, upscaler-64 20 steps" in curves
+    assert "previews, base-32-00000020" in curves
+    assert "previews, upscaler-64-00000020" in curves
+    assert "base-32-00000010" not in curves
+    assert "Choose a training run" in next(reports.show_run(tmp_path, "two"))
+
+
 def test_a_gradio_without_the_patched_names_is_refused(server):
     from pokediff.demo import patches
 
@@ -640,7 +672,7 @@ def test_type_click_and_watch_it_emerge(page, tmp_path):
     # the slider shows every step
     strip = page.locator("#film .strip").last
     assert strip.evaluate("e => e.style.getPropertyValue('--frames')") == "9"
-    page.locator("#scrub input[type=range]").fill("7")
+    page.locator("#scrub input[type=range]").fill("8")
     page.wait_for_function("document.querySelector('#film .step').innerText.includes('upscaler-64')")
     assert strip.evaluate("e => Number(e.style.getPropertyValue('--at'))") == pytest.approx(7 / 8)
     # download

@@ -32,7 +32,7 @@ def batch_tab(studio: Studio, downloads: Downloads) -> None:
     )  # fmt: skip
     upload = gr.UploadButton("Read prompts from a text file", file_types=[".txt"], file_count="single")
     with gr.Row():
-        number = gr.Slider(1, 8, 2, step=1, label="Pictures of each prompt", info="With seeds seed, seed + 1, ...")
+        number = gr.Slider(1, 8, 2, step=1, label="Pictures of each prompt", info="Of seed, seed + 1, ...")
         seed = seed_box()
     sampling = sampling_controls(studio)
     with gr.Row():

@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -32,7 +32,7 @@ class Downloads:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.animations = ("gif", "mp4") if can_write_mp4() else ("gif",)
+        self.animations: tuple[Literal["gif", "mp4"], ...] = ("gif", "mp4") if can_write_mp4() else ("gif",)
 
     def new_folder(self) -> Path:
         """An empty folder with a name that nobody can guess. Folders older than KEEP_MINUTES are deleted."""
@@ -55,8 +55,9 @@ class Downloads:
         out, jobs = self.new_folder(), make_jobs(config.prompt, config) if jobs is None else jobs
         animations = self.animations if len(frames) > 1 else ()
         config = dataclasses.replace(config, animations=animations)
-        if config.checkpoint == str(shipped("checkpoints", "pokediff").resolve()):
-            config = dataclasses.replace(config, checkpoint=None)  # wherever it is on the machine that draws it again
+        name = Path(config.checkpoint or "").name
+        if config.checkpoint == str(shipped("checkpoints", name).resolve()):
+            config = dataclasses.replace(config, checkpoint=name)  # wherever it is on the machine that draws it again
         write_drawing(out, config, pipeline, jobs, [(frames[-1].x0, frames)])
         return sorted((path for path in out.iterdir() if path.is_file()), key=lambda path: (path.name == FACTS, path))
 

@@ -63,17 +63,17 @@ def draw_tab(studio: Studio, downloads: Downloads) -> None:
             film = gr.HTML(show.empty("The picture appears here."), elem_id="film")
             status = gr.Markdown("Ready.", elem_id="status")
             scrub = gr.Slider(
-                0, 1, 1, step=1, label="Step", info="Drag to see every step.", interactive=True, elem_id="scrub"
+                1, 2, 2, step=1, label="Step", info="Drag to see every step.", interactive=True, elem_id="scrub"
             )
             replay = gr.Button("▶ Replay", size="sm", elem_id="replay")
-            files = download("PNG, GIF, and the settings for sample.py --from-json")
+            files = download("pictures, animation, and the settings for sample.py --from-json")
             near = gr.HTML(elem_id="near")
     handle = streamed(draw, studio, downloads, names=tuple(inputs))
     outputs = [film, status, scrub, files, near, inputs["seed"]]
     drawing = gr.on([go.click, prompt.submit], handle, list(inputs.values()), outputs, show_progress_on=film, **QUEUED)
     stop.click(lambda: "Stopped.", None, status, cancels=[drawing], **AT_ONCE)
     replay.click(None, None, None, js="() => window.pokediff.play()", **AT_ONCE)
-    scrub.change(None, scrub, None, js="(step) => window.pokediff.show(step)", **AT_ONCE)
+    scrub.change(None, scrub, None, js="(step) => window.pokediff.show(step - 1)", **AT_ONCE)
 
 
 def word_buttons(prompt: gr.Textbox) -> None:
@@ -92,7 +92,7 @@ def settings_controls(studio: Studio) -> Controls:
         negative = gr.Textbox(
             label="Negative prompt", info="Guidance moves away from it; usually empty.", max_length=LIMITS.prompt
         )
-        number = gr.Slider(1, LIMITS.pictures, 1, step=1, label="Pictures", info="With seeds seed, seed + 1, ...")
+        number = gr.Slider(1, LIMITS.pictures, 1, step=1, label="Pictures", info="Of seed, seed + 1, ...")
         with gr.Row():
             seed = seed_box()
             dice = gr.Button("🎲 Random seed", elem_id="dice")
@@ -147,7 +147,7 @@ def draw(
         yield changed({"film": show.film([frame], prompt), "status": words[len(frames) - 1], "seed": config.seed})
     kept = show.spread(len(frames), show.film_length(frames))
     film = show.film([frames[index] for index in kept], prompt, [words[index] for index in kept])
-    scrub = gr.Slider(maximum=len(kept) - 1, value=len(kept) - 1)
+    scrub = gr.Slider(maximum=len(kept), value=len(kept))
     yield changed({"film": film, "status": summary(config, studio.evaluations(config)), "scrub": scrub})
     yield changed({"files": offered(downloads.write(studio.pipeline_of(config), config, frames))})
     pictures = frames[-1].x0

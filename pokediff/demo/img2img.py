@@ -45,13 +45,13 @@ def img2img_tab(studio: Studio, downloads: Downloads) -> None:
             strength = gr.Slider(
                 0.05, 1, 0.6, step=0.05, label="Strength", info="img2img: 1 keeps nothing of the picture."
             )
-            number = gr.Slider(1, 8, 4, step=1, label="Pictures", info="With seeds seed, seed + 1, ...")
+            number = gr.Slider(1, 8, 4, step=1, label="Pictures", info="Of seed, seed + 1, ...")
             seed = seed_box()
             with gr.Accordion("More settings", open=False):
                 sampling = sampling_controls(studio)
             go = gr.Button("Draw", variant="primary", elem_id="img2img")
     result = gr.HTML(elem_id="img2img-result")
-    files = download("PNG, GIF, the settings, and the picture that was given")
+    files = download("pictures, animation, settings, and the picture that was given")
     inputs = {
         "canvas": canvas,
         "prompt": prompt,

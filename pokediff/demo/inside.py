@@ -15,6 +15,7 @@ from pokediff.demo.controls import (
     SKIP,
     Controls,
     interval_boxes,
+    interval_of,
     on_click,
     prompt_box,
     sampler_choice,
@@ -67,7 +68,7 @@ def show_schedule(
     """An update of the plot."""
     config = studio.settings(prompt=(prompt or "a picture",), sampler=sampler_of(sampler), **settings)
     pipeline = studio.pipeline_of(config)
-    interval = (low or 0.0, np.inf if high is None else high)
+    interval = interval_of(low, high) or (0.0, np.inf)
     plot = schedule_plot(studio.evaluations(config), guided_denoisers(pipeline), interval)
     yield plot + denoiser_table(pipeline)
 

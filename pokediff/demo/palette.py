@@ -21,9 +21,9 @@ from pokediff.errors import PokediffError
 def palette_tab(studio: Studio, downloads: Downloads) -> None:
     gr.Markdown("Reduce a picture to few colours: an uploaded one, or one drawn from a prompt and a seed.")
     with gr.Row():
-        upload = gr.File(label="Picture (optional)", file_count="single", height=120)
+        upload = gr.File(label="Picture (optional)", file_count="single", height=150)
         file = gr.File(
-            label="Palette, .gpl or .hex (optional)", file_count="single", file_types=[".gpl", ".hex"], height=120
+            label="Palette, .gpl or .hex (optional)", file_count="single", file_types=[".gpl", ".hex"], height=150
         )
     prompt = prompt_box(value="pixel sprite of a red fire dragon")
     with gr.Row():
@@ -67,7 +67,7 @@ def draw(
             before = frame.x0[0]
             yield SKIP, SKIP
     after = finish(before, palette, hard, clean=False)
-    yield show.before_and_after(before, after), offered([downloads.write_picture(after, enlarge=8)])
+    yield show.before_and_after(before, after), offered([downloads.write_picture(after, factor=8)])
 
 
 def palette_of(file: str | None, colors: int) -> int | np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 
 from pokediff.demo import show
-from pokediff.demo.controls import AT_ONCE, streamed
+from pokediff.demo.controls import AT_ONCE, sentence, streamed
 from pokediff.evaluation import report
 
 
@@ -44,7 +44,7 @@ def look_up(reports: Path, runs: Path) -> Iterator[tuple[Any, Any]]:
 def show_reports(folder: Path, names: Sequence[str]) -> Iterator[str]:
     """An update of the table; `names` come from the browser, so only those that are found count."""
     known = [name for name in found(folder, "report.json") if name in names]
-    yield reports_table([folder / name for name in known]) if known else show.empty("Choose a report.")
+    yield html_of(reports_table, [folder / name for name in known]) if known else show.empty("Choose a report.")
 
 
 def show_run(folder: Path, name: str | None) -> Iterator[str]:
@@ -52,8 +52,15 @@ def show_run(folder: Path, name: str | None) -> Iterator[str]:
     if name not in found(folder, "log.jsonl"):
         yield show.empty("Choose a training run.")
         return
-    lines = (folder / name / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    yield run_curves(folder / name, [json.loads(line) for line in lines if line.endswith("}")])
+    yield html_of(run_curves, folder / name)
+
+
+def html_of(make: Callable[[Any], str], given: Any) -> str:
+    """`make(given)`, or why that fails: the page does not show errors of events that bypass the queue."""
+    try:
+        return make(given)
+    except Exception as error:
+        return show.empty(sentence(error))
 
 
 def reports_table(folders: Sequence[Path]) -> str:
@@ -69,12 +76,12 @@ def reports_table(folders: Sequence[Path]) -> str:
         head = "".join(f"<th>{escape(folder.name)}</th>" for folder in folders)
         body = "".join(
             f"<tr><th>{escape(row['name'])}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in row['cells'])}"
-            f"<td>{escape(row['floor'])}</td><td>{escape(row['note'])}</td></tr>"
+            f"<td>{escape(row['real'])}</td><td>{escape(row['worthless'])}</td><td>{escape(row['note'])}</td></tr>"
             for row in rows
         )
         lines.append(
             f'<h3>{escape(section)}</h3><div class="wide"><table>'
-            f"<tr><th></th>{head}<th>real pictures</th><th></th></tr>{body}</table></div>"
+            f"<tr><th></th>{head}<th>real pictures</th><th>worthless ones</th><th></th></tr>{body}</table></div>"
         )
     for folder, data in zip(folders, reports, strict=True):
         for section, plot in report.plots(data["curves"]):
@@ -82,23 +89,29 @@ def reports_table(folders: Sequence[Path]) -> str:
     return "".join(lines)
 
 
-def run_curves(folder: Path, rows: Sequence[dict[str, Any]]) -> str:
-    """The curves of a training run, and its latest previews."""
+def run_curves(folder: Path) -> str:
+    """The curves of a training run, and the latest preview of each stage."""
     from matplotlib.figure import Figure
 
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines if line.endswith("}")]  # the last one may still be written
     plot = Figure(figsize=(7, 3.6), layout="constrained")
-    axes = plot.subplots()
-    for name in ("loss", "validation_loss", "kernel_distance"):
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), linewidth=1)
+    axes, last = plot.subplots(), dict[str, int]()
+    for stage in dict.fromkeys(row.get("stage", "") for row in rows):
+        mine = [row for row in rows if row.get("stage", "") == stage]
+        last[stage] = max(row["step"] for row in mine)
+        for name in ("loss", "validation_loss", "kernel_distance"):
+            points = [(row["step"], row[name]) for row in mine if name in row]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=f"{stage} {name.replace('_', ' ')}", linewidth=1)
     axes.set(xlabel="step", yscale="log")
     axes.legend()
-    last = max((row["step"] for row in rows), default=0)
-    lines = [f"<p>{escape(folder.name)}: {last:,} steps</p>", figure(report.plot_uri(plot), "loss by step")]
-    for preview in sorted((folder / "previews").glob("*.png"))[-1:]:
-        data = base64.b64encode(preview.read_bytes()).decode()
-        lines.append(figure(f"data:image/png;base64,{data}", f"previews, {preview.stem}"))
+    steps = ", ".join(f"{stage} {step:,} steps" for stage, step in last.items())
+    lines = [f"<p>{escape(folder.name)}: {escape(steps)}</p>", figure(report.plot_uri(plot), "loss by step")]
+    latest = {path.stem.rpartition("-")[0]: path for path in sorted((folder / "previews").glob("*.png"))}
+    for path in latest.values():  # of each stage
+        data = base64.b64encode(path.read_bytes()).decode()
+        lines.append(figure(f"data:image/png;base64,{data}", f"previews, {path.stem}"))
     return "".join(lines)
 
 

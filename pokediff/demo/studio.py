@@ -166,8 +166,8 @@ class Studio:
 
     def influence(self, config: SampleConfig) -> Iterator[Influence | None]:
         """What each word of the first prompt changes."""
-        pipeline = self.pipeline_of(config)
-        return self._steps(lambda: watch_words(pipeline, config.prompt[0], config.seed, config.sampling))
+        pipeline, prompt, seed = self.pipeline_of(config), config.prompt[0], config.seed or 0
+        return self._steps(lambda: watch_words(pipeline, prompt, seed, config.sampling))
 
     def compare(self, config: SampleConfig, samplers: Sequence[str], steps: Sequence[int]) -> Iterator[Compared | None]:
         """The first prompt and seed by several samplers and numbers of steps, one after another."""
@@ -175,8 +175,8 @@ class Studio:
             raise PokediffError(f"Choose a sampler and a number of steps, at most {4 * len(SAMPLERS)} pairs.")
         for sampler in samplers:
             for number in steps:
-                own = dataclasses.replace(config.sampling, sampler=sampler, num_inference_steps=number)
-                one = dataclasses.replace(config, sampling=own)
+                values = {**vars(config.sampling), "sampler": sampler, "num_inference_steps": number}
+                one = dataclasses.replace(config, sampling=self.resolved(self.name_of(config), **values))
                 check_limits(one)
                 begin = time.monotonic()
                 for frame in self.draw(one):

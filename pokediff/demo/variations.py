@@ -24,7 +24,7 @@ def variations_tab(studio: Studio, downloads: Downloads) -> None:
         sampling = sampling_controls(studio)
     go = gr.Button("Draw variations", variant="primary", elem_id="variations")
     result = gr.HTML(elem_id="variations-result")
-    files = download("PNG, GIF, and the settings")
+    files = download("pictures, animation, and settings")
     inputs = {"prompt": prompt, "variation": distance, "num_images_per_prompt": number, "seed": seed, **sampling}
     on_click(go, draw, [studio, downloads], inputs, [result, files], show_progress_on=result)
 
