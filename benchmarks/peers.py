@@ -1,16 +1,16 @@
-"""What a user would pick instead, side by side with pokediff: training steps, memory and sampling on this machine.
+"""Alternatives side by side with pokediff: training steps, memory and sampling on this machine.
 
     pip install denoising-diffusion-pytorch
     python benchmarks/peers.py --sizes 32 64 128 --out benchmarks/results/peers.jsonl
 
 Each round visits every system once (A B C D A B C D), in one process, and the median of the rounds counts. All get bf16
-autocast (and channels_last, which hurts diffusers' networks and is left out there), the same made pictures, clipping,
-AdamW or the optimizer of their own trainer, and an average of the weights. Systems that take text get it. Sampling is
-20 steps for 16 pictures: of the peers so many evaluations of the network, with guidance where the system has it (two in
-one batch); of ours the whole pipeline, refiner and upscaler included. At 64 and 128 px our training is the upscaler's
-(rows of 6.8 to 7.0 M parameters are of the single networks that it took the place of). Networks differ in size, so
-GFLOP and the share of this machine's measured convolution ceiling stand beside images/s; which learns faster is
-benchmarks/time_to_quality.py. Run it alone: a second load on the cores falsifies everything.
+autocast (and channels_last, which hurts diffusers' networks and is left out there), the same synthetic pictures,
+clipping, AdamW or the optimizer of their own trainer, and an average of the weights. Systems that take text get it.
+Sampling is 20 steps for 16 pictures: of the peers 20 evaluations of the network, with guidance where the system has it
+(two in one batch); of ours the whole pipeline. Our training at 32 px is the base's, at 64 and 128 px the upscaler's.
+Networks differ in size, so GFLOP and the share of this machine's measured convolution ceiling stand beside images/s;
+which learns faster is benchmarks/time_to_quality.py. Run it alone: a second load on the cores makes the figures
+worthless.
 """
 
 from __future__ import annotations
@@ -34,12 +34,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pokediff.config import TrainConfig, load_yaml
 from pokediff.model.denoiser import compile_network
-from pokediff.model.pipeline import PokeDiffPipeline, diffusion_loss, quiet
-from pokediff.training.loop import make_low_res, make_noise_schedule, make_pipeline, make_unet, trained_timesteps
+from pokediff.model.diffusion import denoising_loss, make_noise_schedule
+from pokediff.model.pipeline import PokeDiffPipeline, quiet
+from pokediff.training.build import make_denoiser
+from pokediff.training.objectives import make_low_res, trained_timesteps
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = {32: "pokemon-32", 64: "pokemon-64", 128: "pokemon-128"}
-TEXT_DIM, TOKENS = 384, 77
+STAGES = {32: "base-32", 64: "upscaler-64", 128: "upscaler-128"}
+TEXT_DIM, AUGMENT_DIM, TOKENS = 384, 3, 77
 EVALUATIONS = 20  # of a sampler
 BATCH = {"lucidrains": 16, "diffusers-uncond": 16, "diffusers-cond": 16}  # pokediff: as in its configuration
 
@@ -52,7 +54,7 @@ class System:
     network: torch.nn.Module
     optimizer: torch.optim.Optimizer
     loss: Callable[[torch.Tensor], torch.Tensor]  # of clean pictures (B, 4, S, S) in [-1, 1]
-    evaluate: Callable[[torch.Tensor], object]  # network calls on (B, 4, S, S): so many evaluations
+    evaluate: Callable[[torch.Tensor], object]  # of noise (B, 4, S, S): network calls
     batch: int
     evaluations: int = 1
     guidance: bool = False  # each evaluation twice
@@ -71,28 +73,27 @@ class System:
 
 
 def pokediff(size: int) -> System:
-    config = load_yaml(ROOT / "configs" / f"{CONFIGS[size]}.yaml", TrainConfig)
-    network = make_unet(config, TEXT_DIM).to(memory_format=torch.channels_last)
-    schedule = make_noise_schedule(config)
-    shipped = ROOT / "checkpoints" / f"pokediff-{size}"
-    pipeline = (
-        PokeDiffPipeline.from_pretrained(shipped) if shipped.is_dir() else make_pipeline(network, schedule, config)
-    )
+    config = load_yaml(ROOT / "configs" / "pokemon.yaml", TrainConfig)
+    stage, schedule = config.stages[STAGES[size]], make_noise_schedule(config.diffusion)
+    network = make_denoiser(config, stage, TEXT_DIM, AUGMENT_DIM).to(memory_format=torch.channels_last)
+    pipeline = PokeDiffPipeline.from_pretrained("pokediff")
+    *_, last = pipeline.cascade.legs(size)
+    own = 0 if last == pipeline.sizes[0] else pipeline.cascade.leading(last).config.steps  # of the upscaler
 
     def loss(x0: torch.Tensor) -> torch.Tensor:
         text = F.normalize(torch.randn(len(x0), TEXT_DIM), dim=1)
-        timesteps = torch.randint(trained_timesteps(config), (len(x0),))
-        low_res = make_low_res(x0, config, torch.Generator().manual_seed(0), len(x0), slice(None))
-        return diffusion_loss(schedule, network, x0, torch.randn_like(x0), timesteps, text, None, low_res).mean()
+        timesteps = torch.randint(trained_timesteps(config, stage), (len(x0),))
+        low_res = make_low_res(x0, stage, torch.Generator().manual_seed(0), len(x0), slice(None))
+        return denoising_loss(schedule, network, x0, torch.randn_like(x0), timesteps, text, None, low_res).mean()
 
     def evaluate(x: torch.Tensor) -> object:
-        """All steps from noise to pictures, as shipped: the networks take turns, and not all are guided."""
-        return pipeline.generate(
-            ["a blue water turtle"] * len(x), range(len(x)), num_steps=EVALUATIONS, precision="bf16"
-        )
+        """All steps from noise to pictures: the denoisers take turns, and not all are guided."""
+        prompts = ["a blue water turtle"] * len(x)
+        steps = EVALUATIONS - own
+        return pipeline.generate(prompts, range(len(x)), size=size, num_inference_steps=steps, precision="bf16")
 
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, fused=True)
-    return System("pokediff", network, optimizer, loss, evaluate, config.batch_size, evaluations=EVALUATIONS)
+    return System("pokediff", network, optimizer, loss, evaluate, stage.batch_size, evaluations=EVALUATIONS)
 
 
 def make_lucidrains(size: int) -> tuple[Any, torch.optim.Optimizer]:
