@@ -82,7 +82,25 @@ def test_a_table_of_a_spreadsheet(tmp_path):
     assert records["a.png"].captions == ("a dog; or a cat",)
     assert records["a.png"].dex == 7
     assert records["b.png"].types == ("fire", "water")
-    assert lines == ["captions: 2 of 3, from metadata.csv; only colours are known of the rest"]
+    assert lines == ["captions: 2 of 3, from metadata.csv; measured colours are used for the rest"]
+
+
+def test_a_path_of_windows_and_a_path_with_a_dot(tmp_path):
+    draw(tmp_path, "images/a.png", "b.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text\nimages\\a.png,x\n./b.png,y\n")
+    records, lines = read(tmp_path)
+    assert list(records) == ["images/a.png", "b.png"]
+    assert lines == ["captions: 2 of 2, from metadata.csv"]
+
+
+def test_columns_without_a_caption_are_named(tmp_path):
+    draw(tmp_path, "fox_1.png", "2.png")
+    (tmp_path / "metadata.csv").write_text("file_name,description,split\nfox_1.png,x,train\n2.png,y,\n")
+    _, lines = read(tmp_path)
+    assert lines == [
+        "captions: 0 of 2, from metadata.csv; file names are used instead",
+        "not read: columns description (captions are in a column captions, text, caption, prompt)",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -96,6 +114,7 @@ def test_a_table_of_a_spreadsheet(tmp_path):
         ("metadata.json", '[{"text": "x"}]', "metadata.json: row 1: file_name"),
         ("metadata.csv", "", "column file_name"),
         ("metadata.json", "[]", "metadata.json is empty"),
+        ("metadata.json", '[{"file_name": "a.png", "text": 5}]', "row 1: text must be a text or a list of texts"),
     ],
 )
 def test_a_broken_table_is_named_with_its_line(tmp_path, name, text, words):
@@ -114,7 +133,7 @@ def test_what_is_not_read_is_named(tmp_path):
     _, lines = read(tmp_path)
     assert lines == [
         "captions: 1 of 1, from metadata.jsonl",
-        "not used: 1 pictures that are not in metadata.jsonl",
+        "not used: 1 picture not in metadata.jsonl",
         "not read: a.txt, labels.tsv and 1 more (captions come from metadata.jsonl)",
     ]
 
@@ -123,10 +142,11 @@ def test_a_table_of_another_name_is_no_table_but_named(tmp_path):
     draw(tmp_path, "a.png")
     (tmp_path / "captions.csv").write_text("file_name,text\na.png,x\n")
     (tmp_path / "captions.txt").write_text("x")
+    (tmp_path / "metadata.yaml").write_text("x")
     _, lines = read(tmp_path)
     assert lines == [
-        "captions: 0 of 1; only colours are known",
-        "not read: captions.csv, captions.txt (captions are read from metadata.jsonl or metadata.csv)",
+        "captions: 0 of 1, from no file; measured colours are used instead",
+        "not read: captions.csv, captions.txt and 1 more (captions are read from metadata.jsonl or metadata.csv)",
     ]
 
 
@@ -157,6 +177,13 @@ def test_the_folder_of_kohya_is_a_caption_without_its_number(tmp_path):
     assert lines == ["captions: 2 of 2, from .txt files and folder names"]
 
 
+def test_the_image_folder_of_kohya(tmp_path):
+    draw(tmp_path, "img/10_dragon/0.png", "img/10_dragon/1.png")
+    records, lines = read(tmp_path)
+    assert {record.genus for record in records.values()} == {"dragon"}
+    assert lines == ["captions: 2 of 2, from folder names"]
+
+
 # -------------------------------------------------------------------------------------------------------- folders
 
 
@@ -182,7 +209,14 @@ def test_other_folders_are_no_classes(tmp_path, names):
     draw(tmp_path, *names)
     records, lines = read(tmp_path)
     assert all(record.genus == "fox" for record in records.values())
-    assert lines == ["captions: 0 of 2; file names are used instead"]
+    assert lines == ["captions: 2 of 2, from file names"]
+
+
+def test_words_of_file_names(tmp_path):
+    draw(tmp_path, "fire_dragon_03.png", "FireDragon.png", "IMG_0001.png", "7.png")
+    records, lines = read(tmp_path)
+    assert [record.genus for record in records.values()] == [None, "fire dragon", None, "fire dragon"]
+    assert lines == ["captions: 2 of 4, from file names; measured colours are used for the rest"]
 
 
 def test_classes_below_splits(tmp_path):
@@ -201,7 +235,7 @@ def test_hidden_and_system_files_are_skipped(tmp_path):
     (tmp_path / "__MACOSX" / "metadata.csv").write_text("nothing")
     records, lines = read(tmp_path)
     assert list(records) == ["a.png"]
-    assert lines == ["captions: 0 of 1; only colours are known"]
+    assert lines == ["captions: 0 of 1, from no file; measured colours are used instead"]
 
 
 def test_pillow_opens_every_suffix(tmp_path):
@@ -249,6 +283,21 @@ def test_parquet_as_datasets_writes_it(tmp_path):
     records, _ = read(tmp_path)
     assert records["data/beside.png"].captions == ("a table without pictures",)
     assert picture_bytes(records["data/beside.png"]) == beside
+
+
+def test_parquet_of_several_splits_with_a_picture_beside_it(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    draw(tmp_path, "preview.png")
+    (tmp_path / "data").mkdir()
+    for split in ("train", "validation"):
+        table = pyarrow.table({"image": [{"bytes": red(1), "path": "1.png"}], "text": [split]})
+        parquet.write_table(table, tmp_path / "data" / f"{split}-00000-of-00001-1f2e.parquet")
+    records, lines = read(tmp_path)
+    assert [record.split for record in records.values()] == ["train", "validation"]
+    assert lines[0].startswith("captions: 2 of 2, from data/train-00000-of-00001-1f2e.parquet, data/validation-")
+    assert lines[1].startswith("not used: 1 picture not in")
 
 
 def test_a_file_that_is_no_parquet(tmp_path):

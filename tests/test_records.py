@@ -26,6 +26,11 @@ def test_what_is_written_is_read(tmp_path):
     assert first["name"] == "Flabébé"
 
 
+def test_blank_captions_are_none(tmp_path):
+    write_rows(tmp_path, {"file_name": "a.png", "captions": ["", " a cat "]}, {"file_name": "b.png", "text": " "})
+    assert [record.captions for record in read_records(tmp_path)] == [("a cat",), ()]
+
+
 def test_text_is_a_caption_and_unknown_columns_are_left_alone(tmp_path):
     write_rows(tmp_path, {"file_name": "a.png", "text": "a red dragon", "artist": "me", "habitat": None})
     assert read_records(tmp_path) == [Record("a.png", captions=("a red dragon",))]
@@ -38,7 +43,8 @@ def test_text_is_a_caption_and_unknown_columns_are_left_alone(tmp_path):
         ({"file_name": "a.png", "dex": "many"}, "dex"),
         ({"file_name": "../a.png"}, "inside the folder"),
         ({"file_name": "/etc/a.png"}, "inside the folder"),
-        ({"file_name": "a\\b.png"}, "inside the folder"),
+        ({"file_name": "a\\..\\..\\b.png"}, "inside the folder"),
+        ({"file_name": "C:\\a.png"}, "inside the folder"),
         ("{not json", "not JSON"),
         ("[1, 2]", "JSON object"),
     ],

@@ -3,7 +3,7 @@
 | layout | captions |
 | --- | --- |
 | metadata.jsonl, .csv, .json or .parquet, in the folder or in each subfolder (Hugging Face ImageFolder) | its columns |
-| parquet files with an image column, as `datasets` writes them | their other columns |
+| parquet files that hold pictures, as `datasets` writes them | their other columns |
 | x.png with x.txt, x.caption or x.png.txt (kohya) | one a line |
 | a folder per class, or kohya's 10_name | the folder's name |
 | pictures alone | none: records.py takes the words of the file names |
@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -35,15 +36,17 @@ PICTURES = frozenset(
 )
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.json", "metadata.parquet")  # the first of a folder is read
 SIDECARS = (".txt", ".caption")
-TABLES = {".jsonl", ".csv", ".json", ".parquet", ".tsv", ".xlsx", ".arrow"}  # named when they are not read
+# Files that may hold captions: named when they are not read.
+TABLES = frozenset(".jsonl .ndjson .csv .tsv .json .parquet .arrow .xlsx .xls .ods .yaml .yml .xml".split())
 # Files of the scraper and of `datasets` that hold no captions.
 NO_CAPTIONS = {"failures.jsonl", "state.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
 SYSTEM_FOLDERS = {"__macosx", "@eadir", "$recycle.bin", "system volume information"}
 SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation"}
 SPLITS |= {"test": "test"}
-GENERIC = frozenset(
+# Words of file and folder names that say nothing of the picture.
+GENERIC = SPLITS.keys() | frozenset(
     """img image images picture pictures pic pics sprite sprites photo photos dsc screenshot untitled frame frames
-    final copy data dataset file files folder class train valid validation test""".split()
+    final copy data dataset file files folder class""".split()
 )
 KOHYA_FOLDER = re.compile(r"\d+_(?=.*[^\W\d])")  # "10_sks dog": seen ten times an epoch
 PARQUET_ROW = re.compile(r"(.+\.parquet)#(\d+)", re.IGNORECASE)
@@ -70,19 +73,19 @@ def read_listing(folder: Path) -> Listing:
     files = sorted(_walk(folder))
     pictures = [file for file in files if file.suffix.lower() in PICTURES]
     tables = _metadata_files(files)
+    if not tables:
+        parquet = [file for file in files if file.suffix.lower() == ".parquet"]
+        tables = parquet if not pictures or _hold_pictures(folder, parquet) else []
     if not tables and not pictures:
-        tables = [file for file in files if file.suffix.lower() == ".parquet"]
-    if tables:
-        rows = [(where, _placed(row, file)) for file in tables for where, row in _read_table(folder, file)]
-        listed = {row.get("file_name") for _, row in rows}
-        source = _names(tables)
-        beside = len({file.as_posix() for file in pictures} - listed) if pictures else 0
-        missing = [f"not used: {beside} pictures that are not in {source}"] if beside else []
-        return Listing(_with_splits(rows), source, (*missing, *_unread(files, tables, source)))
-    if not pictures:
         raise PokediffError(f"{folder} holds neither a {METADATA[0]} nor pictures (docs/data.md)")
-    rows, source = _rows_of_pictures(folder, files, pictures)
-    return Listing(_with_splits(rows), source, tuple(_unread(files, (), source)))
+    if not tables:
+        rows, source = _rows_of_pictures(folder, files, pictures)
+        return Listing(_with_splits(rows), source, tuple(_unread(files, (), source)))
+    rows = [(where, _placed(row, file)) for file in tables for where, row in _read_table(folder, file)]
+    source = _names(tables)
+    left = len({file.as_posix() for file in pictures} - {row.get("file_name") for _, row in rows})
+    notes = [f"not used: {left} picture{'s' * (left > 1)} not in {source}"] if left else []
+    return Listing(_with_splits(rows), source, (*notes, *_unread(files, tables, source)))
 
 
 def picture_bytes(folder: Path, file_name: str) -> bytes:
@@ -106,8 +109,9 @@ def picture_bytes(folder: Path, file_name: str) -> bytes:
 
 
 def words_of(name: str, shortest: int = 3) -> str:
-    """The words of a file or folder name: "fire_dragon_03" is "fire dragon", "IMG_1234" is ""."""
-    words = re.findall(rf"[^\W\d_]{{{shortest},}}", name.lower())
+    """The words of a file or folder name: "fire_dragon_03" and "FireDragon" are "fire dragon", "IMG_1234" is ""."""
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
+    words = re.findall(rf"[^\W\d_]{{{shortest},}}", name)
     return " ".join(word for word in words if word not in GENERIC)
 
 
@@ -134,20 +138,27 @@ def _metadata_files(files: Sequence[PurePosixPath]) -> list[PurePosixPath]:
 
 
 def _placed(row: dict[str, Any], table: PurePosixPath) -> dict[str, Any]:
-    """file_name is relative to the metadata file; make it relative to the data set's folder."""
+    """file_name is relative to the metadata file; make it relative to the data set's folder, with forward slashes."""
     name = row.get("file_name")
-    if isinstance(name, str) and table.parent.parts and not PARQUET_ROW.fullmatch(name):
-        return {**row, "file_name": (table.parent / name).as_posix()}
-    return row
+    if not isinstance(name, str) or PARQUET_ROW.fullmatch(name):
+        return row
+    return {**row, "file_name": (table.parent / name.replace("\\", "/")).as_posix()}
 
 
 def _with_splits(rows: Sequence[tuple[str, dict[str, Any]]]) -> tuple[tuple[str, dict[str, Any]], ...]:
-    """Give the rows below train/, validation/ and test/ their split. train/ alone is split like any other data."""
-    of_row = [SPLITS.get(str(row.get("file_name")).partition("/")[0].lower()) for _, row in rows]
+    """Give rows below train/, validation/ and test/ their split. Without validation, train is split like other data."""
+    of_row = [_split_of_path(str(row.get("file_name"))) for _, row in rows]
     if "validation" not in of_row:
         of_row = [None if split == "train" else split for split in of_row]
     named = zip(rows, of_row, strict=True)
     return tuple((where, {"split": split, **row} if split else row) for (where, row), split in named)
+
+
+def _split_of_path(file_name: str) -> str | None:
+    """The split of "train/x.png", or of a row of "data/train-00000-of-00001.parquet"."""
+    path = PurePosixPath(file_name.lower())
+    name = re.split("[^a-z]", path.name)[0] if PARQUET_ROW.fullmatch(file_name) else ""
+    return SPLITS.get(path.parts[0]) or SPLITS.get(name)
 
 
 def _unread(files: Sequence[PurePosixPath], read: Sequence[PurePosixPath], source: str) -> list[str]:
@@ -157,10 +168,11 @@ def _unread(files: Sequence[PurePosixPath], read: Sequence[PurePosixPath], sourc
     def looks_like_metadata(file: PurePosixPath) -> bool:
         if file in read or file.name.lower() in NO_CAPTIONS:
             return False
-        if file.suffix.lower() in SIDECARS:  # the sidecars themselves are read where no table is
-            named = re.search(r"caption|prompt|label|metadata|tags", file.stem.lower())
-            return str(file).lower() in sidecars if read else bool(named and str(file).lower() not in sidecars)
-        return file.suffix.lower() in TABLES
+        if file.suffix.lower() not in SIDECARS:
+            return file.suffix.lower() in TABLES
+        if str(file).lower() in sidecars:
+            return bool(read)
+        return not read and re.search("caption|prompt|label|metadata|tags", file.stem.lower()) is not None
 
     found = [file for file in files if looks_like_metadata(file)]
     if not found:
@@ -208,15 +220,17 @@ def _sidecar_names(picture: PurePosixPath) -> list[str]:
 def _class_words(pictures: Sequence[PurePosixPath]) -> dict[PurePosixPath, str]:
     """{picture: the words of its folder}, empty unless the layout is a folder per class.
 
-    As ImageFolder infers it: every picture lies in a folder at one depth (below a split's folder, if any), and there
-    are several such folders, each with a name that says something. One folder is enough if it is kohya's "10_name".
+    As ImageFolder infers it: every picture lies in a folder at one depth (below train/, img/ or the like, if any), and
+    there are several such folders, each with a name that says something. One folder is enough if it is kohya's
+    "10_name".
     """
-    places = {picture: picture.parent.parts for picture in pictures}
-    places = {
-        picture: parts[1:] if parts and parts[0].lower() in SPLITS else parts for picture, parts in places.items()
-    }
-    if any(len(parts) != 1 for parts in places.values()):
-        return {}
+    places = {}
+    for picture in pictures:
+        places[picture] = parts = picture.parent.parts
+        if len(parts) > 1 and parts[0].lower() in GENERIC:
+            places[picture] = parts = parts[1:]
+        if len(parts) != 1:
+            return {}
     names = {parts[0] for parts in places.values()}
     words = {name: words_of(KOHYA_FOLDER.sub("", name, count=1), shortest=2) for name in names}
     is_kohya = all(KOHYA_FOLDER.match(name) for name in names)
@@ -299,6 +313,11 @@ def _parquet(path: Path) -> Any:
         return ParquetFile(path)
     except (OSError, ValueError) as error:
         raise PokediffError(f"{path} is not a parquet file ({str(error).splitlines()[0]})") from None
+
+
+def _hold_pictures(folder: Path, files: Sequence[PurePosixPath]) -> bool:
+    """Do all these parquet files have a column of pictures? Not known without pyarrow."""
+    return bool(files) and find_spec("pyarrow") is not None and all(_image_name(_parquet(folder / f)) for f in files)
 
 
 def _image_name(file: Any) -> str | None:

@@ -78,6 +78,8 @@ class Record:
         return any((*known, self.descriptions, self.name and self.dex is None))
 
 
+COLUMNS = {*CAPTION_COLUMNS, *(column.name for column in dataclasses.fields(Record))}
+
 # ---------------------------------------------------------------------------------------------------------- splits
 
 
@@ -153,6 +155,11 @@ def read_records(folder: str | Path, report: Callable[[str], Any] = lambda _: No
     records = [record if record.is_described else _named_by_file(record) for record in records]
     named = sum(record.is_described for record in records) - described
     report(_caption_line(described, named, len(records), listing.source))
+    unknown = listing.rows[0][1].keys() - COLUMNS
+    if unknown and not described:
+        report(
+            f"not read: columns {', '.join(sorted(unknown))} (captions are in a column {', '.join(CAPTION_COLUMNS)})"
+        )
     for note in listing.notes:
         report(note)
     return with_full_splits(records)
@@ -169,13 +176,25 @@ def _named_by_file(record: Record) -> Record:
 
 
 def _caption_line(described: int, named: int, total: int, source: str) -> str:
-    counts = f"captions: {described} of {total}"
-    line = f"{counts}, from {source}" if described else counts
+    if not source and named:
+        described, named, source = named, 0, "file names"
+    line = f"captions: {described} of {total}, from {source or 'no file'}"
     if described == total:
         return line
-    if named:
-        return f"{line}; file names are used for the rest" if described else f"{line}; file names are used instead"
-    return f"{line}; only colours are known of the rest" if described else f"{line}; only colours are known"
+    rest = "file names" if named else "measured colours"
+    return f"{line}; {rest} are used {'for the rest' if described else 'instead'}"
+
+
+def _captions(row: dict[str, Any], where: str) -> list[str]:
+    """The captions of the first column that has any."""
+    for column in CAPTION_COLUMNS:
+        value = row.get(column) or ()
+        several = [value] if isinstance(value, str) else value
+        if not isinstance(several, list | tuple) or not all(isinstance(caption, str) for caption in several):
+            raise PokediffError(f"{where}: {column} must be a text or a list of texts")
+        if captions := [caption.strip() for caption in several if caption.strip()]:
+            return captions
+    return []
 
 
 def record_from_json(row: dict[str, Any], where: str) -> Record:
@@ -183,10 +202,9 @@ def record_from_json(row: dict[str, Any], where: str) -> Record:
     from pydantic import ValidationError
 
     row = {key: value for key, value in row.items() if value is not None and key != "root"}
-    captions = next((row[column] for column in CAPTION_COLUMNS if row.get(column)), ())
-    if row.get("dex") and row.get("colors") and not row.get("captions"):
-        captions = ()  # a row of the scraper: its text is the first of the captions that are made of the other columns
-    row["captions"] = (captions,) if isinstance(captions, str) else captions
+    # The text of a scraped row is the first of the captions that are made from its other columns.
+    scraped = row.get("dex") and row.get("colors") and not row.get("captions")
+    row["captions"] = [] if scraped else _captions(row, where)
     for column in LISTS:
         if isinstance(row.get(column), str):
             row[column] = [part.strip() for part in re.split("[,;|]", row[column]) if part.strip()]
