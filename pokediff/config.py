@@ -248,7 +248,7 @@ class Sampling:
     guidance_scale: float | None = None  # weight of the prompt; 1 is off (default: that suits the checkpoint)
     guidance_interval: tuple[float, float] | None = None  # guide only while sigma lies between these
     negative_prompt: str = ""  # guidance moves away from it
-    sampler: Sampler | None = None  # default: the checkpoint's own, dpmpp_2m
+    sampler: Sampler | None = None  # a diffusers scheduler (default: the checkpoint's own, dpmpp_2m)
     fast: bool = False  # use the few-step denoisers of the checkpoint, where it has them
     precision: Precision = "auto"  # auto: bf16 where the processor has it
     exact: bool = False  # float32 on a CPU: the same bits at any batch size; slower for fewer than four pictures
@@ -270,7 +270,7 @@ class SampleConfig:
     prompts_file: str | None = None  # a text file, one prompt a line; empty lines and lines with # are skipped
     checkpoint: str | None = None  # a folder, the name of a shipped model, or a hub repository (default: pokediff)
     out: str | None = None  # output folder (default: outputs/<first prompt>-<seed>)
-    num_images_per_prompt: int = 1
+    num_images_per_prompt: int = 1  # pictures of each prompt
     seed: int | None = None  # of the first picture, the k-th has seed + k (default: random)
     sampling: Sampling = field(default_factory=Sampling)
     image: str | None = None  # img2img: a picture to start from; a plain backdrop is removed
