@@ -167,5 +167,5 @@ def step_words(evaluations: Sequence[Evaluation]) -> list[str]:
 def summary(config: SampleConfig, evaluations: Sequence[Evaluation]) -> str:
     """What was drawn, in a sentence."""
     steps = Counter(one.size for one in evaluations)
-    told = " and ".join(f"{number} steps at {size} px" for size, number in steps.items())
-    return f"Done: seed {config.seed}, {told}, guidance scale {config.sampling.guidance_scale or 1:g}."
+    words = " and ".join(f"{number} steps at {size} px" for size, number in steps.items())
+    return f"Done: seed {config.seed}, {words}, guidance scale {config.sampling.guidance_scale or 1:g}."

@@ -50,12 +50,7 @@ def sketch_pad(**options: Any) -> gr.ImageEditor:
     for name in ("accept_blobs", "blob_storage", "preprocess"):
         _require(editor, name)
     canvas = Canvas(editor)
-
-    @server  # Gradio finds the functions that a browser may call by this mark, which a bound method cannot carry
-    def accept_blobs(data: AcceptBlobs) -> None:
-        canvas.accept(data)
-
-    editor.accept_blobs, editor.preprocess = accept_blobs, canvas.preprocess  # type: ignore[method-assign, assignment]
+    editor.accept_blobs, editor.preprocess = canvas.accept, canvas.preprocess  # type: ignore[method-assign, assignment]
     return editor
 
 
@@ -65,6 +60,7 @@ class Canvas:
     def __init__(self, editor: gr.ImageEditor) -> None:
         self.editor, self.accepted = editor, editor.accept_blobs
 
+    @server  # the mark of functions that a browser may call
     def accept(self, data: AcceptBlobs) -> None:
         """Keep what the browser sends before a request until the request arrives; the oldest are dropped."""
         index = data.data["index"]
