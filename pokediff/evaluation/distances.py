@@ -151,7 +151,8 @@ def share_estimate(hits: np.ndarray) -> Estimate:
     number, share, z = len(hits), float(np.mean(hits)), 1.96
     middle = (share + z**2 / (2 * number)) / (1 + z**2 / number)
     reach = z * np.sqrt(share * (1 - share) / number + z**2 / (4 * number**2)) / (1 + z**2 / number)
-    return Estimate(share, max(0.0, float(middle - reach)), min(1.0, float(middle + reach)))
+    low, high = max(0.0, float(middle - reach)), min(1.0, float(middle + reach))
+    return Estimate(share, min(low, share), max(high, share))  # rounding must not put a share of 1 outside
 
 
 def mean_estimate(values: np.ndarray, seed: int = 0) -> Estimate:

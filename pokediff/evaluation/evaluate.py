@@ -62,13 +62,15 @@ def evaluate(config: EvaluateConfig, generator: ImageGenerator | None = None) ->
             "data_sha256": reference.everything.digest,
         }
     )
-    nets = feature_networks(report, config, str(state.device)) if state.is_main_process else []
-    if drawer:
-        measure_prompts(report, drawer, nets, reference, config, state.is_main_process)
+    sets = PromptSets(reference, config, size) if drawer else None
+    drawn = {name: drawer.draw(name, *prompts_and_seeds) for name, prompts_and_seeds in sets.of.items()} if sets else {}
     if state.is_main_process:
+        nets = feature_networks(report, config, str(state.device))
         for net in nets:
             measures.measure_distances(report, net, generated, reference, config, out / "cache")
         measures.measure_looks(report, generated.pixels, reference.pixels)
+        if sets:
+            measure_prompts(report, sets, drawn, nets, reference, config, out / "cache")
         measures.measure_copies(report, generated, reference)
         measures.measure_clip(report, generated, config)
         measures.measure_reconstruction(report, generated, reference, config)
@@ -107,44 +109,60 @@ def feature_networks(report: Report, config: EvaluateConfig, device: str) -> lis
     return nets
 
 
+class PromptSets:
+    """The prompts whose answer is known: colours, paraphrases, animals, named things, styles.
+
+    `of` holds for each set, by the name of its folder, the prompts and their seeds (None: 0, 1, 2 ...).
+    """
+
+    def __init__(self, reference: Reference, config: EvaluateConfig, size: int) -> None:
+        everything = reference.everything
+        self.styles = config.styles or prompts.grid_styles(everything.records)
+        self.grid = prompts.color_grid(self.styles, prompts.subjects(everything.records))
+        self.judged = shape_measures.judged(reference, self.styles, config.split, JUDGED)
+        source = reference.training  # concepts that were trained on
+        if config.concepts:
+            source = load_pictures(config.concepts, size, progress=tqdm).split("train")
+        self.concepts = recognition.find_concepts(source, config.concept_style)
+        pairs = prompts.paraphrase_pairs(self.styles[0])
+        self.of: dict[str, tuple[list[str], list[int] | None]] = {
+            "colors": ([cell.prompt for cell in self.grid], None),
+            "rare-words": ([rare for rare, _ in pairs], None),
+            "common-words": ([common for _, common in pairs], None),
+            "one-prompt": (prompts.repeated(reference.real.captions), None),
+            "judged": ([everything.captions[i][0] for i in self.judged], None),
+            "animals": (recognition.animal_prompts(self.styles[0]), recognition.animal_seeds()),
+        }
+        if self.concepts:
+            self.of["concepts"] = (self.concepts.prompts()[0], None)
+
+
 def measure_prompts(
-    report: Report, drawer: Drawer, nets: Sequence[FeatureNet], reference: Reference, config: EvaluateConfig, main: bool
+    report: Report,
+    sets: PromptSets,
+    drawn: dict[str, Generated],
+    nets: Sequence[FeatureNet],
+    reference: Reference,
+    config: EvaluateConfig,
+    cache: Path,
 ) -> None:
-    """Draw the prompts whose answer is known, in all processes, and measure the drawings in the main one."""
-    records = reference.everything.records
-    styles = config.styles or prompts.grid_styles(records)
-    grid, pairs = prompts.color_grid(styles, prompts.subjects(records)), prompts.paraphrase_pairs(styles[0])
-    colors = drawer.draw("colors", [cell.prompt for cell in grid])
-    rare = drawer.draw("rare-words", [pair[0] for pair in pairs])
-    common = drawer.draw("common-words", [pair[1] for pair in pairs])
-    again = drawer.draw("one-prompt", prompts.repeated(reference.real.captions))
-    positions = shape_measures.judged(reference, styles, config.split, JUDGED)
-    for_judge = drawer.draw("judged", [reference.everything.captions[i][0] for i in positions])
-    animals = drawer.draw("animals", recognition.animal_prompts(styles[0]), recognition.animal_seeds())
-    concepts = find_concepts(config, reference, colors.pixels.shape[1])
-    named = drawer.draw("concepts", concepts.prompts()[0]) if concepts else None
-    if not main:
-        return
-    measures.measure_colors(report, grid, colors.pixels, reference)
-    measures.measure_paraphrases(report, rare.pixels, common.pixels)
-    measures.measure_styles(report, grid, colors.pixels, reference.everything.split(config.split))
-    shape_measures.measure_silhouettes(report, animals, reference)
-    if concepts is None or named is None:
-        reason = f"no names that {recognition.FEWEST_SOURCES} sources draw in the data (--concepts FOLDER)"
+    """Measure the drawings of all prompt sets."""
+    colors = drawn["colors"].pixels
+    measures.measure_colors(report, sets.grid, colors, reference)
+    measures.measure_paraphrases(report, drawn["rare-words"].pixels, drawn["common-words"].pixels)
+    measures.measure_styles(report, sets.grid, colors, reference.everything.split(config.split))
+    shape_measures.measure_silhouettes(report, drawn["animals"], reference)
+    if sets.concepts is None:
+        reason = f"no names that {recognition.FEWEST_SOURCES} sources draw in the training data (--concepts FOLDER)"
         report.skip(shape_measures.RECOGNITION, "of named things", reason)
-    for net in nets[:1] if concepts and named else ():
-        features = partial(measures.cached_features, net, background=config.background, cache=drawer.folder / "cache")
-        shape_measures.measure_recognition(report, concepts, named.pixels, concepts.prompts()[1], features)
-    shape_measures.measure_judge(report, for_judge.pixels, positions, styles, reference)
-    measures.measure_variety(report, again.pixels, reference.pixels, config)
-
-
-def find_concepts(config: EvaluateConfig, reference: Reference, size: int) -> recognition.Concepts | None:
-    """The concepts of the training split of `config.concepts`, or of the data."""
-    if not config.concepts:
-        return recognition.find_concepts(reference.training, config.concept_style)
-    pictures = load_pictures(config.concepts, size, progress=tqdm).split("train")
-    return recognition.find_concepts(pictures, config.concept_style)
+    elif not nets:
+        report.skip(shape_measures.RECOGNITION, "of named things", "no feature network")
+    else:
+        features = partial(measures.cached_features, nets[0], background=config.background, cache=cache)
+        concepts = sets.concepts
+        shape_measures.measure_recognition(report, concepts, drawn["concepts"].pixels, concepts.prompts()[1], features)
+    shape_measures.measure_judge(report, drawn["judged"].pixels, sets.judged, sets.styles, reference)
+    measures.measure_variety(report, drawn["one-prompt"].pixels, reference.pixels, config)
 
 
 def measure_pipeline(

@@ -19,6 +19,7 @@ from pokediff.errors import PokediffError
 from pokediff.evaluation.distances import Estimate
 
 SHOWN_SIDE = 64  # px of a picture on the page
+TICKS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)  # of the axis of sigma
 INTRODUCTION = (
     "Beside each figure: its 95 % interval in brackets, the figure of real pictures (real) and that of a worthless "
     "generator (worthless), where there is one. docs/evaluation.md says what each means and when not to trust it."
@@ -139,16 +140,12 @@ def about(settings: dict[str, Any]) -> list[str]:
         f"searched among {settings['n_training']} training pictures of all styles.",
         f"Background {settings['background']} on both sides; bicubic resizing with antialiasing to the network.",
     ]
-    if system.get("checkpoint"):
+    if denoisers := system.get("denoisers"):
         sampling = settings["sampling"]
-        denoisers = ", ".join(
-            f"{name} ({part['size']} px, {part['evaluations']} evaluations)"
-            for name, part in system.get("denoisers", {}).items()
-        )
+        used = ", ".join(f"{name} ({row['size']} px, {row['evaluations']} steps)" for name, row in denoisers.items())
         lines.append(
-            f"Denoisers {denoisers}; sampler {sampling['sampler']}, {sampling['num_inference_steps']} steps at the "
-            f"first size, guidance scale {sampling['guidance_scale']}, seeds from 0; weights sha256 "
-            f"{str(system['weights_sha256'])[:16]}, data sha256 {settings['data_sha256'][:16]}."
+            f"Denoisers {used}; sampler {sampling['sampler']}, guidance scale {sampling['guidance_scale']}, seeds from "
+            f"0; weights sha256 {str(system['weights_sha256'])[:16]}, data sha256 {settings['data_sha256'][:16]}."
         )
     return lines
 
@@ -282,6 +279,9 @@ def plots(curves: dict[str, Any]) -> list[tuple[str, str]]:
             axes.plot(curve["sigma"], value, marker="o", label=name)
             axes.fill_between(curve["sigma"], low, high, alpha=0.2)
         axes.set(xscale="log", xlabel="noise level sigma", ylabel="denoising loss", title=f"{size} px")
+        axes.set_xticks(TICKS, map(str, TICKS))
+        axes.set_xticks([], minor=True)
+        axes.set_xlim(0.8 * curve["sigma"][0], 1.25 * curve["sigma"][-1])
         axes.legend()
         made.append(("Loss by noise level", plot_uri(plot)))
     if "copies" in curves:

@@ -43,7 +43,7 @@ def measure_recognition(
     families = [record.family_key for record in concepts.pictures.records]
     near = copies.nearest_in_pixels(drawn, true, families)
     note = "of these drawings, among the training pictures of all concepts: what is copied is recognised, too"
-    report.add(RECOGNITION, "copies in pixels", share_estimate(near.copies), len(drawn), note=note)
+    report.add(RECOGNITION, "copies among them", share_estimate(near.copies), len(drawn), note=note)
     shown = np.linspace(0, len(drawn) - 1, min(64, len(drawn))).astype(int)
     names = ", ".join(concepts.names[asked[i]] for i in shown)
     report.pictures["Named things"] = (f"From left to right: {names}.", drawn[shown], 16)

@@ -37,9 +37,8 @@ class ValidationMetrics:
         near = copies.nearest_in_pixels(unseen, seen, families)
         self.threshold = float(np.percentile(near.distance, 1))
 
-    def __call__(self, pipeline: PokeDiffPipeline, size: int) -> dict[str, float]:
+    def __call__(self, pipeline: PokeDiffPipeline, sampling: Sampling) -> dict[str, float]:
         """{"kernel_distance" (times 1000, with features only), "color_adherence", "copy_ratio"}; shares 0 to 1."""
-        sampling = Sampling(size=size)
         drawn = pipeline.generate(self.captions, range(len(self.captions)), sampling)
         colored = pipeline.generate([row.prompt for row in self.colored], range(len(self.colored)), sampling)
         near = copies.nearest_in_pixels(drawn, self.known, self.families)
