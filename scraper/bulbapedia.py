@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
 
 from bs4 import BeautifulSoup, Tag
@@ -86,32 +87,16 @@ def missing_numbers(entries: list[Entry]) -> list[int]:
 def _grid(table: Tag) -> list[list[Tag | None]]:
     """The rows of a table, with a cell repeated in each row and column that it spans, without nested tables."""
     rows = [row for row in table.find_all("tr") if row.find_parent("table") is table]
-    spanning: dict[int, tuple[int, Tag]] = {}  # column: rows still to fill, cell
-    grid: list[list[Tag | None]] = []
-    for row in rows:
-        line: list[Tag | None] = []
-        cells = iter(row.find_all(["td", "th"], recursive=False))
-        while True:
-            column = len(line)
-            if column in spanning:
-                left, cell = spanning.pop(column)
-                if left > 1:
-                    spanning[column] = (left - 1, cell)
-                line.append(cell)
-                continue
-            following = next(cells, None)
-            if following is None:
-                if any(later > column for later in spanning):
-                    line.append(None)
-                    continue
-                break
-            width, height = _span(following, "colspan"), _span(following, "rowspan")
-            for offset in range(width):
-                line.append(following)
-                if height > 1:
-                    spanning[column + offset] = (height - 1, following)
-        grid.append(line)
-    return grid
+    cells: dict[tuple[int, int], Tag] = {}
+    for y, row in enumerate(rows):
+        x = 0
+        for cell in row.find_all(["td", "th"], recursive=False):
+            while (y, x) in cells:
+                x += 1
+            spanned = product(range(_span(cell, "rowspan")), range(_span(cell, "colspan")))
+            cells.update({(y + down, x + right): cell for down, right in spanned})
+    width = max((x + 1 for _, x in cells), default=0)
+    return [[cells.get((y, x)) for x in range(width)] for y in range(len(rows))]
 
 
 def _span(cell: Tag, name: str) -> int:
@@ -132,7 +117,7 @@ def _header(rows: list[list[Tag | None]]) -> tuple[int, dict[str, list[int]]]:
 
 def _entry(row: list[Tag | None], columns: dict[str, list[int]], page_url: str) -> Entry | None:
     def cells(kind: str) -> list[Tag]:
-        found = [row[i] for i in columns[kind] if i < len(row)]
+        found = [row[i] for i in columns[kind]]
         return [cell for i, cell in enumerate(found) if cell is not None and cell not in found[:i]]
 
     number = next((m for cell in cells("number") if (m := re.search(r"\d{3,4}", _text(cell)))), None)
@@ -165,11 +150,10 @@ def _image_urls(image: Tag, page_url: str) -> tuple[str, ...]:
         address, _, density = candidate.strip().partition(" ")
         size = re.fullmatch(r"([\d.]+)[xw]", density.strip())
         sources.append((float(size[1]) if size else 1.0, address))
-    sources = [(size, _absolute(page_url, address)) for size, address in sources if address]
-    sources = [(size, address) for size, address in sources if address]
-    if not sources:
+    found = [(size, url) for size, address in sources if address and (url := _absolute(page_url, address))]
+    if not found:
         return ()
-    largest = max(sources)[1]
+    largest = max(found)[1]
     return tuple(dict.fromkeys((original_url(largest), largest)))
 
 
@@ -194,23 +178,22 @@ def original_url(url: str) -> str:
 def parse_species(html: str | bytes) -> Species:
     """Category, first paragraph of Biology, and evolution line; None or empty if missing."""
     soup = BeautifulSoup(html, "html.parser")
-    category = next((_text(a) for a in soup.find_all("a", href=True) if _title(a) == "Pokémon_category"), None)
+    category = next(
+        (_text(a) for a in soup.find_all("a", href=True) if page_title(str(a["href"])) == "Pokémon_category"), None
+    )
     paragraphs = (node for node in _section(soup, "Biology") if node.name == "p")
     biology = next((text for p in paragraphs if len(text := _prose(p)) >= 40), None)
     links = (a for node in _section(soup, "Evolution") for a in node.find_all("a", href=True))
-    relatives = dict.fromkeys(title for a in links if (title := _title(a)).endswith("_(Pokémon)"))
+    relatives = dict.fromkeys(title for a in links if (title := page_title(str(a["href"]))).endswith("_(Pokémon)"))
     return Species(category, biology, tuple(relatives))
 
 
 def _section(soup: BeautifulSoup, heading_id: str) -> Iterator[Tag]:
     """The elements between a heading and the next heading of any level."""
-    mark = soup.find(id=heading_id)
-    heading = (
-        mark
-        if isinstance(mark, Tag) and re.fullmatch(r"h[1-6]", mark.name)
-        else mark and mark.find_parent(re.compile(r"h[1-6]"))
-    )
-    if not isinstance(heading, Tag):
+    heading = soup.select_one(f"#{heading_id}")
+    if heading is not None and heading.name == "span":  # older MediaWiki
+        heading = heading.parent
+    if heading is None:
         return
     wrapper = heading.find_parent("div", class_="mw-heading") or heading  # newer MediaWiki
     for node in wrapper.find_next_siblings():
@@ -225,15 +208,9 @@ def _prose(paragraph: Tag) -> str:
     return " ".join(text.split())
 
 
-def _title(link: Tag) -> str:
-    """ "Ivysaur_(Pokémon)" of a link to "/wiki/Ivysaur_(Pok%C3%A9mon)#x"."""
-    return page_title(str(link["href"]))
-
-
 def page_title(url: str) -> str:
-    """The wiki title in an address, decoded, or ""."""
-    path = unquote(urlsplit(url).path)
-    return path.partition("/wiki/")[2]
+    """The wiki title in an address, decoded, or "": "Ivysaur_(Pokémon)" in "/wiki/Ivysaur_(Pok%C3%A9mon)#x"."""
+    return unquote(urlsplit(url).path).partition("/wiki/")[2]
 
 
 def _text(cell: Tag) -> str:

@@ -6,7 +6,6 @@ import random
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from urllib.parse import urljoin, urlsplit
 
 import requests
@@ -35,12 +34,6 @@ class StopRun(Exception):
     """The server refuses further requests, for the reason in the message: stop, keep everything, try again later."""
 
 
-@dataclass(frozen=True)
-class Answer:
-    url: str  # after redirects
-    body: bytes
-
-
 class PoliteClient:
     """GET requests to a few named hosts, strictly one after the other.
 
@@ -66,39 +59,28 @@ class PoliteClient:
         self.last_request: dict[str, float] = {}
         self.requests = 0
 
-    def get(self, url: str, max_bytes: int, expect: str = "") -> Answer:
-        """The body of an address.
+    def get(self, url: str, max_bytes: int, expect: str = "") -> bytes:
+        """The body of an address, after up to ATTEMPTS attempts with exponential backoff and jitter.
 
         Args:
             max_bytes: a longer body is an error.
             expect: prefix of the content type, such as "image/"; any other is a failed attempt.
 
         Raises:
-            NotThere: 404 or 410. FetchError: any other error of this address, after ATTEMPTS attempts if another one
-            can help. StopRun: a challenge page, or a demanded pause longer than LONGEST_PAUSE_S.
+            NotThere: 404 or 410. FetchError: any other error of this address. StopRun: a challenge page, or a demanded
+            pause longer than LONGEST_PAUSE_S.
         """
-        if not self._robots_of(url).can_fetch(url, self.user_agent):
-            raise FetchError("robots.txt disallows it")
-        return self._try(url, max_bytes, expect)
-
-    def _try(self, url: str, max_bytes: int, expect: str) -> Answer:
-        """Attempts with exponential backoff and jitter. Raises FetchError with the reason of the last one."""
         challenges = 0
         for attempt in range(ATTEMPTS):
             pause = min(BACKOFF_CAP_S, BACKOFF_S * 2**attempt) * random.uniform(0.5, 1.5)
             try:
                 return self._follow(url, max_bytes, expect)
-            except _MaybeChallenge as error:
-                challenges += 1
-                if challenges > CHALLENGE_RETRIES:
-                    raise StopRun(str(error)) from None
-                reason = str(error)
             except _Retry as error:
                 reason = str(error)
-                if error.retry_after is not None:
-                    pause = error.retry_after
-                    if pause > LONGEST_PAUSE_S:
-                        raise StopRun(f"{urlsplit(url).netloc} demands a pause of {pause:.0f} s") from None
+                challenges += error.is_challenge
+                if challenges > CHALLENGE_RETRIES:
+                    raise StopRun(reason) from None
+                pause = pause if error.pause is None else error.pause
             except requests.RequestException as error:
                 reason = f"connection: {type(error).__name__}"
             except ValueError as error:  # an address or header that requests does not check
@@ -107,10 +89,9 @@ class PoliteClient:
                 self.sleep(pause)
         raise FetchError(f"{reason} ({ATTEMPTS} attempts)")
 
-    def _follow(self, url: str, max_bytes: int, expect: str) -> Answer:
+    def _follow(self, url: str, max_bytes: int, expect: str) -> bytes:
         """One attempt, with redirects to allowed hosts."""
         for _ in range(REDIRECTS + 1):
-            self._check_host(url)
             if not self._robots_of(url).can_fetch(url, self.user_agent):
                 raise FetchError(f"robots.txt disallows {url}")
             self._wait_turn(url)
@@ -118,10 +99,10 @@ class PoliteClient:
                 if response.is_redirect:
                     url = urljoin(url, response.headers["Location"])
                     continue
-                return self._read(response, url, max_bytes, expect)
+                return self._read(response, urlsplit(url).netloc, max_bytes, expect)
         raise FetchError(f"more than {REDIRECTS} redirects")
 
-    def _read(self, response: requests.Response, url: str, max_bytes: int, expect: str) -> Answer:
+    def _read(self, response: requests.Response, host: str, max_bytes: int, expect: str) -> bytes:
         """The whole body of a response, or the exception that its status means."""
         kind = response.headers.get("Content-Type", "")
         body = bytearray()
@@ -131,21 +112,23 @@ class PoliteClient:
                 raise FetchError(f"longer than {max_bytes:,} bytes")
 
         status = response.status_code
+        challenge = f"{host} demands a challenge (status {status})"
         if response.headers.get("cf-mitigated") == "challenge":
-            raise StopRun(f"{urlsplit(url).netloc} demands a challenge (status {status})")
+            raise StopRun(challenge)
         if status in (404, 410):
             raise NotThere(f"status {status}")
-        if status != 200 and is_challenge(body):
-            raise StopRun(f"{urlsplit(url).netloc} demands a challenge (status {status})")
+        if is_challenge(body):
+            raise _Retry(challenge, is_challenge=True) if status == 200 else StopRun(challenge)
         if status == 429 or status >= 500:
-            raise _Retry(f"status {status}", _retry_after(response))
+            pause = _retry_after(response)
+            if pause is not None and pause > LONGEST_PAUSE_S:
+                raise StopRun(f"{host} demands a pause of {pause:.0f} s")
+            raise _Retry(f"status {status}", pause)
         if status != 200:
             raise FetchError(f"status {status}")
-        if is_challenge(body):
-            raise _MaybeChallenge(f"{urlsplit(url).netloc} demands a challenge (status 200)")
         if not kind.startswith(expect):
             raise _Retry(f"content type {kind or 'missing'}, expected {expect}")
-        return Answer(url, bytes(body))
+        return bytes(body)
 
     # ------------------------------------------------------------------------------------------------- manners
 
@@ -156,8 +139,8 @@ class PoliteClient:
             parts = urlsplit(url)
             self.robots[host] = Protego.parse("")  # for the request of robots.txt itself, and without one
             try:
-                answer = self._try(f"{parts.scheme}://{host}/robots.txt", 1 << 19, "")
-                self.robots[host] = Protego.parse(answer.body.decode("utf-8-sig", errors="replace"))
+                rules = self.get(f"{parts.scheme}://{host}/robots.txt", 1 << 19)
+                self.robots[host] = Protego.parse(rules.decode("utf-8-sig", errors="replace"))
             except NotThere:
                 pass
             except FetchError as error:
@@ -185,15 +168,11 @@ class PoliteClient:
 
 
 class _Retry(Exception):
-    """An attempt failed; another one may succeed."""
+    """An attempt failed; another one may succeed, after a pause that the server demands (s)."""
 
-    def __init__(self, reason: str, retry_after: float | None = None) -> None:
+    def __init__(self, reason: str, pause: float | None = None, is_challenge: bool = False) -> None:
         super().__init__(reason)
-        self.retry_after = retry_after
-
-
-class _MaybeChallenge(Exception):
-    """A challenge page with status 200."""
+        self.pause, self.is_challenge = pause, is_challenge
 
 
 def is_challenge(body: bytes | bytearray) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -23,10 +23,10 @@ from pokediff.errors import PokediffError, one_line_errors
 from . import bulbapedia
 from .bulbapedia import Entry, page_title
 from .client import FetchError, NotThere, PoliteClient, StopRun
-from .journal import Failure, Journal, image_name, save, write_failures
+from .journal import Failure, Journal, save, write_failures
 
 BASE_URL = "https://bulbapedia.bulbagarden.net"
-MAX_PAGE_BYTES, MAX_IMAGE_BYTES = 20_000_000, 20_000_000
+MAX_BYTES = 20_000_000  # of a page or picture
 LIST_FRESH_S = 7 * 24 * 3600  # a resumed run does not request the list again within a week
 SAVE_EVERY = 100  # pictures between two writings of metadata.jsonl
 DOWNLOADS = 3  # attempts at a picture that arrives corrupt
@@ -67,18 +67,10 @@ class Summary:
 
     entries: int
     stored: int
-    failures: tuple[Failure, ...]
+    failures: list[Failure]
     requests: int
     seconds: float
     stopped: str | None  # why the server refused further requests
-
-    @property
-    def pictures_gone(self) -> int:
-        return sum(failure.gone and failure.file_name != "" for failure in self.failures)
-
-    @property
-    def pages_gone(self) -> int:
-        return sum(failure.gone and failure.file_name == "" for failure in self.failures)
 
     @property
     def failed(self) -> int:
@@ -103,44 +95,36 @@ def run(options: ScrapeOptions) -> int:
     return 0 if summary.stopped is None and summary.failed == 0 else 1
 
 
-def scrape(options: ScrapeOptions, client: PoliteClient | None = None) -> Summary:
+def scrape(options: ScrapeOptions) -> Summary:
     """Fetch list, pages and pictures. Raises PageChanged when the list page is no longer a list."""
-    out = options.out
+    out, client, started = options.out, make_client(options), time.monotonic()
     (out / "images").mkdir(parents=True, exist_ok=True)
     (out / ".scrape").mkdir(exist_ok=True)
-    client = client or make_client(options)
     journal = Journal(out)
     failures: list[Failure] = []
-    stored: set[str] = set()
     wanted: dict[str, Entry] = {}
-    stopped, started = None, time.monotonic()
+    stopped = None
     try:
         everything = read_list(options, client)
         print_found(everything)
-        stems = unique_stems(everything)  # of the whole list: file names must not depend on the options
-        wanted = select(stems, options)
+        entries = by_file_name(everything)  # of the whole list: file names must not depend on the options
+        wanted = select(entries, options)
         try:
             if options.pages:
-                for failure in read_pages(wanted.values(), client, journal):
+                read_pages(wanted.values(), client, journal, failures)
+            todo = [name for name in wanted if name not in journal.images]
+            for number, name in enumerate(tqdm(todo, desc="pictures", unit="picture"), 1):
+                if failure := fetch_image(out, name, wanted[name], client, journal):
                     failures.append(failure)
-            for number, outcome in enumerate(fetch_images(out, wanted, client, journal), 1):
-                if outcome is not None:
-                    failures.append(outcome)
                 if number % SAVE_EVERY == 0:
-                    save(out, stems, journal)
+                    save(out, entries, journal)
         finally:  # metadata.jsonl lists all stored pictures however the run ends
-            stored = save(out, stems, journal)
+            save(out, entries, journal)
             write_failures(out, failures, journal)
     except StopRun as stop:
         stopped = str(stop)
-    return Summary(
-        entries=len(wanted),
-        stored=len(stored & wanted.keys()),
-        failures=tuple(failures),
-        requests=client.requests,
-        seconds=time.monotonic() - started,
-        stopped=stopped,
-    )
+    stored = len(wanted.keys() & journal.images.keys())
+    return Summary(len(wanted), stored, failures, client.requests, time.monotonic() - started, stopped)
 
 
 def make_client(options: ScrapeOptions) -> PoliteClient:
@@ -162,7 +146,7 @@ def read_list(options: ScrapeOptions, client: PoliteClient) -> list[Entry]:
     if kept.exists() and not options.refresh and time.time() - kept.stat().st_mtime < LIST_FRESH_S:
         return bulbapedia.parse_list(kept.read_bytes(), url)
     try:
-        body = client.get(url, MAX_PAGE_BYTES, "text/html").body
+        body = client.get(url, MAX_BYTES, "text/html")
     except FetchError as error:
         raise StopRun(f"the list {url} cannot be read: {error}") from None
     entries = bulbapedia.parse_list(body, url)  # raises for a page that is no list, which is not kept
@@ -170,33 +154,24 @@ def read_list(options: ScrapeOptions, client: PoliteClient) -> list[Entry]:
     return entries
 
 
-def select(stems: Mapping[str, Entry], options: ScrapeOptions) -> dict[str, Entry]:
-    """The entries that the options ask for: without forms, the first entry of every number."""
-    species = {entry.dex: entry for entry in reversed(list(stems.values()))}
-    wanted = {stem: entry for stem, entry in stems.items() if options.forms or entry is species[entry.dex]}
+def select(entries: Mapping[str, Entry], options: ScrapeOptions) -> dict[str, Entry]:
+    """The entries to fetch: the first `limit`; without forms, the first entry of every number."""
+    species = {entry.dex: entry for entry in reversed(list(entries.values()))}
+    wanted = {name: entry for name, entry in entries.items() if options.forms or entry is species[entry.dex]}
     return dict(list(wanted.items())[: options.limit])
 
 
-def read_pages(entries: Iterable[Entry], client: PoliteClient, journal: Journal) -> Iterator[Failure]:
-    """Read every species' own page into the journal; yields the failures."""
+def read_pages(entries: Iterable[Entry], client: PoliteClient, journal: Journal, failures: list[Failure]) -> None:
+    """Read every species' own page into the journal; adds to `failures`."""
     pages = {page_title(entry.page_url): entry.page_url for entry in entries}
     todo = [(title, url) for title, url in pages.items() if title not in journal.pages]
     for title, url in tqdm(todo, desc="pages", unit="page"):
         try:
-            answer = client.get(url, MAX_PAGE_BYTES, "text/html")
+            body = client.get(url, MAX_BYTES, "text/html")
         except FetchError as error:
-            yield Failure(url, str(error), isinstance(error, NotThere))
+            failures.append(Failure(url, str(error), isinstance(error, NotThere)))
         else:
-            journal.add_page(title, bulbapedia.parse_species(answer.body))
-
-
-def fetch_images(
-    out: Path, entries: Mapping[str, Entry], client: PoliteClient, journal: Journal
-) -> Iterator[Failure | None]:
-    """Store every picture that is missing; yields None for each that was stored, else its failure."""
-    todo = [(image_name(stem), entry) for stem, entry in entries.items() if image_name(stem) not in journal.images]
-    for file_name, entry in tqdm(todo, desc="pictures", unit="picture"):
-        yield fetch_image(out, file_name, entry, client, journal)
+            journal.add_page(title, bulbapedia.parse_species(body))
 
 
 def fetch_image(out: Path, file_name: str, entry: Entry, client: PoliteClient, journal: Journal) -> Failure | None:
@@ -220,7 +195,7 @@ def download_image(client: PoliteClient, url: str) -> tuple[bytes, tuple[str, ..
     """One picture as an RGBA PNG, and its main colours. Raises FetchError when it is corrupt DOWNLOADS times."""
     problem = ""
     for _ in range(DOWNLOADS):
-        body = client.get(url, MAX_IMAGE_BYTES, "image/").body
+        body = client.get(url, MAX_BYTES, "image/")
         try:
             rgba = read_image(body)
         except BadImage as error:
@@ -230,15 +205,16 @@ def download_image(client: PoliteClient, url: str) -> tuple[bytes, tuple[str, ..
     raise FetchError(problem)
 
 
-def unique_stems(entries: Iterable[Entry]) -> dict[str, Entry]:
-    """A file name for each entry's picture; equal names are numbered in the order of the list."""
-    stems: dict[str, Entry] = {}
+def by_file_name(entries: Iterable[Entry]) -> dict[str, Entry]:
+    """{"images/0019-rattata-alola.png": entry}; equal names are numbered in the order of the list."""
+    named: dict[str, Entry] = {}
     for entry in entries:
-        stem, number = bulbapedia.file_stem(entry), 2
-        while stem in stems:
-            stem, number = f"{bulbapedia.file_stem(entry)}-{number}", number + 1
-        stems[stem] = entry
-    return stems
+        stem = f"images/{bulbapedia.file_stem(entry)}"
+        name, number = f"{stem}.png", 2
+        while name in named:
+            name, number = f"{stem}-{number}.png", number + 1
+        named[name] = entry
+    return named
 
 
 # ---------------------------------------------------------------------------------------------------------- output
@@ -252,12 +228,16 @@ def print_found(entries: Sequence[Entry]) -> None:
 
 
 def print_summary(summary: Summary, out: Path) -> None:
-    pages = f" and {summary.pages_gone} pages" if summary.pages_gone else ""
-    print(
-        f"{summary.stored} of {summary.entries} pictures in {out}; {summary.pictures_gone} pictures{pages} are not on "
-        f"the server, {summary.failed} failed (reasons in failures.jsonl); {summary.requests} requests in "
-        f"{summary.seconds:.0f} s"
-    )
+    gone = {
+        kind: sum(failure.gone and bool(failure.file_name) == (kind == "pictures") for failure in summary.failures)
+        for kind in ("pictures", "pages")
+    }
+    parts = [f"{summary.stored} of {summary.entries} pictures in {out}"]
+    if any(gone.values()):
+        parts.append(f"not on the server: {', '.join(f'{n} {kind}' for kind, n in gone.items() if n)}")
+    if summary.failed:
+        parts.append(f"{summary.failed} failed (reasons in failures.jsonl)")
+    print("; ".join([*parts, f"{summary.requests} requests in {summary.seconds:.0f} s"]))
     if summary.stopped:
         print(
             f"stopped: {summary.stopped}. Everything so far is kept. Wait some hours, better a day, then run the same "

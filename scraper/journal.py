@@ -93,38 +93,34 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def image_name(stem: str) -> str:
-    return f"images/{stem}.png"
-
-
-def save(out: Path, entries: Mapping[str, Entry], journal: Journal) -> set[str]:
-    """Write metadata.jsonl, in the order of the list. Returns the stems of the stored pictures."""
+def save(out: Path, entries: Mapping[str, Entry], journal: Journal) -> None:
+    """Write metadata.jsonl: the stored pictures of `entries` (by file name), in the order of the list."""
     families = evolution_families(entries.values(), journal)
-    records: dict[str, Record] = {}
-    for stem, entry in entries.items():
-        image = journal.images.get(image_name(stem))
-        if image is None:
+    records = []
+    for file_name, entry in entries.items():
+        if (image := journal.images.get(file_name)) is None:
             continue
         page = journal.pages.get(page_title(entry.page_url), {})
-        records[stem] = Record(
-            file_name=image["file_name"],
-            name=entry.name,
-            dex=entry.dex,
-            form=entry.form or None,
-            family=families.get(entry.dex),
-            style="artwork",
-            types=entry.types,
-            colors=tuple(image["colors"]),
-            genus=page.get("category"),
-            descriptions=(page["biology"],) if page.get("biology") else (),
-            source_url=image["source_url"],
-            page_url=entry.page_url,
-            license=LICENSE,
-            sha256=image["sha256"],
-            retrieved_at=image["retrieved_at"],
+        records.append(
+            Record(
+                file_name=file_name,
+                name=entry.name,
+                dex=entry.dex,
+                form=entry.form or None,
+                family=families.get(entry.dex),
+                style="artwork",
+                types=entry.types,
+                colors=tuple(image["colors"]),
+                genus=page.get("category"),
+                descriptions=(page["biology"],) if page.get("biology") else (),
+                source_url=image["source_url"],
+                page_url=entry.page_url,
+                license=LICENSE,
+                sha256=image["sha256"],
+                retrieved_at=image["retrieved_at"],
+            )
         )
-    write_records(out, records.values(), [captions_of(record)[0] for record in records.values()])
-    return set(records)
+    write_records(out, records, [captions_of(record)[0] for record in records])
 
 
 def write_failures(out: Path, failures: Iterable[Failure], journal: Journal) -> None:
