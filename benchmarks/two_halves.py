@@ -1,9 +1,9 @@
-"""Do two models that saw different creatures draw the same picture from the same noise?
+"""Do two models trained on different creatures draw the same picture from the same noise?
 
     python benchmarks/two_halves.py split --data DATA --out FOLDER
     python benchmarks/two_halves.py compare CHECKPOINT_A CHECKPOINT_B --prompts-file prompts.txt
 
-`split` writes FOLDER/a and FOLDER/b: the training families parted at random, the validation and test families in both.
+`split` writes FOLDER/a and FOLDER/b: half of the training families each, all validation and test families in both.
 Train one model on each with the same configuration. `compare` prints the distance of their pictures at equal seeds over
 that at different seeds: 1 is no agreement, 0 the same picture (Kadkhodaie et al., "Generalization in diffusion models
 arises from geometry-adaptive harmonic representations", 2024).
@@ -22,10 +22,10 @@ import numpy as np
 from pokediff import PokeDiffPipeline
 from pokediff.config import SampleConfig
 from pokediff.data.records import read_records, split_of, write_records
-from pokediff.drawing.sample import read_prompts
+from pokediff.drawing.jobs import read_prompts
 from pokediff.errors import one_line_errors
 from pokediff.evaluation.distances import mean_estimate
-from pokediff.evaluation.prompts import picture_distance
+from pokediff.evaluation.looks import picture_distance
 from pokediff.model.pipeline import quiet
 
 
@@ -65,7 +65,7 @@ def main() -> None:
     one.add_argument("--seed", type=int, default=0)
     two = verbs.add_parser("compare")
     two.add_argument("checkpoints", nargs=2)
-    two.add_argument("--prompts-file", default="prompts.txt")
+    two.add_argument("--prompts-file", required=True, help="a text file, one prompt a line")
     two.add_argument("--seeds", type=int, default=8, help="pictures of each prompt")
     args = parser.parse_args()
     with one_line_errors():
