@@ -85,11 +85,15 @@ def test_a_table_of_a_spreadsheet(tmp_path):
     assert lines == ["captions: 2 of 3, from metadata.csv; measured colours are used for the rest"]
 
 
-def test_a_path_of_windows_and_a_path_with_a_dot(tmp_path):
+def test_paths_of_windows_paths_with_a_dot_and_captions_of_several_lines(tmp_path):
     draw(tmp_path, "images/a.png", "b.png")
-    (tmp_path / "metadata.csv").write_text("file_name,text\nimages\\a.png,x\n./b.png,y\n")
+    text = 'file_name,text\nimages\\a.png,"two\nlines"\n./b.png,of\u2028text\n'  # Unicode's own line separator
+    (tmp_path / "metadata.csv").write_text(text, encoding="utf-8")
     records, lines = read(tmp_path)
-    assert list(records) == ["images/a.png", "b.png"]
+    assert [(name, *record.captions) for name, record in records.items()] == [
+        ("images/a.png", "two\nlines"),
+        ("b.png", "of\u2028text"),
+    ]
     assert lines == ["captions: 2 of 2, from metadata.csv"]
 
 

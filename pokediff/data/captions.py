@@ -19,7 +19,7 @@ from pokediff.data.records import Record
 
 CAPTIONS_PER_PICTURE = 12
 
-# The name of a style in a data set, and its words in a prompt. Any other style is prompted by its own name.
+# The name of a style in a data set, and its words in a prompt. Any other style is called by its own name.
 STYLES = {
     "artwork": "official artwork",
     "artwork-alt": "official artwork",
@@ -113,7 +113,7 @@ def captions_of(record: Record, colors: Sequence[str] = ()) -> tuple[str, ...]:
 
 def _species_captions(record: Record, colors: Sequence[str]) -> list[str]:
     """From style, colours, shape, types, genus and descriptions, without the name."""
-    style = STYLES.get(record.style, record.style.replace("-", " ")) if record.style else ""
+    style = _style(record)
     shapes = SHAPES.get(record.shape, (record.shape.replace("-", " "),)) if record.shape else ()
     types = [kind.lower() for kind in record.types]
     genus = re.sub(r"\s*pok[ée]mon$", "", record.genus or "", flags=re.IGNORECASE).lower()
@@ -142,19 +142,18 @@ def _species_captions(record: Record, colors: Sequence[str]) -> list[str]:
 def _thing_captions(record: Record, colors: Sequence[str]) -> list[str]:
     """From style, colours, name, genus, kind and keywords: "flat emoji of a brown cow", "a cow", "a brown animal"."""
     rng = random.Random(record.file_name)
-    style = STYLES.get(record.style, record.style.replace("-", " ")) if record.style else ""
+    style = _style(record)
     subject, genus, keywords = _subject(record), _genus(record), _keywords(record)
     noun = record.kind or NOUNS[0]
     thing = subject or genus or noun
-    told = [color for color in colors if color not in re.findall(r"\w+", thing)]  # not "a black black cat"
-    one, two = " ".join(told[:1]), " and ".join(told)
+    new = [color for color in colors if color not in re.findall(r"\w+", thing)]  # not "a black black cat"
+    one, two = " ".join(new[:1]), " and ".join(new)
 
     def of(what: str, color: str = "", style_first: bool = True) -> str:
-        what = with_article(f"{color} {what}".strip())
-        return _with_style(what, style, style_first)
+        return _with_style(with_article(f"{color} {what}".strip()), style, style_first)
 
     made = [of(thing), with_article(thing), of(thing, one), of(thing, one, style_first=False), of(noun, one)]
-    if len(told) > 1:
+    if len(new) > 1:
         made.append(of(thing, two))
     if one:
         made.append(with_article(f"{one} {thing}"))
@@ -166,6 +165,12 @@ def _thing_captions(record: Record, colors: Sequence[str]) -> list[str]:
         made.append(f"{of(thing)}, {', '.join(rng.sample(keywords, min(2, len(keywords))))}")
         made.append(f"{of(thing, one)}, {rng.choice(keywords)}")
     return made
+
+
+def _style(record: Record) -> str:
+    """The words of the style in a prompt."""
+    style = record.style or ""
+    return STYLES.get(style, style.replace("-", " "))
 
 
 def _subject(record: Record) -> str:
@@ -197,9 +202,10 @@ def _keywords(record: Record) -> list[str]:
         if ":" in text:
             pairs = (part.partition(":")[::2] for part in parts)
             parts = [
-                f"{value.strip()} {key}" if key == "hair" else value.strip() for key, value in pairs if key in FEATURES
+                f"{value.strip()} {key}" if key == "hair" else value.strip()
+                for key, value in pairs
+                if key in FEATURES and not re.search(r"\d", value)  # "long09" is a name of its source
             ]
-            parts = [part for part in parts if not re.search(r"\d", part)]  # "long09" is a name of its source
         elif re.search(r"[.!?]", text) or (len(parts) == 1 and len(text.split()) > 2):
             continue
         found += [part for part in parts if part and len(part.split()) <= 3]

@@ -106,8 +106,7 @@ def fit_square(rgba: np.ndarray, size: int) -> np.ndarray:
     height, width = pixels.shape[:2]
     side = max(height, width)
     if side < size and is_pixel_art(rgba):
-        pixels = pixels.repeat(size // side, axis=0).repeat(size // side, axis=1)
-        return _pad_square(pixels, size)
+        return _pad_square(enlarge(pixels, size // side), size)
     pixels = _pad_square(pixels, side)
     if side != size:
         method = cv2.INTER_AREA if side > size else cv2.INTER_CUBIC
@@ -120,9 +119,7 @@ def fit_square(rgba: np.ndarray, size: int) -> np.ndarray:
 def _pad_square(pixels: np.ndarray, side: int) -> np.ndarray:
     height, width = pixels.shape[:2]
     top, left = (side - height) // 2, (side - width) // 2
-    square = np.zeros((side, side, 4), np.uint8)
-    square[top : top + height, left : left + width] = pixels
-    return square
+    return np.pad(pixels, ((top, side - height - top), (left, side - width - left), (0, 0)))
 
 
 def enlarge(rgba: np.ndarray, factor: int) -> np.ndarray:

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
+from io import StringIO
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -52,12 +53,14 @@ KOHYA_FOLDER = re.compile(r"\d+_(?=.*[^\W\d])")  # "10_sks dog": seen ten times 
 PARQUET_ROW = re.compile(r"(.+\.parquet)#(\d+)", re.IGNORECASE)
 ROW_GROUPS_IN_MEMORY = 4
 
+Row = tuple[str, dict[str, Any]]  # its place for error messages, and its columns
+
 
 @dataclass(frozen=True)
 class Listing:
     """The rows of a folder, before validation."""
 
-    rows: tuple[tuple[str, dict[str, Any]], ...]  # (where for error messages, columns with file_name)
+    rows: tuple[Row, ...]
     source: str  # where the captions come from, "" when there are none
     notes: tuple[str, ...]  # what was found and not read
 
@@ -81,7 +84,7 @@ def read_listing(folder: Path) -> Listing:
     if not tables:
         rows, source = _rows_of_pictures(folder, files, pictures)
         return Listing(_with_splits(rows), source, tuple(_unread(files, (), source)))
-    rows = [(where, _placed(row, file)) for file in tables for where, row in _read_table(folder, file)]
+    rows = [row for file in tables for row in _read_table(folder, file)]
     source = _names(tables)
     left = len({file.as_posix() for file in pictures} - {row.get("file_name") for _, row in rows})
     notes = [f"not used: {left} picture{'s' * (left > 1)} not in {source}"] if left else []
@@ -137,15 +140,7 @@ def _metadata_files(files: Sequence[PurePosixPath]) -> list[PurePosixPath]:
     return [top] if top else sorted(found.values())
 
 
-def _placed(row: dict[str, Any], table: PurePosixPath) -> dict[str, Any]:
-    """file_name is relative to the metadata file; make it relative to the data set's folder, with forward slashes."""
-    name = row.get("file_name")
-    if not isinstance(name, str) or PARQUET_ROW.fullmatch(name):
-        return row
-    return {**row, "file_name": (table.parent / name.replace("\\", "/")).as_posix()}
-
-
-def _with_splits(rows: Sequence[tuple[str, dict[str, Any]]]) -> tuple[tuple[str, dict[str, Any]], ...]:
+def _with_splits(rows: Sequence[Row]) -> tuple[Row, ...]:
     """Give rows below train/, validation/ and test/ their split. Without validation, train is split like other data."""
     of_row = [_split_of_path(str(row.get("file_name"))) for _, row in rows]
     if "validation" not in of_row:
@@ -192,7 +187,7 @@ def _names(files: Sequence[PurePosixPath]) -> str:
 
 def _rows_of_pictures(
     folder: Path, files: Sequence[PurePosixPath], pictures: Sequence[PurePosixPath]
-) -> tuple[list[tuple[str, dict[str, Any]]], str]:
+) -> tuple[list[Row], str]:
     """A row for every picture: captions from the text file beside it, else the words of its class folder."""
     texts = {str(file).lower(): file for file in files if file.suffix.lower() in SIDECARS}
     classes = _class_words(pictures)
@@ -242,46 +237,42 @@ def _class_words(pictures: Sequence[PurePosixPath]) -> dict[PurePosixPath, str]:
 # ---------------------------------------------------------------------------------------------------------- tables
 
 
-def _read_table(folder: Path, file: PurePosixPath) -> Iterator[tuple[str, dict[str, Any]]]:
-    path = folder / file
-    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".json": _read_json}
-    if path.suffix.lower() == ".parquet":
-        yield from _read_parquet(path, file.as_posix())
-    else:
-        yield from readers[path.suffix.lower()](path)
+def _read_table(folder: Path, file: PurePosixPath) -> Iterator[Row]:
+    """Rows whose file_name is relative to `folder`, with forward slashes; in the file, it is relative to the file."""
+    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".json": _read_json, ".parquet": _read_parquet}
+    for where, row in readers[file.suffix.lower()](folder / file):
+        if not isinstance(row, dict):
+            raise PokediffError(f"{where}: a row must be a JSON object")
+        if isinstance(name := row.get("file_name"), str):
+            row["file_name"] = (file.parent / name.replace("\\", "/")).as_posix()
+        yield where, row
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_jsonl(path: Path) -> Iterator[Row]:
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
-            yield f"{path}:{number}", _json_object(line, f"{path}:{number}")
+            yield f"{path}:{number}", _json(line, path, number)
 
 
-def _json_object(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise PokediffError(f"{where}: not JSON ({error.msg})") from None
-    if not isinstance(row, dict):
-        raise PokediffError(f"{where}: a row must be a JSON object")
-    return row
-
-
-def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        rows = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise PokediffError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+def _read_json(path: Path) -> Iterator[Row]:
+    rows = _json(read_text(path), path)
+    if not isinstance(rows, list):
         raise PokediffError(f"{path}: must be a list of objects, each with a file_name")
     yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, 1))
 
 
-def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    lines = read_text(path).splitlines(keepends=True)
-    header = lines[0] if lines else ""
+def _json(text: str, path: Path, first_line: int = 1) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise PokediffError(f"{path}:{first_line + error.lineno - 1}: not JSON ({error.msg})") from None
+
+
+def _read_csv(path: Path) -> Iterator[Row]:
+    text = read_text(path)
+    header = text.partition("\n")[0]
     delimiter = max(",;\t", key=header.count)  # spreadsheets of some countries write semicolons
-    table = csv.DictReader(lines, delimiter=delimiter)
+    table = csv.DictReader(StringIO(text), delimiter=delimiter)
     if "file_name" not in [str(name).strip().lower() for name in table.fieldnames or ()]:
         raise PokediffError(f"{path}:1: the header must have a column file_name")
     for row in table:
@@ -291,7 +282,7 @@ def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, {key.strip().lower(): value.strip() for key, value in row.items() if value and value.strip()}
 
 
-def _read_parquet(path: Path, file_name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_parquet(path: Path) -> Iterator[Row]:
     """Rows of a parquet file. Where it has a column of pictures, file_name is the file and the row's number."""
     file = _parquet(path)
     image = _image_name(file)
@@ -299,7 +290,7 @@ def _read_parquet(path: Path, file_name: str) -> Iterator[tuple[str, dict[str, A
     number = 0
     for batch in file.iter_batches(columns=columns):
         for row in batch.to_pylist():
-            place = {"file_name": f"{file_name}#{number}"} if image else {}
+            place = {"file_name": f"{path.name}#{number}"} if image else {}
             yield f"{path}: row {number}", {**row, **place}
             number += 1
 
