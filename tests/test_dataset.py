@@ -32,10 +32,16 @@ def pictures(data):
     return load_pictures(data, 40)
 
 
-def batches(pictures, data, **changes) -> TrainingBatches:
+@pytest.fixture(scope="module")
+def batches(pictures, data):
+    """batches(**changes): training batches of the pictures."""
     vectors = caption_vectors(data, pictures, "builtin")
-    values = dict(batch_size=16, caption_dropout=0.25, seed=3)
-    return TrainingBatches(pictures, vectors, changes.pop("config", DatasetConfig()), **{**values, **changes})
+
+    def make(**changes) -> TrainingBatches:
+        values = dict(config=DatasetConfig(), batch_size=16, caption_dropout=0.25, seed=3)
+        return TrainingBatches(pictures, vectors, **{**values, **changes})
+
+    return make
 
 
 def test_pictures_captions_and_splits(data, pictures):
@@ -87,27 +93,27 @@ def test_styles_can_be_chosen(data):
         load_pictures(data, 16, styles=["sprite", "fresco"])
 
 
-def test_a_batch_is_a_function_of_seed_and_step(pictures, data):
-    a, b = batches(pictures, data), batches(pictures, data)
+def test_a_batch_is_a_function_of_seed_and_step(batches):
+    a, b = batches(), batches()
     for field in ("pixels", "text", "augment"):
         torch.testing.assert_close(getattr(a[5], field), getattr(b[5], field), rtol=0, atol=0)
     assert (a[5].pixels != a[6].pixels).any()
-    assert (a[5].pixels != batches(pictures, data, seed=4)[5].pixels).any()
+    assert (a[5].pixels != batches(seed=4)[5].pixels).any()
 
 
-def test_processes_take_slices_of_the_same_batch(pictures, data):
-    whole = batches(pictures, data)[9]
-    halves = [batches(pictures, data, rank=rank, world=2)[9] for rank in (0, 1)]
+def test_processes_take_slices_of_the_same_batch(batches):
+    whole = batches()[9]
+    halves = [batches(rank=rank, world=2)[9] for rank in (0, 1)]
     for field in ("pixels", "text", "augment"):
         torch.testing.assert_close(
             torch.cat([getattr(half, field) for half in halves]), getattr(whole, field), rtol=0, atol=0
         )
     with pytest.raises(PokediffError, match="shared by 3"):
-        batches(pictures, data, rank=0, world=3)
+        batches(rank=0, world=3)
 
 
-def test_the_label_says_what_was_done_to_the_picture(pictures, data):
-    made = batches(pictures, data, config=DatasetConfig(flip=0.5, shift=0.5, max_shift=0.1), caption_dropout=0.0)
+def test_the_label_says_what_was_done_to_the_picture(pictures, batches):
+    made = batches(config=DatasetConfig(flip=0.5, shift=0.5, max_shift=0.1), caption_dropout=0.0)
     seen = {tuple(np.sign(row)) for step in range(20) for row in made[step].augment.tolist()}
     assert len(seen) > 6
     for step in range(3):
@@ -117,23 +123,23 @@ def test_the_label_says_what_was_done_to_the_picture(pictures, data):
             back = back[:, ::-1] if mirrored else back
             distance = np.abs(pictures.pixels[:].astype(int) - back.astype(int)).mean(axis=(1, 2, 3))
             assert distance.min() < 0.5  # it is one of the pictures again
-    plain = batches(pictures, data, config=DatasetConfig(flip=0, shift=0))[0]
+    plain = batches(config=DatasetConfig(flip=0, shift=0))[0]
     assert plain.augment.abs().max() == 0
 
 
-def test_more_labels_are_zero_without_warp(pictures, data):
-    three, eight, ten = (batches(pictures, data, augment_dim=number)[4] for number in (3, 8, 10))
+def test_more_labels_are_zero_without_warp(batches):
+    three, eight, ten = (batches(augment_dim=number)[4] for number in (3, 8, 10))
     assert (three.augment.shape, eight.augment.shape, ten.augment.shape) == ((16, 3), (16, 8), (16, 10))
     torch.testing.assert_close(eight.augment[:, :3], three.augment, rtol=0, atol=0)
     assert eight.augment[:, 3:].abs().max() == ten.augment[:, 3:].abs().max() == 0
     torch.testing.assert_close(eight.pixels, three.pixels, rtol=0, atol=0)
 
 
-def test_warped_pictures_have_labels(pictures, data):
+def test_warped_pictures_have_labels(batches):
     with pytest.raises(PokediffError, match="needs 8 augmentation labels"):
-        batches(pictures, data, config=DatasetConfig(warp=0.5))
-    made = batches(pictures, data, config=DatasetConfig(warp=0.5), augment_dim=8)
-    plain = batches(pictures, data, augment_dim=8)
+        batches(config=DatasetConfig(warp=0.5))
+    made = batches(config=DatasetConfig(warp=0.5), augment_dim=8)
+    plain = batches(augment_dim=8)
     changed = 0
     for step in range(5):
         a, b = made[step], plain[step]
@@ -221,8 +227,8 @@ def test_pictures_of_a_parquet_file(tmp_path, data):
     assert min(len(found.split(split)) for split in ("train", "validation", "test")) >= 3
 
 
-def test_captions_are_dropped_at_the_given_rate_and_chosen_at_random(pictures, data):
-    made = batches(pictures, data, caption_dropout=0.25)
+def test_captions_are_dropped_at_the_given_rate_and_chosen_at_random(batches):
+    made = batches(caption_dropout=0.25)
     null = made.vectors.table[0]
     rows = torch.cat([made[step].text for step in range(100)])
     assert (rows == null).all(1).float().mean().item() == pytest.approx(0.25, abs=0.04)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import cv2
 import numpy as np
@@ -28,7 +28,14 @@ from pokediff.data.colors import measured_colors
 from pokediff.data.images import BadImage, fit_square, read_image, unpremultiply
 from pokediff.data.records import Record, Split, picture_bytes, read_records, split_of
 from pokediff.errors import PokediffError
-from pokediff.model.text import embeddings_path, encode_captions, load_embeddings, load_text_encoder, save_embeddings
+from pokediff.model.text import (
+    TextEncoder,
+    embeddings_path,
+    encode_captions,
+    load_embeddings,
+    load_text_encoder,
+    save_embeddings,
+)
 
 MEMORY_SHARE = 0.3  # of the free memory that pixels may fill; a larger set lies in a temporary file
 BROKEN_SHARE = 0.01  # a larger share of broken pictures is an error
@@ -37,6 +44,10 @@ AUGMENT_LABELS = 8  # mirrored, shift right, shift down; scale, rotation (2), an
 
 Folders = str | Path | Sequence[str | Path]
 Progress = Callable[..., Iterable]  # as tqdm: progress(items, total=, desc=, unit=)
+
+
+def no_progress(items: Iterable, **_: Any) -> Iterable:
+    return items
 
 
 def folder_list(folders: Folders) -> list[Path]:
@@ -82,8 +93,8 @@ class Pictures:
     def straight(self) -> np.ndarray:
         """All pictures as straight RGBA, uint8 (N, S, S, 4)."""
         pixels = np.empty(self.pixels.shape, np.uint8)
-        for index in range(len(self)):  # one at a time: unpremultiply works in float32
-            pixels[index] = unpremultiply(self.pixels[index])
+        for index, picture in enumerate(self.pixels):  # one at a time: unpremultiply works in float32
+            pixels[index] = unpremultiply(picture)
         return pixels
 
     def split(self, split: Split) -> Pictures:
@@ -114,11 +125,11 @@ def load_pictures(
     image_size: int,
     styles: Iterable[str] | None = None,
     report: Callable[[str], Any] = print,
-    progress: Progress = lambda items, **_: items,
+    progress: Progress = no_progress,
     limit: int | None = None,
 ) -> Pictures:
-    """Decode one data set, or several as one (of these styles only, if given), at image_size px; with `limit`, at most
-    that many pictures, spread evenly.
+    """Decode one data set, or several as one (of these styles only, if given), at image_size px; with `limit`, about
+    that many pictures, spread evenly over each split.
 
     `report` gets a line that says where the captions come from, one for every broken picture, which is skipped, and
     one for styles of `captions.STYLES` that do not occur. Raises PokediffError when more than BROKEN_SHARE are
@@ -130,17 +141,15 @@ def load_pictures(
     if styles is not None:
         records = _of_styles(records, set(styles), name, report)
     if limit is not None and limit < len(records):
-        records = [records[index] for index in np.linspace(0, len(records) - 1, limit).round().astype(int)]
+        by_split = ([record for record in records if split_of(record) == split] for split in get_args(Split))
+        records = [record for part in by_split for record in part[:: -(-len(records) // limit)]]
 
     def load(record: Record) -> tuple[Record, np.ndarray, bytes] | BadImage:
         try:
-            data = picture_bytes(record)
-            rgba = read_image(data)
-        except OSError as error:
-            return BadImage(error.strerror or str(error))
+            record, rgba, data = _decoded(record)
         except BadImage as error:
             return error
-        return _with_colors(record, rgba), fit_square(rgba, image_size), hashlib.sha256(data).digest()
+        return record, fit_square(rgba, image_size), hashlib.sha256(data).digest()
 
     digest = hashlib.sha256()
     kept: list[tuple[Record, tuple[str, ...]]] = []
@@ -175,11 +184,19 @@ def _of_styles(records: list[Record], wanted: set[str], name: str, report: Calla
     return [record for record in records if record.style in wanted]
 
 
-def _with_colors(record: Record, rgba: np.ndarray) -> Record:
-    """Measure the main colours where captions need them and the row does not have them."""
-    if record.captions or record.colors:
-        return record
-    return replace(record, colors=measured_colors(rgba))
+def _needs_colors(record: Record) -> bool:
+    """Are its captions made from colours that its row does not have?"""
+    return not record.captions and not record.colors
+
+
+def _decoded(record: Record) -> tuple[Record, np.ndarray, bytes]:
+    """The record with its colours, its picture (straight RGBA) and its file. Raises BadImage."""
+    try:
+        data = picture_bytes(record)
+    except OSError as error:
+        raise BadImage(error.strerror or str(error)) from None
+    rgba = read_image(data)
+    return replace(record, colors=measured_colors(rgba)) if _needs_colors(record) else record, rgba, data
 
 
 def _array_for(shape: tuple[int, ...]) -> np.ndarray:
@@ -197,52 +214,53 @@ def _array_for(shape: tuple[int, ...]) -> np.ndarray:
 class CaptionVectors:
     """The vectors of all captions, and which of them belong to which picture. Row 0 is the empty prompt."""
 
-    captions: tuple[str, ...]  # M texts
     table: torch.Tensor  # (M, D) float32
     rows: tuple[np.ndarray, ...]  # of each picture, the rows of its captions
 
 
 def caption_vectors(
-    folders: Folders, pictures: Pictures, encoder_name: str, progress: Progress = lambda items, **_: items
+    folders: Folders, pictures: Pictures, encoder_name: str, progress: Progress = no_progress
 ) -> CaptionVectors:
     """Vectors from FOLDER/embeddings-<encoder>.safetensors of all folders; others are encoded now, but not written."""
     captions, table = _encoded(folder_list(folders), pictures.captions, encoder_name, progress)
     row_of = {caption: row for row, caption in enumerate(captions)}
     rows = tuple(np.array([row_of[caption] for caption in several]) for several in pictures.captions)
-    return CaptionVectors(captions, table, rows)
+    return CaptionVectors(table, rows)
 
 
 def embed(
     folder: str | Path,
     encoder_name: str,
     report: Callable[[str], Any] = print,
-    progress: Progress = lambda items, **_: items,
+    progress: Progress = no_progress,
 ) -> Path:
     """Write the vectors of all captions of a data set into its folder; existing ones are kept. Returns the path.
 
     Decodes only pictures whose captions need colours that their row does not have.
     """
-    load_text_encoder(encoder_name)  # first, for it may be unavailable
+    encoder = load_text_encoder(encoder_name)  # first, for it may be unavailable
     records = read_records(folder, report)
 
     def captions(record: Record) -> tuple[str, ...]:
-        if not record.captions and not record.colors:
-            try:
-                record = _with_colors(record, read_image(picture_bytes(record)))
-            except (OSError, BadImage):
-                return ()  # load_pictures skips it, too
-        return captions_of(record)
+        try:
+            return captions_of(_decoded(record)[0] if _needs_colors(record) else record)
+        except BadImage:
+            return ()  # load_pictures skips it, too
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = list(progress(pool.map(captions, records), total=len(records), desc="captions", unit=""))
-    texts, table = _encoded([Path(folder)], found, encoder_name, progress)
+    texts, table = _encoded([Path(folder)], found, encoder_name, progress, encoder)
     path = embeddings_path(folder, encoder_name)
     save_embeddings(path, encoder_name, texts, table)
     return path
 
 
 def _encoded(
-    folders: Sequence[Path], captions: Iterable[Sequence[str]], encoder_name: str, progress: Progress
+    folders: Sequence[Path],
+    captions: Iterable[Sequence[str]],
+    encoder_name: str,
+    progress: Progress,
+    encoder: TextEncoder | None = None,
 ) -> tuple[tuple[str, ...], torch.Tensor]:
     """The empty prompt and all different captions (M), and their vectors (M, D) float32."""
     texts = ("", *dict.fromkeys(caption for several in captions for caption in several if caption))
@@ -250,7 +268,7 @@ def _encoded(
     for folder in folders:
         known.update(load_embeddings(embeddings_path(folder, encoder_name), encoder_name))
     if missing := [text for text in texts if text not in known]:
-        encoder = load_text_encoder(encoder_name)
+        encoder = encoder or load_text_encoder(encoder_name)
         vectors = encode_captions(
             encoder, missing, progress=lambda items: progress(items, desc="embeddings", unit="batch")
         )
@@ -330,9 +348,8 @@ class TrainingBatches(torch.utils.data.Dataset):
             rows.append(0 if dropped[i] else mine[int(caption[i] * len(mine))])
         turned = [(np.cos(angle) - 1) * 5, np.sin(angle) * 2]
         stretched = [stretch * np.cos(2 * along) * 5, stretch * np.sin(2 * along) * 5]
-        labels = np.column_stack(
-            [mirrored, shift / max(1, reach), scale * 5, *turned, *stretched]
-        )  # each about -1 to 1
+        # (B, AUGMENT_LABELS), each about -1 to 1
+        labels = np.column_stack([mirrored, shift / max(1, reach), scale * 5, *turned, *stretched])
         augment = torch.zeros(len(rows), self.augment_dim)
         known = min(self.augment_dim, AUGMENT_LABELS)
         augment[:, :known] = torch.from_numpy(labels[self.mine, :known].astype(np.float32))
