@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from pokediff.errors import PokediffError, one_line_errors
+from pokediff.model.cascade import write_list
 from pokediff.model.checkpoint import complete
 from pokediff.model.denoiser import Denoiser
 from pokediff.model.diffusion import cosine_sigmas
@@ -101,8 +102,7 @@ def convert(folders: list[Path], out: Path) -> None:
         denoiser.load_state_dict(weights)
         denoiser.half().save_pretrained(out / "cascade" / name)
     order = sorted(networks, key=lambda name: (networks[name][0]["image_size"], -(networks[name][0]["below"] or 1e9)))
-    listed = {"_class_name": "Cascade", "denoisers": order}
-    (out / "cascade" / "config.json").write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
+    write_list(out / "cascade", order)
     for part in ("scheduler", "text_encoder", "tokenizer"):
         if (folders[0] / part).is_dir():
             shutil.copytree(folders[0] / part, out / part, dirs_exist_ok=True)

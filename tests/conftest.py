@@ -17,6 +17,7 @@ from diffusers import DPMSolverMultistepScheduler
 from safetensors.torch import save_file
 
 from pokediff.config import DiffusionConfig
+from pokediff.data.dataset import embed
 from pokediff.data.images import encode_png, premultiply, to_model
 from pokediff.data.records import Record, write_records
 from pokediff.model.cascade import Cascade
@@ -83,8 +84,10 @@ def write_data(folder: Path, number: int = 80) -> Path:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A read-only data set of 80 drawn creatures."""
-    return write_data(tmp_path_factory.mktemp("data") / "creatures")
+    """A read-only data set of 80 drawn creatures, with the vectors of its captions."""
+    folder = write_data(tmp_path_factory.mktemp("data") / "creatures")
+    embed(folder, "builtin", report=lambda _: None)
+    return folder
 
 
 class GaussianDenoiser(Denoiser):

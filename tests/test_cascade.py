@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from pokediff.config import Sampling
 from pokediff.data.images import to_model
 from pokediff.errors import PokediffError
 from pokediff.model.cascade import Cascade, guided, in_fours
-from pokediff.model.checkpoint import INDEX
+from pokediff.model.checkpoint import INDEX, write_part_index
 from pokediff.model.denoiser import Denoiser
 from pokediff.model.pipeline import PokeDiffPipeline
 from pokediff.model.samplers import SAMPLERS
@@ -270,11 +269,9 @@ def test_a_part_is_put_into_its_base(tiny_checkpoint, tiny_pipe, tmp_path):
     """A folder with one denoiser of the same name and a new one: loading it gives the whole, which is saved whole."""
     other = make_denoiser(7, image_size=64, patch=2, upscale=2, below=2.0, steps=3)
     late = make_denoiser(8, image_size=64, patch=2, upscale=2, below=1.0)
-    run = PokeDiffPipeline.from_pretrained(tiny_checkpoint)
-    run.register_modules(cascade=run.cascade.updated(Cascade({"upscaler-64": other, "refiner-64": late})))
     part = tmp_path / "part"
-    part.mkdir()
-    run.save_part(part, ["upscaler-64", "refiner-64"], base=Path("..", "link").as_posix())
+    Cascade({"upscaler-64": other, "refiner-64": late}).save_pretrained(part / "cascade")
+    write_part_index(part, "../link")
     (tmp_path / "link").symlink_to(tiny_checkpoint)
     assert json.loads((part / INDEX).read_text())["base"] == "../link"
     assert sorted(path.name for path in part.rglob("*.safetensors")) == ["diffusion_pytorch_model.safetensors"] * 2
@@ -298,9 +295,9 @@ def test_a_part_is_put_into_its_base(tiny_checkpoint, tiny_pipe, tmp_path):
     )
 
 
-def test_a_part_whose_base_is_missing_or_itself_is_refused(tiny_pipe, tmp_path):
+def test_a_part_whose_base_is_missing_or_itself_is_refused(tmp_path):
     for base, words in ((".", "cannot be loaded"), ("../nothing", "no checkpoint")):
-        tiny_pipe.save_part(tmp_path, ["refiner-32"], base)
+        write_part_index(tmp_path, base)
         with pytest.raises(PokediffError, match=words):
             PokeDiffPipeline.from_pretrained(tmp_path)
 

@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler
 from tiny import BASE, REFINER, tiny_config, tiny_stage, with_stage
 
-from pokediff.config import DiffusionConfig, DistillConfig
+from pokediff.config import DiffusionConfig, DistillConfig, Sampling
 from pokediff.errors import PokediffError
 from pokediff.model.diffusion import make_noise_schedule
 from pokediff.model.pipeline import PokeDiffPipeline
@@ -82,7 +82,8 @@ def test_a_student_is_one_more_stage_and_draws_with_fast(data, teacher, tmp_path
     assert list(pipeline.cascade) == ["base-16", "refiner-16", "base-16-fast"]
     steps = list(pipeline.denoise(["a cat"], [0], fast=True))
     assert [step.denoiser for step in steps] == ["base-16-fast", "refiner-16", None]
-    assert pipeline.resolved(pipeline_sampling(fast=True)).guidance_scale == 1.0
+    resolved = pipeline.resolved(Sampling(fast=True))
+    assert (resolved.guidance_scale, resolved.sampler) == (1.0, "ddim")  # as it was taught
     slow = [step.denoiser for step in pipeline.denoise(["a cat"], [0])]
     assert "base-16-fast" not in slow
     assert len(list(pipeline.denoise(["a cat"], [0], fast=True, num_inference_steps=5))) == 6
@@ -91,10 +92,16 @@ def test_a_student_is_one_more_stage_and_draws_with_fast(data, teacher, tmp_path
     assert not torch.equal(PokeDiffPipeline.from_pretrained(out).cascade["base-16-fast"].stem.weight, before)
 
 
-def pipeline_sampling(**options):
-    from pokediff.config import Sampling
-
-    return Sampling(**options)
+def test_a_resumed_student_learns_from_the_same_teacher(data, tmp_path):
+    """The teacher is a stage of the same run: after a stop it is read from the checkpoint, in half precision."""
+    stages = {"base-16": tiny_stage(max_steps=1), "base-16-fast": replace(STUDENT, max_steps=2)}
+    runs = [tiny_config(data, tmp_path / name, stages) for name in ("whole", "stopped")]
+    whole = train(runs[0])
+    stopped = train(replace(runs[1], max_minutes=1e-9))
+    assert not (stopped / "cascade" / "base-16-fast").exists()
+    train(runs[1], resume="auto")
+    file = "cascade/base-16-fast/diffusion_pytorch_model.safetensors"
+    assert (whole / file).read_bytes() == (stopped / file).read_bytes()
 
 
 def test_what_the_refiner_does_is_not_learned(teacher):

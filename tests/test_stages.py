@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,15 +13,23 @@ from conftest import write_data
 from safetensors.torch import load_file
 from tiny import REFINER, UPSCALER, tiny_config, tiny_stage, write_open_clip
 
-from pokediff.config import TrainConfig, load_yaml
-from pokediff.data.dataset import embed
+from pokediff.config import TrainConfig, dump_yaml, load_yaml
+from pokediff.data.dataset import embed, load_pictures
+from pokediff.data.records import split_of
 from pokediff.errors import PokediffError
+from pokediff.model import checkpoint
 from pokediff.model.diffusion import cosine_sigmas
 from pokediff.model.pipeline import PokeDiffPipeline
+from pokediff.model.text import embeddings_path, load_embeddings, save_embeddings
 from pokediff.training.objectives import trained_timesteps
-from pokediff.training.stages import resized, select, train, with_steps
+from pokediff.training.stages import fitted, remove_trial, resized, select, train, with_steps
 
-STAGES = {"base-16": tiny_stage(max_steps=3), "refiner-16": replace(REFINER, max_steps=3), "upscaler-32": UPSCALER}
+SHORT = dict(max_steps=3, preview_every=3)
+STAGES = {
+    "base-16": tiny_stage(**SHORT),
+    "refiner-16": replace(REFINER, **SHORT),
+    "upscaler-32": replace(UPSCALER, **SHORT),
+}
 
 
 def weights(folder, name):
@@ -61,34 +70,65 @@ def test_no_weights_lie_twice_in_a_checkpoint(cascade):
 
 def test_a_stopped_cascade_resumes_to_the_same_bits(cascade, data, tmp_path):
     config = tiny_config(data, tmp_path / "run", STAGES)
-    short = with_steps(config, {"refiner-16": 1})
-    train(replace(short, max_minutes=1e-9))  # one step of the first stage
+    train(replace(config, max_minutes=1e-9))  # one step of the first stage
     assert not (tmp_path / "run" / "cascade" / "refiner-16").exists()
     train(config, resume="auto")
     for name in STAGES:
         assert same(weights(tmp_path / "run", name), weights(cascade, name)), name
 
 
+def test_no_stage_begins_after_the_limit(data, tmp_path, capsys):
+    config = with_steps(tiny_config(data, tmp_path / "run", STAGES, max_minutes=1e-9), {"base-16": 1})
+    out = train(config)
+    assert "stopped after base-16; continue with --resume auto, about 1 min after it" in capsys.readouterr().out
+    assert list(PokeDiffPipeline.from_pretrained(out).cascade) == ["base-16"]
+
+
 def test_one_stage_is_trained_again_and_the_others_stay(cascade, data, tmp_path):
     out = tmp_path / "copy"
     shutil.copytree(cascade, out)
-    config = with_steps(tiny_config(data, out, STAGES), {"refiner-16": 2})
-    train(config, only=["refiner-16"])
+    config = tiny_config(data, out, STAGES)
+    train(replace(config, max_minutes=1e-9), only=["refiner-16"])  # stopped after one step
     assert same(weights(out, "base-16"), weights(cascade, "base-16"))
     assert same(weights(out, "upscaler-32"), weights(cascade, "upscaler-32"))
     assert not same(weights(out, "refiner-16"), weights(cascade, "refiner-16"))
+    assert [path.name for path in (out / "state" / "refiner-16").iterdir()] == ["step-00000001"]
+    train(config, resume="auto")  # it is not finished, though it had been
+    assert same(weights(out, "refiner-16"), weights(cascade, "refiner-16"))
 
 
-def test_a_part_is_written_alone_and_names_its_base(cascade, data, tmp_path):
-    config = tiny_config(data, tmp_path / "part", {"upscaler-32": UPSCALER}, base=str(cascade))
+def test_a_stage_killed_before_its_first_checkpoint_is_not_finished(cascade, data, tmp_path, monkeypatch):
+    out = tmp_path / "copy"
+    shutil.copytree(cascade, out)
+    monkeypatch.setattr("pokediff.training.stages.train_stage", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(tiny_config(data, out, STAGES), only=["refiner-16"])
+    facts = json.loads((out / "run.json").read_text())["stages"]
+    assert {name: "finished" in stage for name, stage in facts.items()} == {"base-16": True, "upscaler-32": True}
+
+
+def test_a_part_is_written_alone_and_names_its_base(cascade, data, tmp_path, capsys):
+    stages = {"upscaler-32": replace(UPSCALER, max_steps=1)}
+    config = tiny_config(data, tmp_path / "part", stages, base=str(cascade), start_from=str(cascade))
     out = train(config)
+    assert f"M weights from {cascade}" in capsys.readouterr().out
     index = json.loads((out / "model_index.json").read_text())
     assert (out / index["base"]).resolve() == cascade.resolve()
     assert [path.parent.name for path in (out / "cascade").glob("*/*.safetensors")] == ["upscaler-32"]
-    pipe = PokeDiffPipeline.from_pretrained(out)
-    assert list(pipe.cascade) == list(STAGES)
-    pipe.save_pretrained(tmp_path / "whole")
+    for folder in (out, out / "best"):
+        assert list(PokeDiffPipeline.from_pretrained(folder).cascade) == list(STAGES)
+    PokeDiffPipeline.from_pretrained(out).save_pretrained(tmp_path / "whole")
     assert PokeDiffPipeline.from_pretrained(tmp_path / "whole").sizes == (16, 32)
+
+
+def test_a_base_may_be_given_by_the_name_of_a_shipped_checkpoint(cascade, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "shipped", lambda _, name="": cascade.parent / name)
+    (tmp_path / "cascade").mkdir()  # as the package's own folder in a checkout, which has the name of the model
+    monkeypatch.chdir(tmp_path)
+    stages = {"upscaler-32": replace(UPSCALER, max_steps=1)}
+    out = train(tiny_config(data, tmp_path / "part", stages, base="cascade", start_from="cascade"))
+    assert json.loads((out / "model_index.json").read_text())["base"] == "cascade"
+    assert list(PokeDiffPipeline.from_pretrained(out).cascade) == list(STAGES)
 
 
 def test_every_stage_starts_from_the_denoiser_of_its_name(cascade, data, tmp_path, capsys):
@@ -105,30 +145,61 @@ def test_every_stage_starts_from_the_denoiser_of_its_name(cascade, data, tmp_pat
 
 
 def test_a_trial_runs_every_stage_draws_and_tells_the_time(data, tmp_path, capsys):
-    config = tiny_config(data, tmp_path / "run", STAGES)
-    out = train(with_steps(config, {"base-16": 1_000_000}), trial=True)
+    config = tiny_config(data, tmp_path / "run", STAGES, pixel_art=True)
+    out = train(with_steps(config, {"base-16": 1_000_000}), trial=True, only=["upscaler-32"])
     said = capsys.readouterr().out
     assert out.name == "run-trial"
     assert (out / "trial.png").is_file()
     assert "base-16: 1,000,000 steps of 8 pictures, about" in said
+    assert "to draw 16 px, 32 px with hard edges" in said
     assert not (tmp_path / "run").exists()
-    train(config, trial=True)  # again: the earlier trial is replaced
-    (tmp_path / "mine-trial").mkdir()
-    (tmp_path / "mine-trial" / "letter.txt").write_text("mine")
+    remove_trial(out)
+    remove_trial(out)
+    assert not out.exists()
+    (out / "mine").mkdir(parents=True)
     with pytest.raises(PokediffError, match="no earlier trial"):
-        train(replace(config, out=str(tmp_path / "mine")), trial=True)
-    assert (tmp_path / "mine-trial" / "letter.txt").read_text() == "mine"
+        train(config, trial=True)
+    assert (out / "mine").is_dir()
+
+
+def test_a_sample_of_a_data_set_has_all_splits(data):
+    pictures = load_pictures(data, 16, report=lambda _: None, limit=8)
+    assert {split_of(record) for record in pictures.records} == {"train", "validation", "test"}
+    assert 8 <= len(pictures) <= 11
 
 
 def test_stages_that_fit_a_limit_are_shortened_in_proportion(data, tmp_path):
-    long = with_steps(tiny_config(data, tmp_path / "run", STAGES), {"base-16": 100_000, "upscaler-32": 50_000})
-    out = train(replace(long, max_minutes=0.05, fit_limit=True))
-    stages = load_yaml(out / "config.yaml", TrainConfig).stages
-    assert stages["base-16"].max_steps < 2000
-    assert stages["base-16"].max_steps == pytest.approx(2 * stages["upscaler-32"].max_steps, abs=2)
+    steps = {"base-16": 1000, "refiner-16": 600, "upscaler-32": 400}
+    long = with_steps(tiny_config(data, tmp_path / "run", STAGES, max_minutes=1.1, fit_limit=True), steps)
+    seconds = {"base-16": 0.2, "refiner-16": 0.1, "upscaler-32": 0.1}
+    none = dict.fromkeys(steps)
+
+    def lengths(config: TrainConfig) -> list[int]:
+        return [stage.max_steps for stage in config.stages.values()]
+
+    short = fitted(long, tmp_path, seconds, none)
+    assert lengths(short) == [200, 120, 80]  # 300 s of steps, 1.1 of them with the rest, in 66 s
+    assert lengths(fitted(long, tmp_path, dict.fromkeys(seconds, 1e-9), none)) == [1000, 600, 400]
+
+    (tmp_path / "config.yaml").write_text(dump_yaml(short))
+    states = {"base-16": Path("step-00000200"), "refiner-16": Path("step-00000060"), "upscaler-32": None}
+    assert lengths(fitted(long, tmp_path, seconds, states)) == [200, 120, 80]  # it was stopped
+    states = {name: Path(f"step-{stage.max_steps:08}") for name, stage in short.stages.items()}
+    done = {name: {"finished": "steps", "steps": stage.max_steps} for name, stage in short.stages.items()}
+    (tmp_path / "run.json").write_text(json.dumps({"stages": done}))
+    assert lengths(fitted(long, tmp_path, seconds, states)) == [400, 240, 160]  # it goes on: a quarter of the rest
+    assert fitted(long, tmp_path, {}, states) == long
+
+
+@pytest.mark.slow
+def test_a_run_that_fits_a_limit_keeps_its_lengths_when_it_is_resumed(data, tmp_path):
+    long = tiny_config(data, tmp_path / "run", STAGES, max_minutes=0.05, fit_limit=True)
+    long = with_steps(long, {"base-16": 100_000, "upscaler-32": 50_000})
+    out = train(long)
     before = (out / "config.yaml").read_text()
-    train(replace(long, max_minutes=0.05, fit_limit=True), resume="auto")
-    assert (out / "config.yaml").read_text() == before
+    assert load_yaml(out / "config.yaml", TrainConfig).stages["base-16"].max_steps < 2000
+    train(replace(long, max_minutes=1e-9), resume="auto")
+    assert (out / "config.yaml").read_text().partition("max_minutes")[0] == before.partition("max_minutes")[0]
 
 
 def test_a_shorter_stage_keeps_the_shape_of_its_schedule():
@@ -147,24 +218,34 @@ def test_a_stage_is_trained_on_its_range_of_noise_only(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("stages", "words"),
     [
-        (dict(stages={"upscaler-64": replace(UPSCALER, image_size=64)}), "nothing in the cascade draws 32 px"),
-        (dict(dataset_channels="rgb"), "dataset.channels"),
-        (dict(noise_shift=2.0), "another noise schedule"),
+        ({"upscaler-32": UPSCALER}, "upscaler-32 cannot draw with the cascade so far, upscaler-32: size 16"),
+        (
+            {"refiner-16": REFINER},
+            "refiner-16 cannot draw with the cascade so far, refiner-16: no denoiser of 16",
+        ),
+        ({"base-16": tiny_stage(start_from="C:/nowhere/pokediff")}, "C:/nowhere/pokediff is no checkpoint"),
     ],
 )
-def test_what_does_not_fit_the_base_is_named(cascade, data, tmp_path, changes, words):
-    config = tiny_config(data, tmp_path / "out", {"upscaler-32": UPSCALER}, base=str(cascade))
-    if "stages" in changes:
-        base = train(tiny_config(data, tmp_path / "small", {"base-16": tiny_stage(max_steps=1)}))
-        config = replace(config, stages=changes["stages"], base=str(base))
-    if "dataset_channels" in changes:
-        config = replace(config, dataset=replace(config.dataset, channels=changes["dataset_channels"]))
-    if "noise_shift" in changes:
-        config = replace(config, diffusion=replace(config.diffusion, noise_shift=changes["noise_shift"]))
+def test_what_cannot_draw_is_named_before_anything_is_trained(data, tmp_path, stages, words):
     with pytest.raises(PokediffError, match=words):
-        train(config)
+        train(tiny_config(data, tmp_path / "run", stages))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_does_not_fit_the_base_is_named(cascade, data, tmp_path):
+    config = tiny_config(data, tmp_path / "out", {"upscaler-32": UPSCALER}, base=str(cascade))
+    with pytest.raises(PokediffError, match=r"dataset\.channels"):
+        train(replace(config, dataset=replace(config.dataset, channels="rgb")))
+    with pytest.raises(PokediffError, match="another noise schedule"):
+        train(replace(config, diffusion=replace(config.diffusion, noise_shift=2.0)))
+    shutil.copytree(data, tmp_path / "data")  # vectors of another encoder, of the same length
+    known = load_embeddings(embeddings_path(data, "builtin"), "builtin")
+    path = embeddings_path(tmp_path / "data", "clip:other")
+    save_embeddings(path, "clip:other", list(known), torch.stack(list(known.values())))
+    with pytest.raises(PokediffError, match=r"text_encoder differs .* \(clip:other and builtin\)"):
+        train(replace(config, data=(str(tmp_path / "data"),), text_encoder="clip:other"))
 
 
 @pytest.mark.filterwarnings("ignore:only the first")

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, write_data
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import tiny_config, tiny_stage, with_stage
+from tiny import REFINER, tiny_config, tiny_stage, with_stage
 
 from pokediff.config import ModelConfig, StageConfig, TrainConfig, ValidationMetricsConfig, dump_yaml, load_yaml
 from pokediff.data.dataset import load_pictures
@@ -27,7 +27,8 @@ from pokediff.data.images import unpremultiply
 from pokediff.errors import PokediffError
 from pokediff.model.pipeline import PokeDiffPipeline
 from pokediff.training import loop
-from pokediff.training.loop import ema_with_warmup, learning_rate
+from pokediff.training.build import ema_with_warmup
+from pokediff.training.loop import learning_rate
 from pokediff.training.objectives import mix
 from pokediff.training.runs import Progress
 from pokediff.training.stages import train
@@ -39,16 +40,7 @@ def launch(config: TrainConfig, *options: str, processes: int = 1) -> subprocess
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(dump_yaml(config))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
-    command += [
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--num_cpu_threads_per_process",
-        "1",
-    ]
+    command += "--num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process 1".split()
     if processes > 1:
         command += ["--main_process_port", str(random.randint(20000, 40000))]
     return subprocess.Popen(
@@ -143,21 +135,34 @@ def test_resuming_finished_work_does_nothing_but_say_so(finished, data):
     assert (newest_state(finished) / "denoiser.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"seed": 1}, "seed"),
-        ({"stages": {"base-16": tiny_stage(batch_size=4, max_steps=9)}}, r"stages.base-16.batch_size"),
-        ({"text_encoder": "clip:x"}, "text_encoder|clip:x"),
-    ],
-)
-def test_a_state_does_not_fit_another_configuration(data, tmp_path_factory, changes, words):
-    out = tmp_path_factory.mktemp("runs") / "part"
-    train(tiny_config(data, out, max_minutes=1e-9))  # one step
-    with pytest.raises(PokediffError, match=words):
-        train(tiny_config(data, out, **changes), resume="auto")
+def test_a_path_resumes_there_and_what_came_later_is_made_again(finished, data, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    state = out / "state" / "base-16" / "step-00000003"
+    train(with_stage(tiny_config(data, out), max_steps=5), resume=str(state))
+    assert newest_state(out).name == "step-00000005"
+    train(tiny_config(data, out), resume=str(out / "state" / "base-16" / "step-00000003"))
+    assert_same_state(newest_state(out), newest_state(finished), rtol=0, atol=0)
+    elsewhere = train(tiny_config(data, tmp_path / "new"), resume=str(newest_state(finished)))  # nothing is left to do
+    assert PokeDiffPipeline.from_pretrained(elsewhere).sizes == (16,)
+    for path in (out, out / "state" / "base-16" / "step-00000004", tmp_path / "state" / "base-32" / "step-00000004"):
+        with pytest.raises(PokediffError, match="no state of base-16 there"):
+            train(tiny_config(data, out), resume=str(path))
 
 
+def test_a_state_does_not_fit_another_configuration(finished, data, tmp_path):
+    config = with_stage(tiny_config(data, tmp_path / "other"), max_steps=9)
+    other = write_data(tmp_path / "data", 60)
+    for changed, words in (
+        (replace(config, seed=1), "has seed = 0, not 1"),
+        (with_stage(config, batch_size=4), r"stages.base-16.batch_size"),
+        (replace(config, data=(str(other),)), "other data"),
+    ):
+        with pytest.raises(PokediffError, match=words):
+            train(changed, resume=str(newest_state(finished)))
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 def test_killed_at_random_moments_it_ends_the_same(data, tmp_path):
     stages = {"base-16": tiny_stage(max_steps=16, checkpoint_every=2, validate_every=8, preview_every=16)}
@@ -185,6 +190,7 @@ def test_killed_at_random_moments_it_ends_the_same(data, tmp_path):
     assert_same_state(newest_state(tmp_path / "killed"), newest_state(tmp_path / "whole"), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 def test_ctrl_c_ends_with_a_checkpoint(data, tmp_path):
     stage = tiny_stage(max_steps=100_000, checkpoint_every=100_000, validate_every=100_000, preview_every=100_000)
@@ -202,16 +208,20 @@ def test_ctrl_c_ends_with_a_checkpoint(data, tmp_path):
     assert PokeDiffPipeline.from_pretrained(tmp_path / "run").image_size == 16
 
 
-def test_two_processes_train_the_same_model_as_one(data, tmp_path):
-    runs = [tiny_config(data, tmp_path / name) for name in ("one", "two")]
-    finish(launch(runs[0], processes=1))
-    finish(launch(runs[1], processes=2))
+@pytest.mark.slow
+def test_two_processes_train_the_same_model_as_one(finished, data, tmp_path):
+    stages = {"base-16": tiny_stage(), "refiner-16": replace(REFINER, max_steps=2)}
+    shutil.copytree(finished, tmp_path / "one")
+    config = tiny_config(data, tmp_path / "two", stages, max_minutes=60, fit_limit=True)
+    finish(launch(config, processes=2))
+    assert PokeDiffPipeline.from_pretrained(tmp_path / "two").cascade.sizes == (16,)
+    assert (tmp_path / "two" / "state" / "refiner-16" / "step-00000002").is_dir()
     assert json.loads((tmp_path / "two" / "run.json").read_text())["processes"] == 2
     assert_same_state(newest_state(tmp_path / "two"), newest_state(tmp_path / "one"), rtol=1e-3, atol=1e-5)
     losses = []
     for name in ("one", "two"):
         rows = map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines())
-        losses.append([row["loss"] for row in rows if "loss" in row])
+        losses.append([row["loss"] for row in rows if "loss" in row and row["stage"] == "base-16"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
@@ -257,12 +267,15 @@ def test_training_stops_when_the_model_begins_to_copy(data, tmp_path, monkeypatc
     copied = np.stack([unpremultiply(picture) for picture in known.pixels[:]])
     monkeypatch.setattr(PokeDiffPipeline, "generate", lambda self, prompts, seeds, *_, **__: copied[: len(prompts)])
     metrics = ValidationMetricsConfig(every=2, number=4, early_stop=True)
-    train(tiny_config(data, tmp_path / "run", {"base-16": tiny_stage(max_steps=100)}, metrics=metrics))
+    stages = {"base-16": tiny_stage(max_steps=100), "refiner-16": replace(REFINER, max_steps=4)}
+    train(tiny_config(data, tmp_path / "run", stages, metrics=metrics))
     assert "100% of the pictures are close to a training picture" in capsys.readouterr().out
     progress = json.loads((newest_state(tmp_path / "run") / "progress.json").read_text())["progress"]
     assert progress["copying_since"] == 2
     assert progress["step"] == 3
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["stages"]["base-16"]["finished"] == "copies"
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())["stages"]
+    # the refiner is trained to its end: it draws what the base draws
+    assert [facts[name]["finished"] for name in stages] == ["copies", "steps"]
 
 
 def test_overfitting_is_seen_in_the_losses():
@@ -293,6 +306,7 @@ def test_training_learns(data, tmp_path):
     assert validation[-1] < validation[0]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_compiled_it_learns_the_same(data, tmp_path):
     model = ModelConfig(widths=(32,), attention=(False,), blocks=(1,), embedding_dim=32)
@@ -353,7 +367,5 @@ def test_other_channels_train_and_draw(data, tmp_path, channels):
 
 
 def test_no_validation_families_is_said(tmp_path):
-    from conftest import write_data
-
     with pytest.raises(PokediffError, match="validation pictures"):
         train(tiny_config(write_data(tmp_path / "d", number=4), tmp_path / "run"))

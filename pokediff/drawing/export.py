@@ -34,7 +34,7 @@ from pokediff.config import Sampling
 from pokediff.data.images import premultiply
 from pokediff.errors import PokediffError
 from pokediff.model.cascade import LIST, Cascade, write_list
-from pokediff.model.checkpoint import INDEX, checked_index, find_folder, read_index
+from pokediff.model.checkpoint import INDEX, base_of, checked_index, find_folder, read_index
 from pokediff.model.denoiser import Denoiser
 from pokediff.model.pipeline import PokeDiffPipeline
 from pokediff.model.text import ClipTextEncoder
@@ -125,8 +125,8 @@ def export(checkpoint: str | Path, out: str | Path, size: int | None = None) -> 
 
 def copy_components(folder: Path, out: Path) -> None:
     """What a checkpoint, or the one whose part it is, has beside its denoisers; a run's folder holds much else."""
-    while base := read_index(folder).get("base"):
-        folder = folder / base
+    while base := base_of(folder):
+        folder = base
     for name in ("scheduler", "tokenizer", "text_encoder"):
         if (folder / name).is_dir():
             shutil.copytree(folder / name, out / name, dirs_exist_ok=True)

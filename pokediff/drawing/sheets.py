@@ -32,7 +32,7 @@ from pokediff.data.images import composite, encode_png, enlarge, grid, save_anim
 from pokediff.data.records import write_whole
 from pokediff.drawing.jobs import Job
 from pokediff.errors import PokediffError
-from pokediff.model.checkpoint import find_folder, read_index
+from pokediff.model.checkpoint import base_of, find_folder
 from pokediff.model.pipeline import PokeDiffPipeline
 from pokediff.paths import shipped
 
@@ -268,6 +268,6 @@ def weights_sha256(folder: Path) -> str:
     places = [f"{place}/*.{kind}" for place in ("cascade/*", "text_encoder") for kind in ("safetensors", "onnx")]
     files = sorted(path for place in places for path in folder.glob(place))
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
-    if base := read_index(folder).get("base"):
-        digests.append(weights_sha256(folder / base))
+    if base := base_of(folder):
+        digests.append(weights_sha256(base))
     return hashlib.sha256("".join(digests).encode()).hexdigest()

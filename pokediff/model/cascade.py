@@ -110,8 +110,7 @@ class Cascade(ModelMixin):
         folder = Path(save_directory)
         for name, denoiser in self.items():
             denoiser.save_pretrained(folder / name, **kwargs)
-        listed = {"_class_name": "Cascade", "denoisers": list(self)}
-        (folder / LIST).write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
+        write_list(folder, list(self))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Cascade:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -38,9 +37,9 @@ class CheckpointPipeline(DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         """A folder written by training, the name of a shipped one, or a hub repository.
 
-        Weights become float32 unless `dtype` is given. A folder that holds a part of a cascade names its base, relative
-        to itself; the base is loaded, and the part put into it. No file of the folder is ever imported. Raises
-        PokediffError when there is no such folder, or it is no pipeline of ours.
+        Weights become float32 unless `dtype` is given. Of a folder that holds a part of a cascade (`base_of`) the base
+        is loaded, and the part put into it. No file of the folder is ever imported. Raises PokediffError when there is
+        no such folder, or it is no pipeline of ours.
         """
         for code in ("trust_remote_code", "custom_pipeline"):
             kwargs.pop(code, None)
@@ -51,8 +50,8 @@ class CheckpointPipeline(DiffusionPipeline):
         kwargs["use_safetensors"] = True  # never a pickle
         folder = find_folder(pretrained_model_name_or_path, kwargs)
         try:
-            if base := read_index(folder).get("base"):
-                pipeline = cls.from_pretrained(folder / base, **kwargs)
+            if base := base_of(folder):
+                pipeline = cls.from_pretrained(base, **kwargs)
                 part = Cascade.from_pretrained(folder / "cascade", dtype=pipeline.dtype)
                 pipeline.register_modules(cascade=pipeline.cascade.updated(part))
                 return pipeline
@@ -62,7 +61,7 @@ class CheckpointPipeline(DiffusionPipeline):
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in diffusers, without what would make it import code of the"""
+        """As in diffusers, without what would make it import code of the folder."""
         loaded = super().load_config(*args, **kwargs)
         if isinstance(loaded, tuple):
             return checked_index(loaded[0]), *loaded[1:]
@@ -72,11 +71,6 @@ class CheckpointPipeline(DiffusionPipeline):
         """Write model_index.json, the last file of `save_pretrained`, and complete the folder."""
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
         complete(Path(save_directory))
-
-    def save_part(self, folder: str | Path, names: Sequence[str], base: str) -> None:
-        """Write the denoisers `names` alone; `base` is the checkpoint that they belong to, relative to `folder`."""
-        Cascade({name: self.cascade[name] for name in names}).save_pretrained(Path(folder) / "cascade")
-        write_part_index(Path(folder), base)
 
 
 def checked_index(index: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +88,7 @@ def checked_index(index: dict[str, Any]) -> dict[str, Any]:
 def find_folder(name: str | Path, options: dict[str, Any]) -> Path:
     """The folder of a checkpoint: `name` itself, a shipped one of that name, or the copy of a hub repository.
 
-    Takes HUB_OPTIONS out of `options`.     Raises PokediffError when there is none.
+    Takes HUB_OPTIONS out of `options`. Raises PokediffError when there is none.
     """
     path, hub = Path(name), {key: options.pop(key) for key in HUB_OPTIONS if key in options}
     for folder in (path, shipped("checkpoints", path.name)) if path.name == str(name) else (path,):
@@ -119,9 +113,19 @@ def read_index(folder: Path) -> dict[str, Any]:
     return json.loads((folder / INDEX).read_text(encoding="utf-8"))
 
 
+def base_of(folder: Path) -> Path | None:
+    """The folder of the checkpoint that `folder` holds a part of; None for a whole one. Its index names the base: a
+    path relative to `folder`, or a name for `find_folder`. Raises PokediffError when it is not there.
+    """
+    if not (base := read_index(folder).get("base")):
+        return None
+    by_path = base.startswith(".") or (folder / base / INDEX).is_file()
+    return find_folder(folder / base if by_path else base, {})
+
+
 def write_part_index(folder: Path, base: str) -> None:
-    """Mark `folder` as a part of the checkpoint `base`, a path relative to `folder`."""
-    (folder / INDEX).write_text(json.dumps({"_class_name": CLASS, "base": base}, indent=2) + "\n", encoding="utf-8")
+    """Mark `folder` as a part of the checkpoint `base` (see `base_of`)."""
+    (folder / INDEX).write_text(json.dumps({"_class_name": CLASS, "base": base}), encoding="utf-8")
     _tidy(folder)
 
 

@@ -113,8 +113,13 @@ class PokeDiffPipeline(CheckpointPipeline):
             size=size,
             num_inference_steps=sampling.num_inference_steps or first.steps,
             guidance_scale=first.guidance_scale if sampling.guidance_scale is None else sampling.guidance_scale,
-            sampler=sampling.sampler or self.sampler,
+            sampler=sampling.sampler or ("ddim" if first.fast else self.sampler),  # a student learns steps of DDIM
         )
+
+    def with_components(self, **components: Any) -> PokeDiffPipeline:
+        """A pipeline with some other components."""
+        settings = {name: self.config[name] for name in self.settings}
+        return PokeDiffPipeline(**{**self.components, **components}, **settings)
 
     def evaluations(self, sampling: Sampling, strength: float = 1.0) -> list[Evaluation]:
         """What each step of `denoise` will be, the last one (the pictures) excepted."""

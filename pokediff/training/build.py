@@ -1,29 +1,35 @@
-"""What a stage is built of: its denoiser, where its weights start, the cascade around it, its objective."""
+"""What a stage is built of: its data, its denoiser, where its weights start, the cascade around it, its objective."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from pokediff.config import StageConfig, TrainConfig, plain
-from pokediff.data.dataset import Pictures
+from pokediff.config import Sampling, StageConfig, TrainConfig, plain
+from pokediff.data.dataset import AUGMENT_LABELS, TrainingBatches, caption_vectors, load_pictures
 from pokediff.data.images import CHANNELS
 from pokediff.errors import PokediffError
+from pokediff.evaluation.validation_metrics import ValidationMetrics
 from pokediff.model.cascade import Cascade
 from pokediff.model.denoiser import Denoiser, flops_per_image
 from pokediff.model.pipeline import PokeDiffPipeline
-from pokediff.training import runs
+from pokediff.model.text import ClipTextEncoder, load_text_encoder
 from pokediff.training.clock import Limit
 from pokediff.training.distillation import Distillation
-from pokediff.training.objectives import Objective, denoising
+from pokediff.training.objectives import Batch, Objective, denoising, validation_batches
+from pokediff.training.runs import Progress, load_state
+
+VALIDATION_PICTURES = 512
 
 
 @dataclass
@@ -36,7 +42,7 @@ class Run:
     schedule: DDPMScheduler
     pipeline: PokeDiffPipeline | None  # the cascade so far
     limit: Limit
-    sample: int | None = None  # load that many pictures only (a trial)
+    sample: int | None = None  # load about that many pictures only (a trial)
     silent: bool = False
 
     @property
@@ -49,6 +55,89 @@ class Run:
 
     def bar(self, items: Iterable, **options: Any) -> Any:
         return tqdm(items, **options) if self.main and not self.silent else items
+
+
+@dataclass
+class Stage:
+    """One denoiser, and everything that its training needs."""
+
+    name: str
+    config: StageConfig
+    validation: list[Batch]
+    batches: TrainingBatches
+    denoiser: Denoiser
+    average: AveragedModel
+    optimizer: torch.optim.Optimizer
+    objective: Objective
+    pipeline: PokeDiffPipeline  # the cascade so far, with the averaged weights of this stage
+    facts: dict[str, Any]  # what is known before the first step
+    metrics: ValidationMetrics | None = None
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How its pictures are drawn while it is trained."""
+        return Sampling(size=self.config.image_size, fast=self.config.fast)
+
+
+def prepare(run: Run, name: str, state: Path | None = None) -> Stage:
+    """Load data and weights of a stage. Raises PokediffError for what is out of reach or does not fit together."""
+    config, stage, accelerator = run.config, run.config.stages[name], run.accelerator
+    dataset = replace(config.dataset, styles=stage.styles or config.dataset.styles)
+    pictures = load_pictures(
+        config.data, stage.image_size, dataset.styles, report=run.say, progress=run.bar, limit=run.sample
+    )
+    training, validation = pictures.split("train"), pictures.split("validation").spread(VALIDATION_PICTURES)
+    training = training.with_shared_captions()
+    if not len(training) or not len(validation):
+        found = f"{len(training)} training and {len(validation)} validation pictures"
+        raise PokediffError(f"{' '.join(config.data)}: {found}; both are needed, so add pictures of other families")
+    vectors = caption_vectors(config.data, training, config.text_encoder, progress=run.bar)
+    validation_vectors = caption_vectors(config.data, validation, config.text_encoder)
+    batches = TrainingBatches(
+        training,
+        vectors,
+        dataset,
+        batch_size=stage.batch_size,
+        caption_dropout=config.diffusion.caption_dropout,
+        seed=config.seed,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        augment_dim=AUGMENT_LABELS if dataset.warp else 3,
+    )
+    torch.manual_seed(config.seed)
+    denoiser = make_denoiser(config, stage, vectors.table.shape[1], batches.augment_dim)
+    if state is None:
+        start_weights(run, name, denoiser)
+    denoiser.null_text.copy_(vectors.table[0])
+    denoiser = denoiser.to(accelerator.device, memory_format=torch.channels_last).train()
+    average = AveragedModel(denoiser, multi_avg_fn=ema_with_warmup(stage.ema_decay)).eval()
+    facts = {
+        "data_sha256": pictures.digest,
+        "pictures": len(pictures),
+        "training_pictures": len(training),
+        "validation_pictures": len(validation),
+        "parameters": sum(p.numel() for p in denoiser.parameters()),
+        "gflops": round(flops_per_image(denoiser) / 1e9, 3),
+    }
+    prepared = Stage(
+        name,
+        stage,
+        validation_batches(validation, validation_vectors, config, stage),
+        batches,
+        denoiser,
+        average,
+        make_optimizer(denoiser, stage),
+        make_objective(run, name),
+        with_denoiser(run, name, average.module),
+        facts,
+    )
+    if config.metrics.every and run.main and not run.silent:
+        prepared.metrics = ValidationMetrics(config.metrics, training, validation)
+    if state is not None:
+        load_state(run, prepared, state)
+        run.say(f"{name}: resumed from {state}")
+    return prepared
 
 
 def make_denoiser(config: TrainConfig, stage: StageConfig, text_dim: int, augment_dim: int) -> Denoiser:
@@ -65,13 +154,16 @@ def make_denoiser(config: TrainConfig, stage: StageConfig, text_dim: int, augmen
 
 
 def start_weights(run: Run, name: str, denoiser: Denoiser) -> None:
-    """Copy the weights to start from: of `start_from`, of a student's teacher, or none."""
-    stage = run.config.stages[name]
-    if source := stage.start_from or run.config.start_from:
-        folder, _, wanted = source.partition(":")
+    """Copy the weights to start from: of the stage's or the run's `start_from`, of a student's teacher, or none."""
+    config, stage = run.config, run.config.stages[name]
+    if source := stage.start_from or config.start_from:
+        # a drive letter of Windows is no folder with a denoiser
+        folder, wanted = re.fullmatch(r"(.+?)(?::([a-z0-9-]+))?", source).groups()  # type: ignore[union-attr]
         cascade = PokeDiffPipeline.from_pretrained(folder, text_encoder=None, tokenizer=None).cascade
         if wanted and wanted not in cascade:
             raise PokediffError(f"start_from: {folder} has no {wanted}; it has {', '.join(cascade)}")
+        if not wanted and name not in cascade and not stage.start_from:
+            return
         other = cascade[wanted or (name if name in cascade else next(iter(cascade)))]
     elif stage.distill and run.pipeline is not None and stage.distill.teacher in run.pipeline.cascade:
         source, other = stage.distill.teacher, run.pipeline.cascade[stage.distill.teacher]
@@ -83,23 +175,34 @@ def start_weights(run: Run, name: str, denoiser: Denoiser) -> None:
 def with_denoiser(run: Run, name: str, denoiser: Any) -> PokeDiffPipeline:
     """The cascade so far with `denoiser` as its part `name`. Raises PokediffError when it does not fit."""
     if run.pipeline is None:
-        return runs.new_pipeline(Cascade({name: denoiser}), run.schedule, run.config).to(denoiser.device)
-    own, base = denoiser.config, run.pipeline.base.config
-    for key, ours, theirs in (
-        ("dataset.channels", own.in_channels, base.in_channels),
-        ("text_encoder", own.text_dim, base.text_dim),
-        ("diffusion", tuple(own.noise_range), tuple(base.noise_range)),
-    ):
-        if ours != theirs:
-            raise PokediffError(f"{name}: {key} differs from that of the cascade ({ours} and {theirs})")
-    small = own.image_size // own.upscale
-    if own.upscale > 1 and small not in run.pipeline.sizes:
-        raise PokediffError(f"{name}: nothing in the cascade draws {small} px, the size that it enlarges")
-    parts: dict[str, Any] = {"scheduler": run.pipeline.scheduler, "tokenizer": run.pipeline.tokenizer}
-    parts["text_encoder"] = run.pipeline.text_encoder
-    settings = {key: run.pipeline.config[key] for key in PokeDiffPipeline.settings}
-    cascade = run.pipeline.cascade.updated(Cascade({name: denoiser}))
-    return PokeDiffPipeline(cascade, **parts, **settings).to(denoiser.device)
+        pipeline = new_pipeline(Cascade({name: denoiser}), run.schedule, run.config)
+    else:
+        own, base = denoiser.config, run.pipeline.base.config
+        for key, ours, theirs in (
+            ("dataset.channels", own.in_channels, base.in_channels),
+            ("text_encoder", run.config.text_encoder, run.pipeline.config.text_encoder_name),
+            ("text_encoder", own.text_dim, base.text_dim),
+            ("diffusion", tuple(own.noise_range), tuple(base.noise_range)),
+        ):
+            if ours != theirs:
+                raise PokediffError(f"{name}: {key} differs from that of the cascade ({ours} and {theirs})")
+        cascade = run.pipeline.cascade.updated(Cascade({name: denoiser}))
+        pipeline = run.pipeline.with_components(cascade=cascade)
+    try:  # a refiner needs a base, an upscaler what it enlarges
+        pipeline.evaluations(Sampling(size=denoiser.config.image_size, fast=denoiser.config.fast))
+    except PokediffError as error:
+        raise PokediffError(
+            f"{name} cannot draw with the cascade so far, {', '.join(pipeline.cascade)}: {error}"
+        ) from None
+    return pipeline.to(denoiser.device)
+
+
+def new_pipeline(cascade: Cascade, schedule: DDPMScheduler, config: TrainConfig) -> PokeDiffPipeline:
+    """A pipeline of these denoisers. Only the built-in text encoder is part of it; others are loaded by name."""
+    encoder = load_text_encoder(config.text_encoder) if config.text_encoder == "builtin" else None
+    model, tokenizer = (encoder.model, encoder.tokenizer) if isinstance(encoder, ClipTextEncoder) else (None, None)
+    sampler = DPMSolverMultistepScheduler.from_config(schedule.config)
+    return PokeDiffPipeline(cascade, sampler, model, tokenizer, config.text_encoder, config.pixel_art)
 
 
 def make_optimizer(denoiser: Denoiser, stage: StageConfig) -> torch.optim.Optimizer:
@@ -123,15 +226,12 @@ def make_objective(run: Run, name: str) -> Objective:
     return Distillation(stage.distill, cascade, stage.model.steps, stage.image_size, run.schedule)
 
 
-def facts_of(
-    run: Run, pictures: Pictures, training: Pictures, validation: Pictures, denoiser: Denoiser
-) -> dict[str, Any]:
-    """What is known of a stage before its first step."""
-    return {
-        "data_sha256": pictures.digest,
-        "pictures": len(pictures),
-        "training_pictures": len(training),
-        "validation_pictures": len(validation),
-        "parameters": sum(p.numel() for p in denoiser.parameters()),
-        "gflops": round(flops_per_image(denoiser) / 1e9, 3),
-    }
+def ema_with_warmup(decay: float) -> Callable[..., None]:
+    """Exponential moving average whose memory grows with the run: min(decay, (1 + n) / (10 + n)) after n updates."""
+
+    @torch.no_grad()
+    def update(averages: list[torch.Tensor], current: list[torch.Tensor], updates: torch.Tensor | int) -> None:
+        n = int(updates)
+        torch._foreach_lerp_(averages, current, 1 - min(decay, (1 + n) / (10 + n)))
+
+    return update

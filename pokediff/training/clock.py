@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+STOPS = ("", "time", "signal", "copies", "steps")  # why a stage stops; a later one is stronger
+
 
 class Window:
     """Averages since the last log line. Validation, previews and checkpoints do not count as training time."""
 
     def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
         self.losses: list[torch.Tensor] = []
         self.norms: list[torch.Tensor] = []
         self.images, self.seconds, self.waiting = 0, 0.0, 0.0
@@ -33,23 +32,20 @@ class Window:
         """Count the time since `resume` as waiting for data."""
         self.waiting += time.monotonic() - self.mark
 
-    def add(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
-        """Add loss and gradient norm of an optimizer step."""
-        self.losses.append(loss.detach())
-        self.norms.append(norm.detach())
-
-    def done(self, images: int) -> None:
-        """Add the time and the pictures of a step, skipped or not."""
+    def done(self, images: int, loss: torch.Tensor, norm: torch.Tensor | None) -> None:
+        """Add the time and the pictures of a step, its loss and gradient norm; a norm of None: a skipped step."""
         self.images += images
         self.seconds += time.monotonic() - self.mark
+        if norm is not None:
+            self.losses.append(loss.detach())
+            self.norms.append(norm.detach())
 
     def close(self, accelerator: Accelerator) -> dict[str, float]:
-        """The averages, the loss over all processes; starts a new window."""
+        """The averages, the loss over all processes."""
         values = {"images_per_s": self.images / self.seconds, "data_wait_share": self.waiting / self.seconds}
         if self.losses:  # empty when every step was skipped; the same on all processes, which share the gradient
             loss = accelerator.reduce(torch.stack(self.losses).mean(), "mean").item()
             values = {"loss": loss, "grad_norm": torch.stack(self.norms).mean().item(), **values}
-        self.clear()
         return values
 
 
@@ -67,9 +63,10 @@ class Limit:
         return self.end is not None and time.monotonic() >= self.end
 
 
-def agreed(accelerator: Accelerator, stop: bool) -> bool:
-    """Whether any process wants to stop."""
-    return bool(accelerator.gather(torch.tensor([stop], device=accelerator.device)).any())
+def agreed(accelerator: Accelerator, reason: str) -> str:
+    """The strongest reason to stop, of STOPS, that any process has."""
+    codes = accelerator.gather(torch.tensor([STOPS.index(reason)], device=accelerator.device))
+    return STOPS[int(codes.max())]
 
 
 @contextmanager

@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler
 
-from pokediff.config import DatasetConfig, DiffusionConfig, DistillConfig, ModelConfig, StageConfig, TrainConfig
+from pokediff.config import (
+    DatasetConfig,
+    DiffusionConfig,
+    DistillConfig,
+    ModelConfig,
+    StageConfig,
+    TrainConfig,
+    from_values,
+)
 from pokediff.data.images import CHANNELS
 from pokediff.errors import PokediffError
 from pokediff.model.cascade import Cascade, guided
@@ -106,12 +114,12 @@ def distillation_recipe(checkpoint: str | Path, steps: int, data: tuple[str, ...
     pipeline = PokeDiffPipeline.from_pretrained(checkpoint, text_encoder=None, tokenizer=None)
     teacher = next(name for name, denoiser in pipeline.cascade.items() if not denoiser.config.fast)
     config, channels = pipeline.cascade[teacher].config, {number: name for name, number in CHANNELS.items()}
-    own = {field.name: _tuple(config[field.name]) for field in fields(ModelConfig)}
+    own = from_values({field.name: config[field.name] for field in fields(ModelConfig)}, ModelConfig, str(checkpoint))
     sigma_min, sigma_max, noise_shift = config.noise_range
     scale = config.guidance_scale or 1.0
     stage = StageConfig(
         image_size=config.image_size,
-        model=replace(ModelConfig(**own), steps=steps, guidance_scale=1.0),
+        model=replace(own, steps=steps, guidance_scale=1.0),
         distill=DistillConfig(teacher, max(2, 16 // steps), scale),
         fast=True,
         max_steps=1800,
@@ -132,11 +140,6 @@ def distillation_recipe(checkpoint: str | Path, steps: int, data: tuple[str, ...
         diffusion=DiffusionConfig(config.num_train_timesteps, sigma_min, sigma_max, noise_shift, caption_dropout=0.05),
         stages={f"{teacher}-fast": stage},
     )
-
-
-def _tuple(value: Any) -> Any:
-    """As it was before it was JSON."""
-    return tuple(value) if isinstance(value, list) else value
 
 
 def trailing(total: int, steps: int) -> torch.Tensor:

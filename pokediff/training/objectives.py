@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from pokediff.model.diffusion import cosine_timestep, denoising_loss
 
 @dataclass(frozen=True)
 class Batch:
-    """Training tensors on the device."""
+    """Training tensors."""
 
     x0: torch.Tensor  # (B, C, S, S) in [-1, 1]
     noise: torch.Tensor  # (B, C, S, S), unit variance
@@ -29,6 +29,10 @@ class Batch:
     text: torch.Tensor  # (B, D)
     augment: torch.Tensor | None = None  # (B, A)
     low_res: torch.Tensor | None = None  # (B, C, S/f, S/f), of an upscaler
+
+    def to(self, device: torch.device) -> Batch:
+        """A copy on the device."""
+        return replace(self, **{name: value.to(device) for name, value in vars(self).items() if value is not None})
 
 
 Objective = Callable[[Any, Batch], torch.Tensor]  # (denoiser, batch) to (B,) losses
@@ -99,14 +103,6 @@ def validation_batches(
         low_res = make_low_res(x0, stage, generator, len(x0), slice(None))
         batches.append(Batch(x0, noise, timesteps[part], text, None, low_res))
     return batches
-
-
-def on_device(batch: Batch, device: torch.device) -> Batch:
-    def move(value: torch.Tensor | None) -> torch.Tensor | None:
-        return None if value is None else value.to(device)
-
-    x0, noise, timesteps, text = (value.to(device) for value in (batch.x0, batch.noise, batch.timesteps, batch.text))
-    return Batch(x0, noise, timesteps, text, move(batch.augment), move(batch.low_res))
 
 
 def mix(*numbers: int) -> int:

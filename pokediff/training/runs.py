@@ -19,34 +19,33 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker, is_wandb_available, on_main_process
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
+from pokediff import __version__
 from pokediff.config import TrainConfig, dump_yaml, from_values, plain
-from pokediff.data.records import write_whole
+from pokediff.data.files import write_whole
 from pokediff.errors import PokediffError
-from pokediff.model.cascade import Cascade, write_list
-from pokediff.model.checkpoint import INDEX
-from pokediff.model.pipeline import PokeDiffPipeline
-from pokediff.model.text import ClipTextEncoder, load_text_encoder
+from pokediff.model.cascade import LIST, Cascade, write_list
+from pokediff.model.checkpoint import INDEX, write_part_index
+
+if TYPE_CHECKING:
+    from pokediff.training.build import Run, Stage
 
 KEEP_STATES = 2
 OVERFIT_ROWS, OVERFIT_FACTOR = 3, 1.005  # so many validations in a row that much above the lowest
 # What a resumed stage cannot change.
 FIXED_KEYS = ("seed", "text_encoder", "dataset", "diffusion")
 FIXED_STAGE_KEYS = ("image_size", "model", "styles", "distill", "fast", "batch_size", "low_res_noise")
-PACKAGES = ("pokediff", "torch", "diffusers", "accelerate", "transformers", "numpy")
+PACKAGES = ("torch", "diffusers", "accelerate", "transformers", "numpy")
 
 
 @dataclass
@@ -83,13 +82,10 @@ class Progress:
         rising = all(row[2] > OVERFIT_FACTOR * validation for row in late)
         return step if rising and sum(row[1] for row in late) < len(late) * training else None
 
-    def loss_text(self) -> str:
-        """The validation loss for people."""
-        return "not measured" if self.validation_loss is None else f"{self.validation_loss:.4f}"
 
-    def facts(self) -> dict[str, Any]:
-        """What the run's report of its stages says."""
-        return {"steps": self.step, "images_seen": self.images_seen, "validation_loss": self.validation_loss}
+def loss_text(loss: float | None) -> str:
+    """A validation loss for people."""
+    return "not measured" if loss is None else f"{loss:.4f}"
 
 
 # ------------------------------------------------------------------------------------------------------------ states
@@ -100,91 +96,112 @@ def states(out: Path, name: str) -> list[Path]:
     return [path.parent for path in sorted((out / "state" / name).glob("step-*/progress.json"))]
 
 
-def find_state(out: Path, name: str, resume: str) -> Path | None:
-    """The state folder from which a stage resumes, or None to start. A path resumes only the stage that it is of.
+def find_states(out: Path, names: Sequence[str], resume: str) -> dict[str, Path | None]:
+    """The state folder from which each stage resumes, None to start. With a path the stage that it is of resumes there,
+    the others as with "auto".
 
-    Raises PokediffError when there is no state in that path.
+    Raises PokediffError when the path holds no state of one of these stages.
     """
-    if resume in ("auto", "never"):
-        found = states(out, name) if resume == "auto" else []
-        return found[-1] if found else None
-    folder = Path(resume)
-    if not (folder / "progress.json").is_file():
-        raise PokediffError(f"--resume {resume}: no state there (use auto, never, or a folder .../state/STAGE/step-N)")
-    return folder if folder.resolve().parent.name == name else find_state(out, name, "auto")
+    found: dict[str, Path | None] = dict.fromkeys(names)
+    if resume != "never":
+        found = {name: next(reversed(states(out, name)), None) for name in names}
+    if resume not in ("never", "auto"):
+        name = Path(resume).resolve().parent.name
+        if not (Path(resume) / "progress.json").is_file() or name not in found:
+            raise PokediffError(
+                f"--resume {resume}: no state of {' or '.join(names)} there (use auto, never, or a folder "
+                ".../state/STAGE/step-N)"
+            )
+        found[name] = Path(resume)
+    return found
 
 
-def is_finished(out: Path, name: str, max_steps: int) -> bool:
-    """Whether a stage was trained for `max_steps`, or stopped because it copied."""
+def steps_of(state: Path | None) -> int:
+    """How many steps had been done when a state was saved."""
+    return int(state.resolve().name.removeprefix("step-")) if state else 0
+
+
+def is_finished(out: Path, name: str, config: TrainConfig) -> bool:
+    """Whether a stage was trained for its `max_steps`, or stopped because it copied."""
     facts = read_facts(out).get("stages", {}).get(name, {})
-    return bool(facts.get("finished")) and (facts["finished"] == "copies" or facts["steps"] >= max_steps)
+    if facts.get("finished") == "copies":
+        return config.metrics.early_stop
+    return bool(facts.get("finished")) and facts["steps"] >= config.stages[name].max_steps
 
 
-def save_state(
-    out: Path,
-    config: TrainConfig,
-    name: str,
-    digest: str,
-    denoiser: nn.Module,
-    average: AveragedModel,
-    optimizer: torch.optim.Optimizer,
-    progress: Progress,
-) -> None:
+def begin(run: Run, stage: Stage) -> None:
+    """Remove what an earlier training of the stage left that goes beyond the step at which this one begins."""
+    report, step = read_facts(run.out), stage.progress.step
+    facts = report.setdefault("stages", {}).pop(stage.name, {})
+    if step:
+        report["stages"][stage.name] = {key: value for key, value in facts.items() if key != "finished"}
+    write_facts(run.out, report)
+    for state in states(run.out, stage.name):
+        if steps_of(state) > step:
+            _remove(state)
+    for left in (run.out / "state" / stage.name).glob(".step-*"):
+        shutil.rmtree(left)
+    log = run.out / "log.jsonl"
+    if log.exists():
+        rows = [row for row in log.read_text(encoding="utf-8").splitlines() if _kept(row, stage.name, step)]
+        write_whole(log, "".join(row + "\n" for row in rows))
+
+
+def save_state(run: Run, stage: Stage) -> None:
     """Write out/state/NAME/step-N whole (a temporary folder, then a rename) and delete all but the newest states."""
-    folder = out / "state" / name
-    target = folder / f"step-{progress.step:08}"
-    temporary = folder / f".step-{progress.step:08}.tmp"
+    target = run.out / "state" / stage.name / f"step-{stage.progress.step:08}"
+    temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     moments = {
         f"{number}.{moment}": value
-        for number, values in optimizer.state_dict()["state"].items()
+        for number, values in stage.optimizer.state_dict()["state"].items()
         for moment, value in values.items()
     }
-    parts = {"denoiser": denoiser.state_dict(), "average": average.module.state_dict(), "optimizer": moments}
-    for part, tensors in parts.items():
+    weights = {"denoiser": stage.denoiser.state_dict(), "average": stage.average.module.state_dict()}
+    for part, tensors in {**weights, "optimizer": moments}.items():
         whole = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
         save_file(whole, temporary / f"{part}.safetensors")
     facts = {
-        "config": plain(config),
-        "data_sha256": digest,
-        "updates": int(average.n_averaged),
-        "progress": asdict(progress),
+        "config": plain(run.config),
+        "data_sha256": stage.facts["data_sha256"],
+        "updates": int(stage.average.n_averaged),
+        "progress": asdict(stage.progress),
     }
     write_whole(temporary / "progress.json", json.dumps(facts, indent=2) + "\n")
-    shutil.rmtree(target, ignore_errors=True)
+    if target.exists():
+        _remove(target)
     temporary.rename(target)
-    for old in sorted(folder.glob("step-*"))[:-KEEP_STATES]:
-        shutil.rmtree(old)
+    for old in states(run.out, stage.name)[:-KEEP_STATES]:
+        _remove(old)
 
 
-def load_state(
-    folder: Path,
-    config: TrainConfig,
-    name: str,
-    digest: str,
-    denoiser: nn.Module,
-    average: AveragedModel,
-    optimizer: torch.optim.Optimizer,
-) -> Progress:
-    """Load a saved state into denoiser, average and optimizer. Raises PokediffError when config or data differ."""
+def _remove(folder: Path) -> None:
+    """Delete a state: renamed first, so that it is never half there."""
+    gone = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.rename(gone)
+    shutil.rmtree(gone)
+
+
+def load_state(run: Run, stage: Stage, folder: Path) -> None:
+    """Load a saved state into a stage. Raises PokediffError when configuration or data differ."""
     facts = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
-    before, now = plain(from_values(facts["config"], TrainConfig, str(folder))), plain(config)
+    before, now = plain(from_values(facts["config"], TrainConfig, str(folder))), plain(run.config)
+    here = f"stages.{stage.name}"
     pairs = [(key, before[key], now[key]) for key in FIXED_KEYS]
-    if name not in before["stages"]:
-        raise PokediffError(f"{folder} is no state of a stage {name}")
-    pairs += [
-        (f"stages.{name}.{key}", before["stages"][name][key], now["stages"][name][key]) for key in FIXED_STAGE_KEYS
-    ]
+    old, new = (config["stages"][stage.name] for config in (before, now))
+    pairs += [(f"{here}.{key}", old[key], new[key]) for key in FIXED_STAGE_KEYS]
     for key, was, wanted in pairs:
         if was != wanted:
             raise PokediffError(f"{folder} has {key} = {was}, not {wanted}: choose another --out")
-    if facts["data_sha256"] != digest:
-        raise PokediffError(f"{folder} was trained on other data than {' '.join(config.data)}: choose another --out")
-    denoiser.load_state_dict(load_file(folder / "denoiser.safetensors"))
-    average.module.load_state_dict(load_file(folder / "average.safetensors"))
-    average.n_averaged.fill_(facts["updates"])
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if facts["data_sha256"] != stage.facts["data_sha256"]:
+        data = " ".join(run.config.data)
+        raise PokediffError(f"{folder} was trained on other data than {data}: choose another --out")
+    stage.denoiser.load_state_dict(load_file(folder / "denoiser.safetensors"))
+    stage.average.module.load_state_dict(load_file(folder / "average.safetensors"))
+    stage.average.n_averaged.fill_(facts["updates"])
+    parameters = [parameter for group in stage.optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in load_file(folder / "optimizer.safetensors").items():
         number, moment = int(key.split(".")[0]), key.split(".")[1]
@@ -192,63 +209,62 @@ def load_state(
         # copies: a tensor that lives in a mapped file keeps Windows from deleting it.
         like = parameters[number] if value.ndim else value
         state.setdefault(number, {})[moment] = torch.empty_like(like).copy_(value)
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return Progress(**facts["progress"])
+    stage.optimizer.load_state_dict({"state": state, "param_groups": stage.optimizer.state_dict()["param_groups"]})
+    stage.progress = Progress(**facts["progress"])
 
 
 # --------------------------------------------------------------------------------------------------------- pipelines
 
 
-def new_pipeline(cascade: Cascade, schedule: DDPMScheduler, config: TrainConfig) -> PokeDiffPipeline:
-    """A pipeline of these denoisers. Only the built-in text encoder is part of it; others are loaded by name."""
-    encoder = load_text_encoder(config.text_encoder) if config.text_encoder == "builtin" else None
-    model, tokenizer = (encoder.model, encoder.tokenizer) if isinstance(encoder, ClipTextEncoder) else (None, None)
-    sampler = DPMSolverMultistepScheduler.from_config(schedule.config)
-    return PokeDiffPipeline(cascade, sampler, model, tokenizer, config.text_encoder, config.pixel_art)
-
-
-def publish(pipeline: PokeDiffPipeline, out: Path, name: str, config: TrainConfig, facts: dict[str, Any]) -> None:
-    """Write the denoiser `name` in fp16, and what is not there yet of the checkpoint around it: all of it, or, for a
-    run with a `base`, the place of the base. Each file is replaced whole; the index, which makes it a checkpoint, last.
+def publish(run: Run, stage: Stage) -> None:
+    """Write the stage's averaged denoiser in fp16 into the run's folder: the first time with the whole checkpoint
+    around it or, in a run with a `base`, with the place of the base.
     """
-    if config.base is not None:
-        base = os.path.relpath(config.base, out) if Path(config.base).is_dir() else config.base
-        publish_part(pipeline, out, name, base)
+    base, progress = run.config.base, stage.progress
+    if base is not None and (Path(base) / INDEX).is_file():
+        base = Path(os.path.relpath(base, run.out)).as_posix()
+    if base is not None or (run.out / INDEX).is_file():
+        publish_denoiser(stage, run.out, base)
     else:
-        others = {key: part for key, part in pipeline.components.items() if key != "cascade"}
-        settings = {key: pipeline.config[key] for key in PokeDiffPipeline.settings}
-        there = {path.parent.name for path in (out / "cascade").glob("*/config.json")}
-        written = {key: part for key, part in pipeline.cascade.items() if key == name or key not in there}
-        cascade = Cascade({key: _half(part) for key, part in written.items()})
-        whole = PokeDiffPipeline(cascade, **{key: _half(part) for key, part in others.items()}, **settings)
-        _replace(out, whole.save_pretrained, list(pipeline.cascade))
-    report = read_facts(out)
-    report.setdefault("stages", {})[name] = facts
-    write_facts(out, report)
-    write_whole(out / "README.md", model_card(config, report["stages"]))
+        parts = {key: _half(part) for key, part in stage.pipeline.components.items()}
+        _replace(run.out, stage.pipeline.with_components(**parts).save_pretrained)
+    report = read_facts(run.out)
+    facts = {"steps": progress.step, "images_seen": progress.images_seen, "validation_loss": progress.validation_loss}
+    report.setdefault("stages", {}).setdefault(stage.name, {}).update({**stage.facts, **facts})
+    write_facts(run.out, report)
+    write_whole(run.out / "README.md", model_card(run.config, report["stages"]))
 
 
-def publish_part(pipeline: PokeDiffPipeline, folder: Path, name: str, base: str) -> None:
-    """Write the denoiser `name` in fp16 as a part of the checkpoint `base`, a path relative to `folder`."""
-    index = folder / "cascade" / "config.json"
+def publish_denoiser(stage: Stage, folder: Path, base: str | None) -> None:
+    """Write the averaged denoiser alone in fp16 into a checkpoint or, with `base`, as a part of that checkpoint: a path
+    relative to `folder`, or a name.
+    """
+    index = folder / "cascade" / LIST
     listed = json.loads(index.read_text(encoding="utf-8"))["denoisers"] if index.is_file() else []
-    half = PokeDiffPipeline(Cascade({name: _half(pipeline.cascade[name])}), pipeline.scheduler)
-    _replace(folder, lambda target: half.save_part(target, [name], base), list(dict.fromkeys([*listed, name])))
+
+    def save(target: Path) -> None:
+        Cascade({stage.name: _half(stage.average.module)}).save_pretrained(target / "cascade")
+        write_list(target / "cascade", list(dict.fromkeys([*listed, stage.name])))
+        if base is not None:
+            write_part_index(target, base)
+
+    _replace(folder, save)
 
 
 def _half(part: Any) -> Any:
     return copy.deepcopy(part).half() if isinstance(part, nn.Module) else part
 
 
-def _replace(folder: Path, save: Callable[[Path], Any], denoisers: list[str]) -> None:
-    """Save into a temporary folder, list `denoisers` as the cascade, then move every file to its place."""
+def _replace(folder: Path, save: Callable[[Path], Any]) -> None:
+    """Save into a temporary folder, then move every file to its place: the list of denoisers, and the index that makes
+    a folder a checkpoint, after what they name.
+    """
     temporary = folder / ".pipeline.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save(temporary)
-    write_list(temporary / "cascade", denoisers)
     files = [path for path in temporary.rglob("*") if path.is_file()]
-    for file in sorted(files, key=lambda path: (path.name == INDEX, path.parent.name == "cascade")):
+    for file in sorted(files, key=lambda path: (path.name == INDEX, path == temporary / "cascade" / LIST)):
         target = folder / file.relative_to(temporary)
         target.parent.mkdir(parents=True, exist_ok=True)
         file.replace(target)
@@ -260,9 +276,7 @@ def model_card(config: TrainConfig, stages: dict[str, dict[str, Any]]) -> str:
     styles = ", ".join(config.dataset.styles) if config.dataset.styles else "all"
     rows = "\n".join(
         f"| {name} | {facts['parameters'] / 1e6:.1f} M | {facts['training_pictures']} | {facts['steps']} | "
-        f"{facts['images_seen']:,} | "
-        + ("not measured" if facts["validation_loss"] is None else f"{facts['validation_loss']:.4f}")
-        + " |"
+        f"{facts['images_seen']:,} | {loss_text(facts['validation_loss'])} |"
         for name, facts in stages.items()
     )
     base = f"\nThese denoisers belong to the cascade of {config.base}.\n" if config.base else ""
@@ -297,11 +311,12 @@ A model may resemble its training pictures. Whose pictures those were, and what 
 # ------------------------------------------------------------------------------------------------- facts and curves
 
 
-def describe(out: Path, config: TrainConfig, accelerator: Accelerator) -> None:
+def describe(run: Run) -> None:
     """config.yaml and run.json: the configuration, and what it runs on."""
-    out.mkdir(parents=True, exist_ok=True)
+    config, accelerator = run.config, run.accelerator
+    run.out.mkdir(parents=True, exist_ok=True)
     facts = {
-        **read_facts(out),
+        **read_facts(run.out),
         "data": list(config.data),
         "seed": config.seed,
         "processes": accelerator.num_processes,
@@ -310,11 +325,11 @@ def describe(out: Path, config: TrainConfig, accelerator: Accelerator) -> None:
         "threads": torch.get_num_threads(),
         "machine": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {"pokediff": __version__, **{name: version(name) for name in PACKAGES}},
         "commit": _commit(),
     }
-    write_whole(out / "config.yaml", dump_yaml(config))
-    write_facts(out, facts)
+    write_whole(run.out / "config.yaml", dump_yaml(config))
+    write_facts(run.out, facts)
 
 
 def read_facts(out: Path) -> dict[str, Any]:
@@ -327,13 +342,6 @@ def write_facts(out: Path, facts: dict[str, Any]) -> None:
     write_whole(out / "run.json", json.dumps(facts, indent=2) + "\n")
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def _commit() -> str | None:
     """The commit of the checkout this file lies in, if it lies in one."""
     git = shutil.which("git")
@@ -343,23 +351,16 @@ def _commit() -> str | None:
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
-def start_trackers(accelerator: Accelerator, out: Path, config: TrainConfig) -> None:
+def start_trackers(run: Run) -> None:
     """log.jsonl, TensorBoard and, with wandb, Weights & Biases. Values are named STAGE/VALUE."""
-    trackers: list[GeneralTracker] = [JsonLinesTracker(out / "log.jsonl")]
-    trackers.append(TensorBoardTracker("tensorboard", logging_dir=out))
-    if config.wandb:
+    trackers: list[GeneralTracker] = [JsonLinesTracker(run.out / "log.jsonl")]
+    trackers.append(TensorBoardTracker("tensorboard", logging_dir=run.out))
+    if run.config.wandb:
         if not is_wandb_available():
             raise PokediffError("wandb is not installed: pip install wandb")
-        trackers.append(WandBTracker("pokediff", name=out.name, dir=str(out)))
-    accelerator.log_with = trackers
-    accelerator.init_trackers("pokediff")
-
-
-def drop_rows(path: Path, stage: str, step: int) -> None:
-    """Remove from log.jsonl the rows of a stage after `step`, which are made again, and rows cut short by a kill."""
-    if path.exists():
-        rows = [row for row in path.read_text(encoding="utf-8").splitlines() if _kept(row, stage, step)]
-        write_whole(path, "".join(row + "\n" for row in rows))
+        trackers.append(WandBTracker("pokediff", name=run.out.name, dir=str(run.out)))
+    run.accelerator.log_with = trackers
+    run.accelerator.init_trackers("pokediff")
 
 
 def _kept(line: str, stage: str, step: int) -> bool:

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list
 
 from pokediff.config import Sampling, StageConfig, TrainConfig, load_yaml
+from pokediff.data.files import write_whole
 from pokediff.data.images import encode_png, enlarge, grid
-from pokediff.data.records import write_whole
 from pokediff.errors import PokediffError
 from pokediff.model.cascade import Cascade
 from pokediff.model.checkpoint import INDEX, quiet
+from pokediff.model.denoiser import has_bf16
 from pokediff.model.diffusion import make_noise_schedule, same_noise
 from pokediff.model.pipeline import PokeDiffPipeline
 from pokediff.training import runs
-from pokediff.training.build import Run
-from pokediff.training.clock import Limit, duration
-from pokediff.training.loop import mixed_precision, prepare, seconds_per_step, train_stage, usable_cores
+from pokediff.training.build import Run, new_pipeline, prepare
+from pokediff.training.clock import Limit, agreed, duration
+from pokediff.training.loop import seconds_per_step, train_stage
 from pokediff.training.recipes import what_to_expect
 
 SAMPLE = 256  # pictures that a trial and the estimates load
@@ -48,45 +51,54 @@ def train(config: TrainConfig, resume: str = "never", only: Sequence[str] = (), 
     quiet()
     full, names = config, select(config, only)
     if trial:
-        config = shortened(config)
-        remove_trial(Path(config.out or ""))
+        config, names, resume = shortened(config), list(config.stages), "never"
     out = Path(config.out or "checkpoints/run")
-    refuse_other_run(out, names, resume, only)
-    run = start(config, out, SAMPLE if trial else None)
-    seconds = estimate(run, names)
+    if not trial:
+        refuse_other_run(out, names, resume, only)
+    states = runs.find_states(out, names, resume)
+    run = start(config, out, trial)
+
+    def unfinished() -> list[str]:
+        again = [name for name in names if resume not in ("never", "auto") and states[name] == Path(resume)]
+        return [name for name in names if resume == "never" or name in again or not runs.is_finished(out, name, config)]
+
+    seconds = estimate(run, unfinished())
     if config.fit_limit and config.max_minutes is not None:
-        config = full = run.config = fitted(config, out, seconds, resume)
+        config = full = run.config = fitted(config, out, seconds, states)
     if run.main:
-        runs.describe(out, config, run.accelerator)
-        runs.start_trackers(run.accelerator, out, config)
-    run.say(timetable(full, names, seconds, run.accelerator.mixed_precision))
-    needed = {name: seconds[name] * config.stages[name].max_steps * OVERHEAD for name in names}
-    whole = run.limit
-    for number, name in enumerate(names):
-        if resume != "never" and runs.is_finished(out, name, config.stages[name].max_steps):
-            run.say(f"{name}: finished already")
-            continue
-        if resume == "never":
-            shutil.rmtree(out / "state" / name, ignore_errors=True)
-        left = sum(needed[later] for later in names[number + 1 :])
-        if config.fit_limit:  # a machine that has become slower must not cost a later stage its turn
-            run.limit = whole.part(needed[name] / (needed[name] + left))
-        finished = train_one(run, name, resume)
-        if not finished and not (config.fit_limit and run.limit.reached()):
-            run.say(
-                f"stopped in {name}; continue with --resume auto" + (f", {duration(left)} after it" if left else "")
-            )
-            break
-        if left:
-            run.say(f"time left: about {duration(left)}")
-    if trial and run.main:
-        draw_trial(out, run)
-    elif config.fit_limit:
-        run.say(what_to_expect(config))
-    prompt = max(config.preview_prompts, key=len)
-    run.say(f'draw with: pokediff sample "{prompt}" --checkpoint {out}')
+        runs.describe(run)
+        runs.start_trackers(run)
+    left = times(full, {name: seconds[name] for name in unfinished()}, states)
+    run.say(timetable(full, left, seconds, run.accelerator.mixed_precision))
+    train_stages(run, names, left, states)
+    if trial:
+        draw_trial(run)
+    else:
+        if config.fit_limit:
+            run.say(what_to_expect(config))
+        run.say(f'draw with: pokediff sample "{max(config.preview_prompts, key=len)}" --checkpoint {out}')
     run.accelerator.end_training()
     return out
+
+
+def train_stages(run: Run, names: Sequence[str], left: Mapping[str, float], states: Mapping[str, Path | None]) -> None:
+    """Train the stages of `left`, in seconds, one after the other, until one of them has to be resumed."""
+    whole = run.limit
+    for number, name in enumerate(names):
+        if name not in left:
+            run.say(f"{name}: finished already")
+            continue
+        rest = sum(left.get(later, 0.0) for later in names[number + 1 :])
+        if run.config.fit_limit:  # a machine that has become slower must not cost a later stage its turn
+            run.limit = whole.part(left[name] / (left[name] + rest))
+        stop = train_one(run, name, states[name])
+        is_left = stop == "signal" or (stop == "time" and not run.config.fit_limit)
+        if is_left or (rest and agreed(run.accelerator, "time" if whole.reached() else "")):
+            more = f", about {duration(rest)} after it" if rest else ""
+            run.say(f"stopped {'in' if is_left else 'after'} {name}; continue with --resume auto{more}")
+            break
+        if rest:
+            run.say(f"time left: about {duration(rest)}")
 
 
 def select(config: TrainConfig, only: Sequence[str]) -> list[str]:
@@ -105,83 +117,114 @@ def refuse_other_run(out: Path, names: Sequence[str], resume: str, only: Sequenc
         raise PokediffError(f"{out} holds a model without the states to resume from: choose another --out")
 
 
-def start(config: TrainConfig, out: Path, sample: int | None) -> Run:
+def start(config: TrainConfig, out: Path, trial: bool = False) -> Run:
     """Processes, threads, and the cascade to build on. Raises PokediffError when it has another noise schedule."""
     limit = Limit(config.max_minutes)
     AcceleratorState._reset_state()  # of an earlier training in this process, which may have had another precision
     accelerator = Accelerator(mixed_precision=mixed_precision(config.precision))
     if accelerator.device.type == "cpu":  # accelerate launch leaves all but one core idle
         torch.set_num_threads(config.threads or max(1, usable_cores() // accelerator.num_processes))
+    if trial and accelerator.is_main_process:
+        remove_trial(out)
+    accelerator.wait_for_everyone()
     schedule, pipeline = make_noise_schedule(config.diffusion), None
-    source = out if (out / INDEX).is_file() else config.base or config.start_from
-    if source is not None:
+    own = config.base or config.start_from
+    if (source := out if (out / INDEX).is_file() else own) is not None:
         pipeline = PokeDiffPipeline.from_pretrained(source)
         if not same_noise(schedule, pipeline.scheduler):
             raise PokediffError(f"{source} has another noise schedule (diffusion.*)")
-    if pipeline is not None and source == config.start_from:  # the same denoisers, to be trained on
-        parts = {name: denoiser for name, denoiser in pipeline.cascade.items() if name in config.stages}
-        pipeline = runs.new_pipeline(Cascade(parts), schedule, config) if parts else None
+        if source != out and not config.base:  # the same denoisers, to be trained on
+            parts = {name: denoiser for name, denoiser in pipeline.cascade.items() if name in config.stages}
+            pipeline = new_pipeline(Cascade(parts), schedule, config) if parts else None
     if pipeline is not None:
         pipeline = pipeline.to(accelerator.device)
-    return Run(config, out, accelerator, schedule, pipeline, limit, sample)
+    return Run(config, out, accelerator, schedule, pipeline, limit, SAMPLE if trial else None)
+
+
+def mixed_precision(precision: str) -> str:
+    """accelerate's name of it. Never fp16: its overflow is the most reported failure of diffusion training."""
+    if precision == "auto":
+        precision = "bf16" if has_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu")) else "fp32"
+    return "no" if precision == "fp32" else precision
+
+
+def usable_cores() -> int:
+    """How many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def estimate(run: Run, names: Sequence[str]) -> dict[str, float]:
-    """{stage: seconds a step}, measured on a few pictures before the first stage starts."""
+    """{stage: seconds a step}, measured on a few pictures before the first stage starts; the same on all processes."""
     quick = dataclasses.replace(run, sample=SAMPLE, silent=True)
     seconds = {}
     for name in names:
-        stage = prepare(quick, name, "never")
+        stage = prepare(quick, name)
         seconds[name] = seconds_per_step(quick, stage)
         quick.pipeline = stage.pipeline  # later stages check what comes before them
-    return seconds
+    return broadcast_object_list([seconds])[0]
 
 
-def timetable(config: TrainConfig, names: Sequence[str], seconds: dict[str, float], precision: str) -> str:
+def times(config: TrainConfig, seconds: Mapping[str, float], states: Mapping[str, Path | None]) -> dict[str, float]:
+    """{stage: seconds that it still needs}, with what it does beside its steps."""
+    steps = {name: max(1, config.stages[name].max_steps - runs.steps_of(states[name])) for name in seconds}
+    return {name: OVERHEAD * seconds[name] * number for name, number in steps.items()}
+
+
+def timetable(config: TrainConfig, left: Mapping[str, float], seconds: Mapping[str, float], precision: str) -> str:
     """A line for each stage, and the whole."""
-    lines, whole = [], 0.0
-    for name in names:
-        stage = config.stages[name]
-        needed = seconds[name] * stage.max_steps * OVERHEAD
-        whole += needed
-        speed = stage.batch_size / seconds[name]
-        lines.append(
-            f"{name}: {stage.max_steps:,} steps of {stage.batch_size} pictures, about {duration(needed)} "
-            f"({speed:.0f} pictures/s, {precision})"
-        )
-    return "\n".join([*lines, f"in all about {duration(whole)}" + (", before compilation" if config.compile else "")])
+    lines = []
+    for name, needed in left.items():
+        size, steps = config.stages[name].batch_size, round(needed / seconds[name] / OVERHEAD)
+        speed = f"{size / seconds[name]:.0f} pictures/s, {precision}"
+        lines.append(f"{name}: {steps:,} steps of {size} pictures, about {duration(needed)} ({speed})")
+    sizes = ", ".join(f"{size} px" for size in sorted({stage.image_size for stage in config.stages.values()}))
+    drawing = f"to draw {sizes}" + (" with hard edges" if config.pixel_art else "")
+    compiling = ", before compilation" if config.compile else ""
+    return "\n".join([*lines, f"in all about {duration(sum(left.values()))}{compiling}, {drawing}"])
 
 
-def train_one(run: Run, name: str, resume: str) -> str | None:
-    """One stage: load, train, and add its denoiser to the cascade. Returns why it is finished, None if it is not."""
-    began, before = time.monotonic(), runs.read_facts(run.out).get("stages", {}).get(name, {}).get("seconds", 0.0)
-    stage = prepare(run, name, resume)
+def train_one(run: Run, name: str, state: Path | None) -> str:
+    """One stage: load, train, and add its denoiser to the cascade. Returns why it stops, one of clock.STOPS."""
+    began, stage = time.monotonic(), prepare(run, name, state)
     run.say(
         f"{name}: {stage.facts['parameters'] / 1e6:.2f} M parameters, {stage.facts['gflops']:.2f} GFLOP a picture, "
         f"{stage.facts['training_pictures']} training and {stage.facts['validation_pictures']} validation pictures"
     )
     if run.main:
-        runs.drop_rows(run.out / "log.jsonl", name, stage.progress.step)
+        runs.begin(run, stage)
     run.accelerator.wait_for_everyone()
-    finished = train_stage(run, stage)
+    stop = train_stage(run, stage)
     if run.main:
-        facts = runs.read_facts(run.out)
-        facts["stages"][name] |= {"finished": finished, "seconds": round(before + time.monotonic() - began)}
-        runs.write_facts(run.out, facts)
+        report = runs.read_facts(run.out)
+        facts = report["stages"][name]
+        facts["seconds"] = round(facts.get("seconds", 0) + time.monotonic() - began)
+        facts["finished"] = stop if stop in ("steps", "copies") else None
+        runs.write_facts(run.out, report)
+    # As the checkpoint has it: a resumed run goes on, and distils, with the same weights.
+    stage.average.module.half().float()
     run.pipeline = stage.pipeline
     run.accelerator.free_memory()
-    return finished
+    return stop
 
 
-def fitted(config: TrainConfig, out: Path, seconds: dict[str, float], resume: str) -> TrainConfig:
-    """All stages shortened in proportion, so that the run ends within max_minutes; a resumed run keeps its lengths."""
-    saved = out / "config.yaml"
-    if resume != "never" and saved.is_file():
-        lengths = {name: stage.max_steps for name, stage in load_yaml(saved, TrainConfig).stages.items()}
-        return with_steps(config, lengths)
-    whole = sum(seconds[name] * config.stages[name].max_steps * OVERHEAD for name in seconds)
-    share = min(1.0, 60 * (config.max_minutes or 0) / whole)
-    return with_steps(config, {name: int(share * stage.max_steps) for name, stage in config.stages.items()})
+def fitted(
+    config: TrainConfig, out: Path, seconds: Mapping[str, float], states: Mapping[str, Path | None]
+) -> TrainConfig:
+    """What is left of the stages shortened in proportion, so that the run ends within max_minutes. A run that was
+    stopped keeps its lengths until all its stages are finished.
+    """
+    if not seconds:
+        return config
+    if any(states.values()) and (out / "config.yaml").is_file():
+        saved = load_yaml(out / "config.yaml", TrainConfig).stages
+        lengths = {name: saved[name].max_steps for name in seconds if name in saved}
+        before = with_steps(config, lengths)
+        if not all(runs.is_finished(out, name, before) for name in seconds):
+            return before
+    share = min(1.0, 60 * (config.max_minutes or 0) / sum(times(config, seconds, states).values()))
+    done = {name: runs.steps_of(states[name]) for name in seconds}
+    lengths = {name: done[name] + round(share * (config.stages[name].max_steps - done[name])) for name in seconds}
+    return with_steps(config, lengths)
 
 
 def with_steps(config: TrainConfig, steps: dict[str, int]) -> TrainConfig:
@@ -223,11 +266,13 @@ def remove_trial(out: Path) -> None:
     shutil.rmtree(out, ignore_errors=True)
 
 
-def draw_trial(out: Path, run: Run) -> None:
+def draw_trial(run: Run) -> None:
     """Draw two of the preview prompts with the cascade as it is: trial.png."""
-    assert run.pipeline is not None
+    if not run.main or run.pipeline is None:
+        return
     prompts = list(run.config.preview_prompts)[:2]
     size = run.pipeline.sizes[-1]
     pictures = run.pipeline.generate(prompts, range(len(prompts)), Sampling(size=size))
-    write_whole(out / "trial.png", encode_png(enlarge(grid(pictures), max(1, 128 // size))))
-    run.say(f"{len(prompts)} pictures of {size} px after {TRIAL_STEPS} steps: {out / 'trial.png'}")
+    file = run.out / "trial.png"
+    write_whole(file, encode_png(enlarge(grid(pictures), max(1, 128 // size))))
+    run.say(f"{len(prompts)} pictures of {size} px after {TRIAL_STEPS} steps: {file}")
