@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read."""
+"""PokediffError, the error that a user can fix, and how commands print it."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from contextlib import contextmanager
 
 
 class PokediffError(Exception):
-    """Something the user can mend; its text is one line that says what to do."""
+    """An error that the user can fix; its text is one line that says what to do."""
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, cut to one line."""
+    """The first line of another library's error message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """At the edge of every command: a `PokediffError` becomes one line and exit code 2, Ctrl-C exit code 130.
+    """Around every command: print a `PokediffError` as one line and exit with code 2; Ctrl-C exits with code 130.
 
-    So does what the system says of a path: no such folder, a file in the way, no permission, no space left.
+    Errors of the file system are printed the same way: no such folder, no permission, no space left.
     """
     try:
         yield

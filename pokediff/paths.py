@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def shipped(kind: Literal["checkpoints", "configs"], name: str = "") -> Path:
-    """The path of a file or folder that comes with pokediff, whether or not it exists: shipped("configs", "x.yaml").
+    """The path of a file or folder that comes with pokediff, which need not exist: shipped("configs", "x.yaml").
 
     setup.cfg maps checkpoints/ and configs/ of the repository into the package; an editable install reads them there.
     """

@@ -15,7 +15,7 @@ from urllib3.util import Retry
 
 ATTEMPTS = 6  # for one address
 BACKOFF_S, BACKOFF_CAP_S = 1.0, 60.0
-LONGEST_PAUSE_S = 300.0  # a server that demands a longer pause ends the run
+LONGEST_PAUSE_S = 300.0  # a longer Retry-After ends the run
 DEFAULT_INTERVAL_S = 1.0  # between two requests to a host whose robots.txt names no delay
 TIMEOUT_S = (10, 60)  # to connect, between two chunks of the body
 REDIRECTS = 5
@@ -67,8 +67,8 @@ class PoliteClient:
             expect: prefix of the content type, such as "image/"; any other is a failed attempt.
 
         Raises:
-            NotThere: 404 or 410. FetchError: any other error of this address. StopRun: a challenge page, or a demanded
-            pause longer than LONGEST_PAUSE_S.
+            NotThere: 404 or 410. FetchError: any other error of this address. StopRun: a challenge page, or a
+            Retry-After longer than LONGEST_PAUSE_S.
         """
         challenges = 0
         for attempt in range(ATTEMPTS):
@@ -112,7 +112,7 @@ class PoliteClient:
                 raise FetchError(f"longer than {max_bytes:,} bytes")
 
         status = response.status_code
-        challenge = f"{host} demands a challenge (status {status})"
+        challenge = f"{host} answers with a challenge page (status {status})"
         if response.headers.get("cf-mitigated") == "challenge":
             raise StopRun(challenge)
         if status in (404, 410):
@@ -122,7 +122,7 @@ class PoliteClient:
         if status == 429 or status >= 500:
             pause = _retry_after(response)
             if pause is not None and pause > LONGEST_PAUSE_S:
-                raise StopRun(f"{host} demands a pause of {pause:.0f} s")
+                raise StopRun(f"{host} asks for a pause of {pause:.0f} s")
             raise _Retry(f"status {status}", pause)
         if status != 200:
             raise FetchError(f"status {status}")
@@ -130,7 +130,7 @@ class PoliteClient:
             raise _Retry(f"content type {kind or 'missing'}, expected {expect}")
         return bytes(body)
 
-    # ------------------------------------------------------------------------------------------------- manners
+    # ---------------------------------------------------------------------------------- robots.txt and pauses
 
     def _robots_of(self, url: str) -> Protego:
         """The host's robots.txt, read once. Without one (404) all is allowed, unreachable nothing (RFC 9309)."""
@@ -168,7 +168,7 @@ class PoliteClient:
 
 
 class _Retry(Exception):
-    """An attempt failed; another one may succeed, after a pause that the server demands (s)."""
+    """An attempt failed; another one may succeed, after `pause` seconds if the server named them."""
 
     def __init__(self, reason: str, pause: float | None = None, is_challenge: bool = False) -> None:
         super().__init__(reason)

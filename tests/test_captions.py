@@ -141,6 +141,7 @@ def test_articles():
         assert with_article(words) == right
 
 
+@pytest.mark.slow
 def test_open_captions_share_words_and_are_several(shared):
     folder = shared / "data" / "creatures"
     if not folder.is_dir():
@@ -154,6 +155,7 @@ def test_open_captions_share_words_and_are_several(shared):
     assert sum(map(len, captions)) / len(captions) > 7
 
 
+@pytest.mark.slow
 def test_real_captions_name_nobody_and_belong_to_no_picture_alone(shared):
     records = [record for record in read_records(shared / "data" / "pokemon") if split_of(record) == "train"]
     captions = shared_captions(records, [captions_of(record) for record in records])

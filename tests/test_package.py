@@ -134,6 +134,7 @@ assert not heavy, f"drawing loads {heavy}"
 """
 
 
+@pytest.mark.slow
 def test_importing_and_drawing_load_only_what_they_need(tmp_path):
     done = subprocess.run([sys.executable, "-c", LAZY], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

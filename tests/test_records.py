@@ -108,10 +108,12 @@ def test_the_split_of_a_row_is_obeyed(tmp_path):
 
 
 def test_the_text_of_a_scraped_row_repeats_its_captions(tmp_path):
-    record = Record("a.png", dex=1, name="Seedy", colors=("green",), types=("grass",))
-    write_records(tmp_path, [record], ["a green grass creature"])
-    assert json.loads((tmp_path / "metadata.jsonl").read_text())["text"] == "a green grass creature"
+    record = Record("a.png", dex=1, name="Seedy", colors=("green",), retrieved_at="2026-01-01T00:00:00+00:00")
+    write_records(tmp_path, [record], ["a green creature"])
+    assert json.loads((tmp_path / "metadata.jsonl").read_text())["text"] == "a green creature"
     assert read_records(tmp_path) == [record]
+    write_rows(tmp_path, {"file_name": "a.png", "dex": 1, "colors": ["green"], "text": "by a person"})
+    assert read_records(tmp_path)[0].captions == ("by a person",)
 
 
 def test_without_a_family_the_species_is_kept_together():

@@ -93,7 +93,7 @@ def wiki(monkeypatch):
     server.server_close()
 
 
-def polite(wiki: Wiki, **options: Any) -> PoliteClient:
+def client_of(wiki: Wiki, **options: Any) -> PoliteClient:
     return PoliteClient({wiki.base.removeprefix("http://")}, "pokediff/test (contact: me@example.org)", **options)
 
 
@@ -113,7 +113,7 @@ def original(name: str) -> str:
 
 
 def test_robots_are_read_once_and_obeyed(wiki):
-    agent = polite(wiki)
+    agent = client_of(wiki)
     with pytest.raises(FetchError, match=r"robots\.txt disallows"):
         agent.get(f"{wiki.base}/wiki/Special:Search", 1000)
     agent.get(f"{wiki.base}{original('a')}", 10**6)
@@ -133,12 +133,12 @@ def test_robots_are_read_once_and_obeyed(wiki):
         "User-agent: Pokediff\nDisallow: /media/\n\nUser-agent: *\nAllow: /",
     ],
 )
-def test_every_way_to_forbid_is_understood(wiki, rules):
+def test_all_forms_of_robots_rules(wiki, rules):
     wiki.robots = rules
     with pytest.raises(FetchError, match=r"robots\.txt disallows"):
-        polite(wiki).get(wiki.base + original("a"), 10**6)
+        client_of(wiki).get(wiki.base + original("a"), 10**6)
     wiki.robots = "User-agent: *\nCrawl-delay: 2.5"
-    agent = polite(wiki, sleep=lambda s: None)
+    agent = client_of(wiki, sleep=lambda s: None)
     agent.get(wiki.base + original("a"), 10**6)
     assert agent.interval(wiki.base.removeprefix("http://")) == 2.5
 
@@ -151,7 +151,7 @@ def test_crawl_delay_is_kept_between_requests(wiki):
         slept.append(seconds)
         now[0] += seconds
 
-    agent = polite(wiki, sleep=sleep, clock=lambda: now[0])
+    agent = client_of(wiki, sleep=sleep, clock=lambda: now[0])
     for name in "ab":
         agent.get(wiki.base + original(name), 10**6)
     assert [s for s in slept if s] == [7, 7]  # robots.txt, picture, picture
@@ -160,16 +160,16 @@ def test_crawl_delay_is_kept_between_requests(wiki):
 def test_without_robots_a_pause_is_kept_and_unreadable_robots_stop_the_run(wiki):
     wiki.special["/robots.txt"] = lambda h, n: h.answer(404, b"", "text/plain")
     slept: list[float] = []
-    agent = polite(wiki, sleep=slept.append)
+    agent = client_of(wiki, sleep=slept.append)
     agent.get(wiki.base + original("a"), 10**6)
     assert max(slept) > 0.9 * client.DEFAULT_INTERVAL_S
     wiki.special["/robots.txt"] = lambda h, n: h.answer(500, b"", "text/plain")
     with pytest.raises(StopRun, match=r"robots\.txt cannot be read"):
-        polite(wiki, sleep=lambda s: None).get(wiki.base + original("a"), 10**6)
+        client_of(wiki, sleep=lambda s: None).get(wiki.base + original("a"), 10**6)
 
 
 @pytest.mark.parametrize("trouble", ["429", "503", "drop", "cut", "html", "challenge once"])
-def test_passing_trouble_is_sat_out(wiki, trouble):
+def test_temporary_errors_are_retried(wiki, trouble):
     def answer(handler: Handler, times: int) -> None:
         if times > 2:
             return handler.answer(200, ARTWORK, "image/png")
@@ -188,27 +188,27 @@ def test_passing_trouble_is_sat_out(wiki, trouble):
 
     wiki.special["/a.png"] = answer
     slept: list[float] = []
-    assert polite(wiki, sleep=slept.append).get(f"{wiki.base}/a.png", 10**6, "image/") == ARTWORK
+    assert client_of(wiki, sleep=slept.append).get(f"{wiki.base}/a.png", 10**6, "image/") == ARTWORK
     assert wiki.requests.count("/a.png") == 3
     if trouble == "429":
         assert slept.count(2) == 2
 
 
-def test_pauses_grow_and_end(wiki):
+def test_pauses_grow_until_the_last_attempt(wiki):
     wiki.special["/a.png"] = lambda h, n: h.answer(503, b"", "text/plain")
     slept: list[float] = []
     with pytest.raises(FetchError, match=r"status 503 \(6 attempts\)"):
-        polite(wiki, sleep=slept.append).get(f"{wiki.base}/a.png", 10**6)
+        client_of(wiki, sleep=slept.append).get(f"{wiki.base}/a.png", 10**6)
     pauses = [s for s in slept if s > 0]
     assert len(pauses) == 5
     assert all(0.5 * 0.01 * 2**k <= pause <= 1.5 * 0.01 * 2**k for k, pause in enumerate(pauses))
     assert len(set(pauses)) == 5
 
 
-def test_a_long_pause_demanded_stops_the_run(wiki):
+def test_a_long_retry_after_stops_the_run(wiki):
     wiki.special["/a.png"] = lambda h, n: h.answer(429, b"", "text/plain", Retry_After="3600")
     with pytest.raises(StopRun, match="pause of 3600 s"):
-        polite(wiki).get(f"{wiki.base}/a.png", 10**6)
+        client_of(wiki).get(f"{wiki.base}/a.png", 10**6)
     assert wiki.requests.count("/a.png") == 1
 
 
@@ -220,7 +220,7 @@ def test_a_challenge_stops_the_run(wiki, status, headers, requests):
     page = b"<html><title>Just a moment...</title></html>"
     wiki.special["/a.png"] = lambda h, n: h.answer(status, page, "text/html", **headers)
     with pytest.raises(StopRun, match="challenge"):
-        polite(wiki, sleep=lambda s: None).get(f"{wiki.base}/a.png", 10**6, "image/")
+        client_of(wiki, sleep=lambda s: None).get(f"{wiki.base}/a.png", 10**6, "image/")
     assert wiki.requests.count("/a.png") == requests
 
 
@@ -231,7 +231,7 @@ def test_not_there_too_long_and_elsewhere(wiki):
     wiki.special["/torn.png"] = lambda h, n: h.answer(302, b"", "text/plain", Location="http://[torn")
     script = b"<html><script src='/cdn-cgi/challenge-platform/scripts/jsd/main.js'></script>no such page</html>"
     wiki.special["/gone.png"] = lambda h, n: h.answer(404, script, "text/html")
-    agent = polite(wiki)
+    agent = client_of(wiki)
     with pytest.raises(NotThere):
         agent.get(f"{wiki.base}/none", 1000)
     with pytest.raises(NotThere):  # the script alone is no challenge
@@ -316,7 +316,7 @@ def test_a_picture_that_vanished_is_not_listed(wiki, tmp_path, capsys):
     assert [record.name for record in read_records(tmp_path)] == [*NAMES[:2], *NAMES[3:]]
     assert (tmp_path / "images" / "0005-creaturee.png").read_bytes() == ARTWORK
     assert scrape(wiki, tmp_path, "--limit", "2") == 0
-    assert [row["name"] for row in failures(tmp_path)] == [NAMES[2]]  # it was not tried: it is still to be had
+    assert [row["name"] for row in failures(tmp_path)] == [NAMES[2]]  # not tried again, so still missing
 
 
 def test_a_journal_cut_within_a_letter_is_read(wiki, tmp_path):

@@ -1,4 +1,4 @@
-"""Figure and backdrop of a picture, and the basic colours that people name."""
+"""Figure and plain background of a picture, and the basic colours that people name."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def color_shares(rgba: np.ndarray) -> dict[str, float]:
 def figure_mask(rgba: np.ndarray) -> np.ndarray:
     """(H, W) bool: the pixels of the figure. By alpha; in an opaque picture, all but a plain backdrop.
 
-    A backdrop is nearly one colour all along the edge: the regions of that colour that touch the edge.
+    If at least 80 % of the edge pixels have nearly one colour, the backdrop is the regions of that colour which touch
+    the edge.
     """
     mask = rgba[..., 3] >= 128
     if not mask.all():

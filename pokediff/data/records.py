@@ -33,7 +33,7 @@ class Record:
     file_name: str  # relative to the folder, forward slashes; a row of a parquet file is "train.parquet#17"
     captions: tuple[str, ...] = ()  # written by people; empty: captions.py makes them from the fields below
 
-    name: str | None = None  # of a species (a row with `dex`), never in a caption; else of a thing, a word of captions
+    name: str | None = None  # in no caption of a species (a row with `dex`); in the captions of anything else
     dex: int | None = None  # National Pokédex number
     form: str | None = None
     family: str | int | None = None  # the evolution line, or any group that one split keeps together
@@ -60,7 +60,7 @@ class Record:
 
     @property
     def family_key(self) -> str:
-        """What one split keeps together: the family, else the species, else the picture."""
+        """The group that one split keeps together: the family, else the species, else the picture alone."""
         for part in (self.family, self.dex, self.name):
             if part not in (None, ""):
                 return str(part)
@@ -68,12 +68,12 @@ class Record:
 
     @property
     def is_species(self) -> bool:
-        """A species has a proper name, which no caption may hold; a thing is called by its name."""
+        """Captions of a species leave out its name; captions of anything else use it."""
         return self.dex is not None or (self.kind is None and bool(self.types or self.shape))
 
     @property
     def is_described(self) -> bool:
-        """Does anything but the file name say what the picture shows?"""
+        """Does a column other than the file name say what the picture shows?"""
         known = (self.captions, self.style, self.kind, self.types, self.color, self.shape, self.genus)
         return any((*known, self.descriptions, self.name and self.dex is None))
 
@@ -166,7 +166,7 @@ def read_records(folder: str | Path, report: Callable[[str], Any] = lambda _: No
 
 
 def picture_bytes(record: Record) -> bytes:
-    """The picture file of a record that read_records returned. Raises OSError when it cannot be read."""
+    """The file of a record's picture. Raises OSError when it cannot be read."""
     return layouts.picture_bytes(Path(record.root), record.file_name)
 
 
@@ -202,8 +202,8 @@ def record_from_json(row: dict[str, Any], where: str) -> Record:
     from pydantic import ValidationError
 
     row = {key: value for key, value in row.items() if value is not None and key != "root"}
-    # The text of a scraped row is the first of the captions that are made from its other columns.
-    scraped = row.get("dex") and row.get("colors") and not row.get("captions")
+    # The text of a row of the scraper is the first of the captions that are made from its other columns.
+    scraped = row.get("dex") and row.get("retrieved_at") and not row.get("captions")
     row["captions"] = [] if scraped else _captions(row, where)
     for column in LISTS:
         if isinstance(row.get(column), str):
