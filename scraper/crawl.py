@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import tyro
 from tqdm import tqdm
 
 from pokediff import __version__
@@ -18,7 +17,7 @@ from pokediff.config import DEFAULT_CLIP
 from pokediff.data.colors import measured_colors
 from pokediff.data.images import BadImage, encode_png, read_image
 from pokediff.data.records import write_whole
-from pokediff.errors import PokediffError, one_line_errors
+from pokediff.errors import PokediffError
 
 from . import bulbapedia
 from .bulbapedia import Entry, page_title
@@ -76,12 +75,6 @@ class Summary:
     def failed(self) -> int:
         """Failures that another run may repair."""
         return sum(not failure.gone for failure in self.failures)
-
-
-def main(args: Sequence[str] | None = None, prog: str = "pokediff scrape") -> int:
-    """`run` with options from the command line; a PokediffError exits with 2."""
-    with one_line_errors():
-        return run(tyro.cli(ScrapeOptions, args=args, prog=prog))
 
 
 def run(options: ScrapeOptions) -> int:

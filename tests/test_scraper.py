@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from conftest import COLORS, ROOT, draw_creature
 
+from pokediff import cli
 from pokediff.data.captions import captions_of
 from pokediff.data.images import encode_png
 from pokediff.data.records import read_records
@@ -98,7 +99,14 @@ def client_of(wiki: Wiki, **options: Any) -> PoliteClient:
 
 
 def scrape(wiki: Wiki, out: Path, *options: str) -> int:
-    return crawl.main(["--out", str(out), "--base-url", wiki.base, "--text-encoder", "none", *options])
+    return command("--out", str(out), "--base-url", wiki.base, "--text-encoder", "none", *options)
+
+
+def command(*args: str) -> int:
+    """The exit code of `pokediff scrape`."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["scrape", *args])
+    return stop.value.code
 
 
 def failures(out: Path) -> list[dict[str, Any]]:
@@ -361,9 +369,7 @@ def test_options(wiki, tmp_path):
     ],
 )
 def test_wrong_options_are_named(tmp_path, capsys, option, value, words):
-    with pytest.raises(SystemExit) as stop:
-        crawl.main(["--out", str(tmp_path / "d"), option, value])
-    assert stop.value.code == 2
+    assert command("--out", str(tmp_path / "d"), option, value) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "d").exists()
 
@@ -409,23 +415,19 @@ def test_pages_add_looks_and_families(wiki, tmp_path):
 
 def test_a_page_that_is_not_the_list_is_not_kept(wiki, tmp_path, capsys):
     wiki.list_page = lambda: "<p>moved</p>"
-    with pytest.raises(SystemExit) as stop:
-        scrape(wiki, tmp_path)
-    assert stop.value.code == 2
+    assert scrape(wiki, tmp_path) == 2
     assert "no longer looks like the list" in capsys.readouterr().err
     assert not list((tmp_path / ".scrape").glob("list*"))
 
 
 def test_embeddings_are_written_too(wiki, tmp_path):
-    assert crawl.main(["--out", str(tmp_path), "--base-url", wiki.base, "--text-encoder", "builtin"]) == 0
+    assert command("--out", str(tmp_path), "--base-url", wiki.base, "--text-encoder", "builtin") == 0
     assert (tmp_path / "embeddings-builtin.safetensors").is_file()
 
 
 def test_an_encoder_out_of_reach_leaves_the_pictures(wiki, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(SystemExit) as stop:
-        crawl.main(["--out", str(tmp_path), "--base-url", wiki.base])
-    assert stop.value.code == 2
+    assert command("--out", str(tmp_path), "--base-url", wiki.base) == 2
     assert 'use "builtin"' in capsys.readouterr().err
     assert len(read_records(tmp_path)) == 12
 

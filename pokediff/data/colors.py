@@ -40,8 +40,8 @@ def color_shares(rgba: np.ndarray) -> dict[str, float]:
     outlines are dark whatever the creature's colour. Empty for a picture without opaque pixels.
     """
     mask = figure_mask(rgba)
-    padded = cv2.copyMakeBorder(mask.astype(np.uint8), 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
-    inner = cv2.erode(padded, np.ones((3, 3), np.uint8))[1:-1, 1:-1] > 0
+    three = np.ones((3, 3), np.uint8)
+    inner = cv2.erode(mask.astype(np.uint8), three, borderType=cv2.BORDER_CONSTANT, borderValue=0) > 0
     pixels = rgba[inner if inner.sum() >= 0.4 * mask.sum() and inner.any() else mask][:, :3]
     if len(pixels) == 0:
         return {}

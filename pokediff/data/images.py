@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from pokediff.errors import PokediffError
 
@@ -42,13 +42,12 @@ class BadImage(PokediffError):
 # ---------------------------------------------------------------------------------------------------------- files
 
 
-def read_image(data: bytes, max_pixels: int | None = None) -> np.ndarray:
+def read_image(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decode a picture file that Pillow knows, of any mode and depth, to straight RGBA, uint8 (H, W, 4).
 
     Of an animation, the first frame. Raises BadImage when the bytes are no picture, are truncated or hold more than
-    `max_pixels` (default MAX_PIXELS).
+    `max_pixels`.
     """
-    max_pixels = MAX_PIXELS if max_pixels is None else max_pixels
     try:
         with Image.open(BytesIO(data)) as file:
             if file.width * file.height > max_pixels:
@@ -136,8 +135,6 @@ def composite(rgba: np.ndarray, background: str | Sequence[int] = "white") -> np
 
 def parse_color(color: str | Sequence[int]) -> tuple[int, int, int]:
     """A CSS colour name, "#rrggbb" or three numbers to (r, g, b) 0..255. Raises PokediffError for anything else."""
-    from PIL import ImageColor
-
     if not isinstance(color, str):
         r, g, b = color
         return r, g, b

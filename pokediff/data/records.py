@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -107,11 +108,10 @@ def with_full_splits(records: Sequence[Record]) -> list[Record]:
     splits = [split_of(record) for record in records]
     if len(records) < SMALLEST_SET:
         return list(records)
-    families = sorted({record.family_key for record in records}, key=_place)
-    members: dict[str, list[int]] = {family: [] for family in families}
+    members: dict[str, list[int]] = defaultdict(list)
     for index, record in enumerate(records):
         members[record.family_key].append(index)
-    moved: list[int] = []
+    families = sorted(members, key=_place)
     for split in ("test", "validation"):
         for family in families:
             if splits.count(split) >= FEWEST_HELD_OUT:
@@ -119,13 +119,10 @@ def with_full_splits(records: Sequence[Record]) -> list[Record]:
             if all(splits[index] == "train" for index in members[family]):
                 for index in members[family]:
                     splits[index] = split
-                moved += members[family]
     if splits.count("train") < len(records) / 2:
         return list(records)
-    filled = list(records)
-    for index in moved:
-        filled[index] = replace(records[index], split=splits[index])
-    return filled
+    now = zip(records, splits, strict=True)
+    return [record if split_of(record) == split else replace(record, split=split) for record, split in now]
 
 
 # --------------------------------------------------------------------------------------------------------- reading
