@@ -5,7 +5,7 @@ Neither may be used in a training loss: what is trained against a judge is no lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -50,7 +50,7 @@ def linear_classifier(features: np.ndarray, labels: np.ndarray) -> Callable[[np.
     return lambda values: (prepared(values) @ weights).argmax(1).numpy()
 
 
-def two_sample_hits(x: np.ndarray, y: np.ndarray, x_groups: Sequence, y_groups: Sequence, seed: int = 0) -> np.ndarray:
+def two_sample_hits(x: np.ndarray, y: np.ndarray, x_groups: Iterable, y_groups: Iterable, seed: int = 0) -> np.ndarray:
     """(2n,) bool: which pictures a linear classifier assigns to the right one of two sets, cross-validated in FOLDS.
 
     C2ST (Lopez-Paz & Oquab, "Revisiting Classifier Two-Sample Tests", 2017): the share of hits is 0.5 for equal
@@ -61,7 +61,8 @@ def two_sample_hits(x: np.ndarray, y: np.ndarray, x_groups: Sequence, y_groups: 
     number = min(len(x), len(y))
     xs, ys = rng.permutation(len(x))[:number], rng.permutation(len(y))[:number]
     features, labels = np.concatenate([x[xs], y[ys]]), np.repeat([0, 1], number)
-    keys = [str(x_groups[i]) for i in xs] + [str(y_groups[i]) for i in ys]
+    groups = list(map(str, x_groups)), list(map(str, y_groups))
+    keys = [groups[0][i] for i in xs] + [groups[1][i] for i in ys]
     names, of = np.unique(keys, return_inverse=True)
     fold = (rng.permutation(len(names)) % FOLDS)[of]
     hits = np.zeros(2 * number, bool)

@@ -38,32 +38,24 @@ def evaluate(config: EvaluateConfig, generator: ImageGenerator | None = None) ->
 
     quiet()
     state = Accelerator().state  # PartialState alone overlooks the processes of a CPU
-    given = read_generated(Path(config.images)) if config.images else None
-    drawer = None if given else make_drawer(config, generator, str(state.device))
-    size = given.pixels.shape[1] if given else drawer.sampling.size  # type: ignore[union-attr]
-    out = drawer.folder if drawer else Path(config.out or Path("reports") / Path(str(config.images)).name)
+    generated: Generated
+    drawer: Drawer | None = None
+    if config.images:
+        generated = read_generated(Path(config.images))
+        size = generated.pixels.shape[1]
+        out = Path(config.out or Path("reports") / Path(config.images).name)
+    else:
+        drawer = make_drawer(config, generator, str(state.device))
+        size, out = drawer.size, drawer.folder
     out.mkdir(parents=True, exist_ok=True)
 
     reference = load_reference(config, size)
-    settings = plain(config) | {"styles": list(reference.styles or []), "size": size}
+    sets, drawn = None, {}
     if drawer:
-        settings |= {"sampling": plain(drawer.sampling), "system": drawer.facts}
-    else:
-        settings |= {"system": {"images": config.images}}
-    captions = prompts.held_out_captions(reference.real.captions, config.number)
-    generated = given or drawer.draw("pictures", captions)  # type: ignore[union-attr]
-    report = Report(
-        settings
-        | {
-            "n_real": len(reference.real),
-            "n_generated": len(generated.pixels),
-            "n_training": len(reference.training),
-            "processes": state.num_processes,
-            "data_sha256": reference.everything.digest,
-        }
-    )
-    sets = PromptSets(reference, config, size) if drawer else None
-    drawn = {name: drawer.draw(name, *prompts_and_seeds) for name, prompts_and_seeds in sets.of.items()} if sets else {}
+        generated = drawer.draw("pictures", prompts.held_out_captions(reference.real.captions, config.number))
+        sets = PromptSets(reference, config, size)
+        drawn = {name: drawer.draw(name, texts, seeds) for name, (texts, seeds) in sets.of.items()}
+    report = Report(facts_of(config, drawer, reference, size, len(generated.pixels), state.num_processes))
     if state.is_main_process:
         nets = feature_networks(report, config, str(state.device))
         for net in nets:
@@ -79,6 +71,24 @@ def evaluate(config: EvaluateConfig, generator: ImageGenerator | None = None) ->
         show(report, generated, reference, out)
         write_report(out, report)
     return out
+
+
+def facts_of(
+    config: EvaluateConfig, drawer: Drawer | None, reference: Reference, size: int, number: int, processes: int
+) -> dict[str, object]:
+    """The settings of the report: what drew how many pictures, and what they are compared with."""
+    facts = plain(config) | {"system": drawer.facts if drawer else {"images": config.images}}
+    if drawer:
+        facts["sampling"] = plain(drawer.sampling)
+    return facts | {
+        "styles": list(reference.styles or []),
+        "size": size,
+        "n_real": len(reference.real),
+        "n_generated": number,
+        "n_training": len(reference.training),
+        "processes": processes,
+        "data_sha256": reference.everything.digest,
+    }
 
 
 def make_drawer(config: EvaluateConfig, generator: ImageGenerator | None, device: str) -> Drawer:

@@ -21,6 +21,7 @@ from pokediff.data.images import composite
 from pokediff.errors import PokediffError, first_line
 from pokediff.model.text import cached_or_downloaded
 
+EPS = 1e-5  # of torchvision's batch norms
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
@@ -157,11 +158,11 @@ def _unfolded(tensors: dict[str, torch.Tensor], body: nn.Module) -> dict[str, to
         key=lambda name: (name != "stem", name == "head", [int(part) for part in name.split(".")[1:]]),
     )
     state = {f"features.{key}": value for key, value in body.state_dict().items()}
-    layers = [(name, layer) for name, layer in body.named_modules() if isinstance(layer, nn.Conv2d | nn.BatchNorm2d)]
-    for name, (convolution, _), (norm, layer) in zip(names, layers[::2], layers[1::2], strict=True):
+    layers = [name for name, layer in body.named_modules() if isinstance(layer, nn.Conv2d | nn.BatchNorm2d)]
+    for name, convolution, norm in zip(names, layers[::2], layers[1::2], strict=True):
         state[f"features.{convolution}.weight"] = tensors[f"{name}.weight"]
         state[f"features.{norm}.bias"] = tensors[f"{name}.bias"]
-        state[f"features.{norm}.running_var"] = torch.full_like(tensors[f"{name}.bias"], 1 - layer.eps)
+        state[f"features.{norm}.running_var"] = torch.full_like(tensors[f"{name}.bias"], 1 - EPS)
     return state
 
 
@@ -183,7 +184,8 @@ class Lpips:
         except ImportError:
             raise PokediffError('lpips: torchmetrics is not installed: pip install "pokediff[eval]"') from None
         self.network = _LPIPS(net="squeeze", pnet_rand=True)
-        body = nn.Sequential(*(layer for part in self.network.net.slices for layer in part))
+        slices = self.network.get_submodule("net.slices")
+        body = nn.Sequential(*(layer for part in slices.children() for layer in part.children()))
         try:
             _load_part(body, {key.removeprefix("net."): value for key, value in tensors.items()}, "features.")
         except (RuntimeError, KeyError) as error:

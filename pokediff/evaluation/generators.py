@@ -80,6 +80,11 @@ class Drawer:
     batch_size: int = 16
     facts: dict[str, Any] = field(default_factory=dict)  # what identifies the generator, for the report
 
+    @property
+    def size(self) -> int:
+        assert self.sampling.size is not None
+        return self.sampling.size
+
     def draw(self, name: str, prompts: Sequence[str], seeds: Sequence[int] | None = None) -> Generated:
         """One picture for each prompt into folder/name, the k-th from seed k unless `seeds` are given.
 
