@@ -1,1 +1,1 @@
-from pokediff import PokeDiffPipeline  # for DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+from pokediff import PokeDiffPipeline  # noqa: F401 (DiffusionPipeline.from_pretrained(folder, trust_remote_code=True))
