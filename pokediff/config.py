@@ -114,8 +114,7 @@ class ValidationMetricsConfig:
         _require(self.every >= 0, "metrics.every", "must not be negative")
         _require(self.number > 1, "metrics.number", "must be at least 2")
         _require(not self.early_stop or self.every > 0, "metrics.early_stop", "needs metrics.every")
-        measured = self.every > 0 and self.features is not None
-        fits = self.best_by == "validation_loss" or measured
+        fits = self.best_by == "validation_loss" or (self.every > 0 and self.features is not None)
         _require(fits, "metrics.best_by", "kernel_distance needs metrics.every and metrics.features")
 
 
@@ -216,16 +215,14 @@ class TrainConfig:
     wandb: bool = False  # log to Weights & Biases too (pip install wandb)
 
     def __post_init__(self) -> None:
-        _require(len(self.data) > 0, "data", "must name a folder")
-        _require(len(self.stages) > 0, "stages", "must hold a stage")
-        _require(len(self.preview_prompts) > 0, "preview_prompts", "must hold a prompt")
+        for name in ("data", "stages", "preview_prompts"):
+            _require(len(getattr(self, name)) > 0, name, "must not be empty")
         for name in self.stages:
-            fits = re.fullmatch(r"[a-z0-9][a-z0-9-]*", name) is not None
+            fits = bool(re.fullmatch(r"[a-z0-9][a-z0-9-]*", name))
             _require(fits, f"stages.{name}", "must be small letters, digits and hyphens")
         for name, stage in self.stages.items():
             if stage.distill:
-                steps = stage.model.steps * stage.distill.teacher_steps_per_step
-                fits = steps <= self.diffusion.num_train_timesteps
+                fits = stage.model.steps * stage.distill.teacher_steps_per_step <= self.diffusion.num_train_timesteps
                 _require(fits, f"stages.{name}.distill", "has more teacher steps than there are timesteps")
         for name in ("seed", "workers"):
             _require(getattr(self, name) >= 0, name, "must not be negative")

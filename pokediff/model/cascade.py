@@ -73,7 +73,7 @@ class Cascade(ModelMixin):
         used = self._of_size(size, fast)
         able = [name for name in used if sigma < self[name].below]
         if not able:
-            raise PokediffError(f"no denoiser of {size} px for sigma {sigma:.3g}; sizes: {_listed(self.sizes)}")
+            raise PokediffError(f"no denoiser of {size} px for sigma {sigma:.3g}")
         return min(able, key=lambda name: (self[name].below, self[name].config.fast != fast))
 
     def leading(self, size: int, fast: bool = False) -> Denoiser:
@@ -83,7 +83,7 @@ class Cascade(ModelMixin):
         """
         names = self._of_size(size, fast)
         if not names:
-            raise PokediffError(f"size {size}: this checkpoint draws {_listed(self.sizes)} px")
+            raise PokediffError(f"size {size}: this checkpoint draws {', '.join(map(str, self.sizes))} px")
         if fast and not self.has_fast:
             raise PokediffError("fast: this checkpoint has no few-step denoisers")
         return self[max(names, key=lambda name: (self[name].below, self[name].config.fast == fast))]
@@ -167,7 +167,3 @@ def in_fours(run: Callable[..., torch.Tensor], given: Sequence[torch.Tensor]) ->
     rows = torch.arange(-(-number // 4) * 4) % number
     parts = zip(*(values[rows].split(4) for values in given), strict=True)
     return torch.cat([run(*part) for part in parts])[:number]
-
-
-def _listed(sizes: tuple[int, ...]) -> str:
-    return ", ".join(map(str, sizes))

@@ -116,10 +116,9 @@ class PokeDiffPipeline(CheckpointPipeline):
             sampler=sampling.sampler or ("ddim" if first.fast else self.sampler),  # a student learns steps of DDIM
         )
 
-    def with_components(self, **components: Any) -> PokeDiffPipeline:
+    def with_components(self, **others: Any) -> PokeDiffPipeline:
         """A pipeline with some other components."""
-        settings = {name: self.config[name] for name in self.settings}
-        return PokeDiffPipeline(**{**self.components, **components}, **settings)
+        return PokeDiffPipeline(**{**self.components, **{key: self.config[key] for key in self.settings}, **others})
 
     def evaluations(self, sampling: Sampling, strength: float = 1.0) -> list[Evaluation]:
         """What each step of `denoise` will be, the last one (the pictures) excepted."""
@@ -255,11 +254,10 @@ class PokeDiffPipeline(CheckpointPipeline):
         """
         if step.denoiser is None:
             raise ValueError("the last step has no denoiser")
-        number = len(text)
-        x = step.x.expand(number, -1, -1, -1)
-        low_res = None if step.low_res is None else step.low_res.expand(number, -1, -1, -1)
-        off = Sampling(guidance_scale=1.0)
-        return self._x0(step.denoiser, x, torch.tensor(step.timestep), step.sigma, text, text, low_res, off)
+        x = step.x.expand(len(text), -1, -1, -1)
+        low_res = None if step.low_res is None else step.low_res.expand(len(text), -1, -1, -1)
+        off, timestep = Sampling(guidance_scale=1.0), torch.tensor(step.timestep)
+        return self._x0(step.denoiser, x, timestep, step.sigma, text, text, low_res, off)
 
     def _x0(
         self,

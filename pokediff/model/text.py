@@ -13,6 +13,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -130,9 +131,11 @@ class OpenClipTextEncoder:
             if not config.get("hf_hub"):
                 known = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none: unknown architecture"
                 raise PokediffError(f"text encoder {name}: no such weights on the hub (tags: {known})")
-            repository, file = config["hf_hub"].rstrip("/"), "open_clip_model.safetensors"
+            from huggingface_hub import hf_hub_download
+
+            hub = partial(hf_hub_download, config["hf_hub"].rstrip("/"), "open_clip_model.safetensors")
             weights = cached_or_downloaded(
-                lambda local: _hub_file(repository, file, local), f"text encoder {name}", ALTERNATIVES
+                lambda local: hub(local_files_only=local), f"text encoder {name}", ALTERNATIVES
             )
         try:
             model = open_clip.create_model(architecture, pretrained=weights)
@@ -197,12 +200,6 @@ def cached_or_downloaded(load: Callable[[bool], T], what: str, otherwise: str) -
         return load(False)
     except OSError as error:
         raise PokediffError(f"{what} could not be downloaded: {first_line(error)}") from error
-
-
-def _hub_file(repository: str, file: str, local: bool) -> str:
-    from huggingface_hub import hf_hub_download
-
-    return hf_hub_download(repository, file, local_files_only=local)
 
 
 def _warn_cut(prompt: str, max_tokens: int) -> None:

@@ -6,17 +6,10 @@ import argparse
 import os
 import subprocess
 import sys
-from typing import NoReturn
 
 from pokediff.errors import PokediffError
 
 STARTED_BY = {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"}  # torchrun or MPI
-
-
-def start_missing_processes() -> None:
-    """Start the processes that `accelerate launch --cpu --num_processes N` did not start; else do nothing."""
-    if (number := missing_processes()) > 1:
-        start_processes(number)
 
 
 def missing_processes() -> int:
@@ -41,8 +34,12 @@ def missing_processes() -> int:
     return number
 
 
-def start_processes(number: int) -> NoReturn:
-    """Become torchrun, which starts `number` processes of this command."""
+def start_missing_processes() -> None:
+    """Where `accelerate launch --cpu --num_processes N` started one process, become torchrun, which starts N; else do
+    nothing.
+    """
+    if (number := missing_processes()) <= 1:
+        return
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
     command = [sys.executable, *torchrun, *sys.argv]
     for name in ("MASTER_ADDR", "MASTER_PORT"):

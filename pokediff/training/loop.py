@@ -83,7 +83,7 @@ def train_stage(run: Run, stage: Stage) -> str:
                 window = Window()
                 progress.training_loss = values.get("loss", progress.training_loss)
                 bar.set_postfix(loss=f"{progress.training_loss or math.nan:.4f}", img_s=f"{values['images_per_s']:.0f}")
-                accelerator.log({f"{stage.name}/{key}": value for key, value in values.items()}, step=progress.step)
+                runs.log(run, stage, values)
             for every, action in actions:
                 if run.main and (stop or progress.step % every == 0):
                     action()
@@ -124,16 +124,13 @@ def periodic_actions(run: Run, stage: Stage) -> list[tuple[int, Callable[[], Non
     """(every n steps, what the main process does), in this order."""
     config, progress = stage.config, stage.progress
 
-    def log(values: dict[str, Any]) -> None:
-        run.accelerator.log({f"{stage.name}/{key}": value for key, value in values.items()}, step=progress.step)
-
     def keep_best(measure: str, value: float) -> None:
         if run.config.metrics.best_by == measure and progress.is_best(value):
             runs.publish_denoiser(stage, run.out / "best", base="..")
 
     def check_loss() -> None:
         losses = validate(stage, run.accelerator)
-        log({**losses, "images_seen": progress.images_seen})
+        runs.log(run, stage, {**losses, "images_seen": progress.images_seen})
         progress.note(progress.training_loss, losses["validation_loss"])
         if (lowest := progress.overfitting_since()) is not None:
             run.say(f"{stage.name}: validation loss rises since step {lowest} while training loss falls: overfitting")
@@ -142,7 +139,7 @@ def periodic_actions(run: Run, stage: Stage) -> list[tuple[int, Callable[[], Non
     def measure_pictures() -> None:
         assert stage.metrics is not None
         measured = stage.metrics(stage.pipeline, stage.sampling)
-        log(measured)
+        runs.log(run, stage, measured)
         # A refiner or an upscaler gives what its base gives: stopping it would not help.
         if measured["copy_ratio"] > COPYING and progress.copying_since is None and config.model.below is None:
             progress.copying_since = progress.step

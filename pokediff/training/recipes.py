@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -26,14 +26,6 @@ STAGE_SHARE = {"base": 1.0, "refiner": 0.5, "upscaler": 0.5}  # steps of a stage
 DEFAULT_MINUTES = 30.0
 
 
-@dataclass(frozen=True)
-class Looks:
-    """What the pictures of a folder look like."""
-
-    side: float  # median of the longer sides, px
-    pixel_art: bool  # most have few colours and hard edges
-
-
 def recipe_for(
     folder: str | Path, max_minutes: float | None = None, size: int | None = None, start_from: Path | None = None
 ) -> TrainConfig:
@@ -51,8 +43,8 @@ def recipe_for(
         raise PokediffError(
             f"{folder} has {len(records)} pictures; at least {FEWEST_PICTURES} are needed, hundreds help"
         )
-    looks = look_at(records)
-    size = size or next((side for side in SIZES if looks.side <= 1.25 * side), SIZES[-1])
+    side, pixel_art = look_at(records)
+    size = size or next((drawn for drawn in SIZES if side <= 1.25 * drawn), SIZES[-1])
     base = load_yaml(shipped("configs", "pokemon.yaml"), TrainConfig)
     start = start_from or shipped("checkpoints", "pokediff")
     steps = min(MOST_STEPS, max(FEWEST_STEPS, STEPS_PER_PICTURE * len(records)))
@@ -72,7 +64,7 @@ def recipe_for(
         max_minutes=max_minutes or DEFAULT_MINUTES,
         fit_limit=True,
         compile=False,  # minutes, of which there are few
-        pixel_art=looks.pixel_art,
+        pixel_art=pixel_art,
         preview_prompts=preview_prompts(records),
     )
 
@@ -95,8 +87,10 @@ def own_stage(stage: StageConfig, steps: int) -> StageConfig:
     )
 
 
-def look_at(records: Sequence[Record]) -> Looks:
-    """Size and style of some of the pictures; of those that cannot be opened, none count."""
+def look_at(records: Sequence[Record]) -> tuple[float, bool]:
+    """Of some of the pictures that can be opened: the median of their longer sides in px, and whether most are pixel
+    art, with few colours and hard edges.
+    """
     sides, pixel_art = [], []
     for record in records[:: max(1, len(records) // SAMPLE)]:
         try:
@@ -106,9 +100,7 @@ def look_at(records: Sequence[Record]) -> Looks:
             pixel_art.append(is_pixel_art(read_image(data)))
         except (OSError, BadImage):
             continue
-    if not sides:
-        return Looks(64.0, False)
-    return Looks(statistics.median(sides), bool(np.mean(pixel_art) > 0.5))
+    return (statistics.median(sides), bool(np.mean(pixel_art) > 0.5)) if sides else (64.0, False)
 
 
 def preview_prompts(records: Sequence[Record]) -> tuple[str, ...]:

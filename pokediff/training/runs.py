@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker, is_wandb_available, on_main_process
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker, is_wandb_available
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -344,17 +344,16 @@ def write_facts(out: Path, facts: dict[str, Any]) -> None:
 
 def _commit() -> str | None:
     """The commit of the checkout this file lies in, if it lies in one."""
-    git = shutil.which("git")
-    if git is None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except FileNotFoundError:
         return None
-    command = [git, "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 def start_trackers(run: Run) -> None:
-    """log.jsonl, TensorBoard and, with wandb, Weights & Biases. Values are named STAGE/VALUE."""
-    trackers: list[GeneralTracker] = [JsonLinesTracker(run.out / "log.jsonl")]
-    trackers.append(TensorBoardTracker("tensorboard", logging_dir=run.out))
+    """TensorBoard and, with wandb, Weights & Biases, beside log.jsonl."""
+    trackers: list[GeneralTracker] = [TensorBoardTracker("tensorboard", logging_dir=run.out)]
     if run.config.wandb:
         if not is_wandb_available():
             raise PokediffError("wandb is not installed: pip install wandb")
@@ -363,35 +362,18 @@ def start_trackers(run: Run) -> None:
     run.accelerator.init_trackers("pokediff")
 
 
+def log(run: Run, stage: Stage, values: dict[str, Any]) -> None:
+    """Add a line {"stage": "base-32", "step": 20, "loss": ...} to log.jsonl; the other trackers get STAGE/VALUE."""
+    step = stage.progress.step
+    run.accelerator.log({f"{stage.name}/{name}": value for name, value in values.items()}, step=step)
+    if run.main:
+        with (run.out / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"stage": stage.name, "step": step, **values}) + "\n")
+
+
 def _kept(line: str, stage: str, step: int) -> bool:
     try:
         row = json.loads(line)
         return row["stage"] != stage or row["step"] <= step
     except (json.JSONDecodeError, KeyError, TypeError):
         return False
-
-
-class JsonLinesTracker(GeneralTracker):
-    """One JSON object a line: {"stage": "base-32", "step": 20, "loss": ...}."""
-
-    name = "jsonl"
-    requires_logging_directory = False
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.path = path
-
-    @property
-    def tracker(self) -> Path:
-        return self.path
-
-    @on_main_process
-    def store_init_configuration(self, values: dict) -> None:
-        """config.yaml holds it."""
-
-    @on_main_process
-    def log(self, values: dict, step: int | None = None, **_: Any) -> None:
-        stage = next(iter(values)).partition("/")[0]
-        row = {"stage": stage, "step": step, **{name.partition("/")[2]: value for name, value in values.items()}}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")

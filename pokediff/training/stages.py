@@ -97,7 +97,7 @@ def train_stages(run: Run, names: Sequence[str], left: Mapping[str, float], stat
             more = f", about {duration(rest)} after it" if rest else ""
             run.say(f"stopped {'in' if is_left else 'after'} {name}; continue with --resume auto{more}")
             break
-        if rest:
+        if rest and run.sample is None:  # not in a trial, which is shorter
             run.say(f"time left: about {duration(rest)}")
 
 
@@ -238,17 +238,10 @@ def with_steps(config: TrainConfig, steps: dict[str, int]) -> TrainConfig:
 def resized(stage: StageConfig, steps: int) -> StageConfig:
     """The stage with `steps` steps; all that is counted in steps at most in proportion."""
     share = min(1.0, steps / stage.max_steps)
-    every = {
-        name: max(1, min(getattr(stage, name), steps))
-        for name in ("validate_every", "preview_every", "checkpoint_every")
-    }
-    return dataclasses.replace(
-        stage,
-        max_steps=steps,
-        warmup_steps=int(share * stage.warmup_steps),
-        decay_steps=int(share * stage.decay_steps) if steps < stage.max_steps else stage.decay_steps,
-        **every,
-    )
+    every = ("validate_every", "preview_every", "checkpoint_every")
+    changes = {name: min(getattr(stage, name), steps) for name in every}
+    changes |= {name: int(share * getattr(stage, name)) for name in ("warmup_steps", "decay_steps")}
+    return dataclasses.replace(stage, max_steps=steps, **changes)
 
 
 def shortened(config: TrainConfig) -> TrainConfig:
