@@ -22,7 +22,9 @@ from pokediff.paths import shipped
 
 INDEX = "model_index.json"
 CLASS = "PokeDiffPipeline"
-CODE = f"from pokediff import {CLASS}  # noqa: F401 (DiffusionPipeline.from_pretrained(folder, trust_remote_code=True))\n"
+CODE = (
+    f"from pokediff import {CLASS}  # noqa: F401 (DiffusionPipeline.from_pretrained(folder, trust_remote_code=True))\n"
+)
 LIBRARIES = {"pokediff", "diffusers", "transformers"}  # the classes of a checkpoint's components come from these
 DATA_FILES = ["*.json", "*.safetensors", "*.txt", "*.md"]  # downloaded from a hub repository; no code, no pickle
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
