@@ -47,7 +47,7 @@ class Command:
     help: str
     options: type | Callable[[], type]  # a dataclass, or a function that imports it
     run: Callable[[Any], None]
-    defaults: Callable[[list[str]], Any] | None = None  # of the options, where an argument decides them
+    defaults: Callable[[list[str]], Any] | None = None  # defaults of the options that depend on an argument
 
 
 # ---------------------------------------------------------------------------------------------------------- options
@@ -66,23 +66,23 @@ class TrainOptions:
     and for one stage --stages.base-32.batch-size 16.
     """
 
-    folder: Annotated[Positional[Path | None], positional("[FOLDER]")] = None  # of pictures
+    folder: Annotated[Positional[Path | None], positional("[FOLDER]")] = None  # a folder of pictures
     config: Path | None = None  # a YAML file, or the name of a shipped one (pokemon)
     only: Annotated[tuple[str, ...], tyro.conf.arg(name="stages", metavar="NAME ...", help_behavior_hint="")] = ()
     """train only these stages"""
-    size: Literal[32, 64, 128] | None = None  # px, of a folder (default: by the size of the pictures)
-    max_steps: int | None = None  # optimizer steps of every stage that is trained; its decay becomes shorter with it
-    trial: bool = False  # a few steps of every stage, drawings, and the expected time of the whole run
-    resume: str = "never"  # auto: from the newest state, or start; never; or a folder .../state/STAGE/step-N
+    size: Literal[32, 64, 128] | None = None  # px, for FOLDER (default: from the size of its pictures)
+    max_steps: int | None = None  # optimizer steps of each trained stage; warmup and decay shrink in proportion
+    trial: bool = False  # run a few steps of every stage, draw, and estimate the time of the whole run
+    resume: str = "never"  # auto (from the newest state, if any), never, or a folder .../state/STAGE/step-N
     settings: TrainConfig = field(default_factory=TrainConfig)
 
 
 @dataclass(frozen=True)
 class DistillOptions:
-    """Add a few-step base to a checkpoint, for `sample --fast`: a training, with all its options."""
+    """Distil a few-step base for `sample --fast` from a checkpoint. Takes the options of train, too."""
 
     checkpoint: str | None = None  # the teacher (default: the shipped pokediff)
-    steps: int = 4  # that the student draws in
+    steps: int = 4  # sampler steps of the student
     max_steps: int | None = None  # optimizer steps
     resume: str = "never"  # as in train
     settings: TrainConfig = field(default_factory=TrainConfig)
@@ -92,8 +92,8 @@ class DistillOptions:
 class SampleOptions:
     """Draw pictures from prompts, with an animation of the denoising."""
 
-    prompts: Annotated[Positional[tuple[str, ...]], positional("[PROMPT ...]")] = ()  # in quotes
-    from_json: Path | None = None  # sample.json of an earlier drawing: draw it again; other options override it
+    prompts: Annotated[Positional[tuple[str, ...]], positional("[PROMPT ...]")] = ()  # each in quotes
+    from_json: Path | None = None  # sample.json of an earlier drawing: repeat it; other options override its settings
     settings: SampleConfig = field(default_factory=SampleConfig)
 
 
@@ -111,27 +111,28 @@ class ExportOptions:
 
     checkpoint: str | None = None  # a folder, the name of a shipped model, or a hub repository (default: pokediff)
     out: Path | None = None  # folder of the exported checkpoint (default: exports/<checkpoint>)
-    size: int | None = None  # only the denoisers that drawings of this size need (default: all)
+    size: int | None = None  # export only the denoisers for this size in px (default: all)
 
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """Compare several reports: one table, one page."""
+    """Write one table and one page that compare several reports."""
 
-    reports: Annotated[Positional[tuple[Path, ...]], positional("FOLDER ...")]  # with a report.json
-    out: Path = Path("reports/comparison")
+    reports: Annotated[Positional[tuple[Path, ...]], positional("FOLDER ...")]  # folders with a report.json
+    out: Path = Path("reports/comparison")  # output folder
 
 
 @dataclass(frozen=True)
 class SurveyOptions:
-    """Make an offline page on which people rate pictures blind, or with --collect evaluate their answers."""
+    """Make an offline page for a blind rating of pictures, or with --collect evaluate the answers."""
 
     images: tuple[Path, ...] = ()  # folders of pictures with prompts, one for each system
     out: Path = Path("survey")  # folder of survey.html and key.json
+    questions: Literal["rating", "count"] = "rating"  # four criteria from 0 to 5, or yes or no for counting
     number: int = 50  # pictures of all systems together
     repeats: int = 5  # pictures that are shown twice, to detect inattentive raters
-    seed: int = 0
-    collect: tuple[Path, ...] = ()  # files that raters saved
+    seed: int = 0  # seed of the order
+    collect: tuple[Path, ...] = ()  # answer files of the raters
 
 
 # ---------------------------------------------------------------------------------------------------------- commands
@@ -167,7 +168,7 @@ def train_defaults(args: list[str]) -> TrainOptions:
     generic = TrainOptions(settings=load_yaml(shipped("configs", "pokemon.yaml"), TrainConfig))
     given = parse(TrainOptions, args, "pokediff train", generic)
     if given.folder is None:
-        raise PokediffError("nothing to train on: give a folder of pictures, or --config FILE")
+        raise PokediffError("no training data: give a folder of pictures, or --config FILE")
     from pokediff.training.recipes import recipe_for
 
     return TrainOptions(settings=recipe_for(given.folder, size=given.size))
@@ -254,7 +255,8 @@ def survey(options: SurveyOptions) -> None:
     if options.collect:
         print(table_of(collect(options.collect, options.out)))
     else:
-        print(make_survey(options.images, options.out, options.number, options.repeats, options.seed))
+        numbers = options.number, options.repeats, options.seed
+        print(make_survey(options.images, options.out, *numbers, questions=options.questions))
 
 
 COMMANDS = {
@@ -265,11 +267,11 @@ COMMANDS = {
     "train": Command("train a cascade; `train FOLDER` on your own pictures", TrainOptions, train, train_defaults),
     "distill": Command("add a few-step base to a checkpoint", DistillOptions, distill, distill_defaults),
     "sample": Command("draw pictures from prompts", SampleOptions, sample, sample_defaults),
-    "evaluate": Command("measure a checkpoint, or a folder of pictures, on test pictures", EvaluateConfig, evaluate),
+    "evaluate": Command("measure a checkpoint or a folder of pictures against test pictures", EvaluateConfig, evaluate),
     "export": Command("write a checkpoint as ONNX, for machines without PyTorch", ExportOptions, export),
     "compare": Command("compare several reports", CompareOptions, compare),
-    "demo": Command("open a web page to draw and to look inside the model", DemoConfig, demo),
-    "survey": Command("let people rate pictures blind", SurveyOptions, survey),
+    "demo": Command("serve a web page that draws and shows every step", DemoConfig, demo),
+    "survey": Command("make a blind survey of pictures, or evaluate its answers", SurveyOptions, survey),
 }
 
 
@@ -322,8 +324,9 @@ def parse(options: type, args: Sequence[str], prog: str, default: Any = None) ->
 
 
 def plain_fields(for_help: bool) -> Callable[[StructTypeInfo], StructConstructorSpec | None]:
-    """A rule by which tyro reads our dataclasses: aliases, no prefix for FLAT, short metavars, and only defaults that
-    say something. In help the options of stages are left out: there are a hundred.
+    """A tyro rule for our dataclasses: aliases, no prefix for FLAT, short metavars, informative defaults only.
+
+    With `for_help` it omits the options of stages, of which there are a hundred.
     """
     inside: list[type] = []
 
@@ -376,7 +379,7 @@ def refuse_duplicates(args: Sequence[str]) -> None:
 
 
 def early(args: Sequence[str], option: str) -> str | None:
-    """The value of an option that decides the defaults of the others."""
+    """The value of an option on which the defaults of the others depend."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(option, option.replace("-", "_").replace("__", "--"), dest="value")
     return parser.parse_known_args(args)[0].value

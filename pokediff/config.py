@@ -15,10 +15,10 @@ from typing import Any, Literal, TypeVar
 from pokediff.errors import PokediffError
 
 T = TypeVar("T")
-DEFAULT_CLIP = "open_clip:ViT-B-32:laion2b_s34b_b79k"  # what the scraper embeds captions with
+DEFAULT_CLIP = "open_clip:ViT-B-32:laion2b_s34b_b79k"  # text encoder of the scraper's caption embeddings
 Sampler = Literal["ddpm", "ddim", "dpmpp_2m", "unipc", "heun", "euler", "euler_a"]
 Precision = Literal["auto", "bf16", "fp32"]
-STRICT = {"extra": "forbid"}  # for pydantic, which reads the dataclasses at the border
+STRICT = {"extra": "forbid"}  # for pydantic, which validates YAML and JSON input
 
 
 # --------------------------------------------------------------------------------------------------------- training
@@ -29,18 +29,18 @@ class DatasetConfig:
     __pydantic_config__ = STRICT
 
     channels: Literal["rgba", "rgb", "grey"] = "rgba"  # rgba: transparent; rgb: on white; grey: digits
-    styles: dict[str, float] | None = None  # share of the draws of each style, others are left out; None: all pictures
-    flip: float = 0.3  # chance to mirror a picture, with a label for the network, so that samples are not mirrored
-    shift: float = 0.3  # chance to move a picture, with a label
-    max_shift: float = 0.06  # the largest shift, as a share of the picture's side
-    warp: float = 0.0  # chance each to scale, rotate and stretch a picture, with labels (EDM, appendix F.2)
+    styles: dict[str, float] | None = None  # fraction of each style in the batches, others excluded (default: all)
+    flip: float = 0.3  # probability of a horizontal flip; augmentation parameters are inputs of the network
+    shift: float = 0.3  # probability of a translation
+    max_shift: float = 0.06  # largest translation, as a fraction of the picture's side
+    warp: float = 0.0  # probability each of scaling, rotation and stretching (EDM, appendix F.2)
 
     def __post_init__(self) -> None:
         _require(self.styles != {}, "dataset.styles", "must name a style, or be left out")
         for style, share in (self.styles or {}).items():
             _require(share > 0, f"dataset.styles.{style}", "must be positive: leave the style out instead")
         for name in ("flip", "shift", "warp"):
-            _require(0 <= getattr(self, name) <= 1, f"dataset.{name}", "must be a chance, 0 to 1")
+            _require(0 <= getattr(self, name) <= 1, f"dataset.{name}", "must be a probability, 0 to 1")
         _require(0 <= self.max_shift < 0.5, "dataset.max_shift", "must be in [0, 0.5)")
 
 
@@ -48,20 +48,20 @@ class DatasetConfig:
 class ModelConfig:
     __pydantic_config__ = STRICT
 
-    patch: int | None = None  # px a side that the stem folds into channels (default: the first level is 16x16)
+    patch: int | None = None  # side in px of the patches that the stem folds into channels (default: image_size / 16)
     widths: tuple[int, ...] = (96, 160, 192)  # channels at the first level, at half its side, at a quarter ...
-    blocks: tuple[int, ...] = (2, 2, 1)  # residual blocks at each level, on the way down and again on the way up
+    blocks: tuple[int, ...] = (2, 2, 1)  # residual blocks at each level, in the encoder and again in the decoder
     attention: tuple[bool, ...] = (False, True, True)  # levels with self-attention
     head_dim: int = 32  # channels of an attention head
     embedding_dim: int = 256  # channels of the sum of timestep, text and augmentation embeddings
     dropout: float = 0.0  # in the residual blocks below the first level
-    norm_free: bool = False  # the first level without norms, its skips added: for fine detail, and faster
+    norm_free: bool = False  # no norms and additive skips in the first level: better fine detail, and faster
     upscale: int = 1  # above 1: an upscaler by this factor; must divide the patch
-    sigma_data: float = 1.0  # of EDM's preconditioning; 1 is v-prediction
-    gate: bool = False  # mix EDM's x0 with one that does not carry the input over, for every pixel
-    below: float | None = None  # a refiner or upscaler is trained and used below this sigma only
-    steps: int = 15  # sampler steps that suit it
-    guidance_scale: float | None = None  # that suits it; None: never guided
+    sigma_data: float = 1.0  # sigma_data of EDM's preconditioning; 1 is v-prediction
+    gate: bool = False  # a weight per pixel between EDM's x0 and a second x0 without the skip from the input
+    below: float | None = None  # of a refiner or upscaler: it is trained and used only below this sigma
+    steps: int = 15  # default number of sampler steps
+    guidance_scale: float | None = None  # default guidance scale; None: never guided
 
     def __post_init__(self) -> None:
         _require(1 <= len(self.widths) <= 5, "model.widths", "must have one to five levels")
@@ -84,19 +84,19 @@ class DiffusionConfig:
     __pydantic_config__ = STRICT
 
     num_train_timesteps: int = 1000
-    sigma_min: float = 0.006  # noise at the last step, relative to the picture's unit scale
-    sigma_max: float = 100.0  # noise at the first step, where nothing of the picture is left
-    noise_shift: float = 1.0  # half of the steps lie above this sigma
-    caption_dropout: float = 0.15  # share of captions replaced by the empty one, for classifier-free guidance
+    sigma_min: float = 0.006  # sigma of the last timestep, relative to a picture of unit scale
+    sigma_max: float = 100.0  # sigma of the first timestep: pure noise
+    noise_shift: float = 1.0  # median of the schedule: half of the timesteps have a larger sigma
+    caption_dropout: float = 0.15  # fraction of captions replaced by the empty one, for classifier-free guidance
 
     @property
     def range(self) -> tuple[float, float, float]:
-        """sigma_min, sigma_max, noise_shift: all parameters of the schedule."""
+        """The parameters of the noise schedule: sigma_min, sigma_max, noise_shift."""
         return self.sigma_min, self.sigma_max, self.noise_shift
 
     def __post_init__(self) -> None:
         ordered = 0 < self.sigma_min < self.noise_shift < self.sigma_max
-        _require(ordered, "diffusion.noise_shift", "must lie between the sigmas")
+        _require(ordered, "diffusion.noise_shift", "must lie between sigma_min and sigma_max")
         _require(0 <= self.caption_dropout < 1, "diffusion.caption_dropout", "must be in [0, 1)")
 
 
@@ -105,10 +105,10 @@ class ValidationMetricsConfig:
     __pydantic_config__ = STRICT
 
     every: int = 0  # steps between two measurements of kernel distance, colours and copies; 0: never
-    number: int = 64  # pictures drawn for each
+    number: int = 64  # pictures drawn for each measurement
     features: str | None = None  # inception, dinov2, clip:MODEL, mobilenet_v2:FILE: for the kernel distance
     best_by: Literal["validation_loss", "kernel_distance"] = "validation_loss"  # which weights best/ keeps
-    early_stop: bool = False  # stop when the model begins to copy
+    early_stop: bool = False  # stop when drawings start to copy training pictures
 
     def __post_init__(self) -> None:
         _require(self.every >= 0, "metrics.every", "must not be negative")
@@ -124,11 +124,10 @@ class DistillConfig:
 
     teacher: str = "base-32"  # the denoiser to learn from; the student starts from its weights
     teacher_steps_per_step: int = 4  # DDIM steps of the teacher for one step of the student (model.steps)
-    guidance_scale: float = 1.5  # of the teacher; the student learns its result
+    guidance_scale: float = 1.5  # guidance scale of the teacher, which the student learns to reproduce without guidance
 
     def __post_init__(self) -> None:
-        many = self.teacher_steps_per_step > 1
-        _require(many, "distill.teacher_steps_per_step", "must be at least 2: one step teaches nothing")
+        _require(self.teacher_steps_per_step > 1, "distill.teacher_steps_per_step", "must be at least 2")
 
 
 @dataclass(frozen=True)
@@ -141,17 +140,16 @@ class StageConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     styles: dict[str, float] | None = None  # as dataset.styles, for this stage (default: those of the run)
     start_from: str | None = None  # FOLDER or FOLDER:DENOISER whose weights to start from, where shapes agree
-    # The small pictures that an upscaler sees get noise of up to this sigma (conditioning augmentation, Ho et al. 2022,
-    # "Cascaded Diffusion Models", section 4): later they are drawn ones.
+    # conditioning augmentation of an upscaler: largest sigma of the noise on its small picture (Ho et al. 2022)
     low_res_noise: float = 0.25
-    distill: DistillConfig | None = None  # learn to do in few steps what another denoiser does
+    distill: DistillConfig | None = None  # distil another denoiser into fewer steps
     fast: bool = False  # a few-step denoiser, used with --fast
 
     max_steps: int = 20_000  # optimizer steps
     batch_size: int = 32  # pictures a step, over all processes together
     learning_rate: float = 1e-3
-    warmup_steps: int = 200  # the rate rises from 0
-    decay_steps: int = 0  # the rate falls to 0 over the last steps, this many
+    warmup_steps: int = 200  # the learning rate rises from 0 over the first steps
+    decay_steps: int = 0  # the learning rate falls to 0 over this many last steps
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     ema_decay: float = 0.9995
@@ -167,7 +165,7 @@ class StageConfig:
         _require(whole, "model.patch", f"must divide {size} px into whole maps at every level")
         _require(patch % self.model.upscale == 0, "model.upscale", f"must divide the patch, {patch}")
         _require(self.model.upscale == 1 or self.model.below is not None, "model.upscale", "needs model.below")
-        _require(not (self.distill and self.model.upscale > 1), "distill", "does not apply to upscalers yet")
+        _require(not (self.distill and self.model.upscale > 1), "distill", "is not implemented for upscalers")
         _require(self.styles != {}, "styles", "must name a style, or be left out")
         _require(0 <= self.ema_decay < 1, "ema_decay", "must be in [0, 1)")
         _positive(self, "", "batch_size", "max_steps", "learning_rate", "max_grad_norm")
@@ -218,7 +216,7 @@ class TrainConfig:
         for name in ("data", "stages", "preview_prompts"):
             _require(len(getattr(self, name)) > 0, name, "must not be empty")
         for name in self.stages:
-            fits = bool(re.fullmatch(r"[a-z0-9][a-z0-9-]*", name))
+            fits = re.fullmatch(r"[a-z0-9][a-z0-9-]*", name) is not None
             _require(fits, f"stages.{name}", "must be small letters, digits and hyphens")
         for name, stage in self.stages.items():
             if stage.distill:
@@ -226,9 +224,7 @@ class TrainConfig:
                 _require(fits, f"stages.{name}.distill", "has more teacher steps than there are timesteps")
         for name in ("seed", "workers"):
             _require(getattr(self, name) >= 0, name, "must not be negative")
-        _require(self.threads is None or self.threads > 0, "threads", "must be positive")
-        _require(self.max_minutes is None or self.max_minutes > 0, "max_minutes", "must be positive")
-        _positive(self, "", "log_every")
+        _positive(self, "", "threads", "max_minutes", "log_every")
 
 
 # ---------------------------------------------------------------------------------------------------------- drawing
@@ -240,20 +236,20 @@ class Sampling:
 
     __pydantic_config__ = STRICT
 
-    size: int | None = None  # px (default: 64, or the largest that the checkpoint has)
-    num_inference_steps: int | None = None  # sampler steps of the first size (default: that suit the checkpoint)
-    guidance_scale: float | None = None  # weight of the prompt; 1 is off (default: that suits the checkpoint)
-    guidance_interval: tuple[float, float] | None = None  # guide only while sigma lies between these
-    negative_prompt: str = ""  # guidance moves away from it
+    size: int | None = None  # px (default: 64, or the largest size of the checkpoint)
+    num_inference_steps: int | None = (
+        None  # sampler steps at the smallest size (default: the checkpoint's own, e.g. 20)
+    )
+    guidance_scale: float | None = None  # classifier-free guidance; 1: off (default: the checkpoint's own, e.g. 2)
+    guidance_interval: tuple[float, float] | None = None  # apply guidance only between these two sigmas
+    negative_prompt: str = ""  # what guidance moves away from
     sampler: Sampler | None = None  # a diffusers scheduler (default: the checkpoint's own, dpmpp_2m)
-    fast: bool = False  # use the few-step denoisers of the checkpoint, where it has them
+    fast: bool = False  # use the checkpoint's few-step denoisers
     precision: Precision = "auto"  # auto: bf16 where the processor has it
-    exact: bool = False  # float32 on a CPU: the same bits at any batch size; slower for fewer than four pictures
+    exact: bool = False  # bit-identical at any batch size in float32 on a CPU; slower below four pictures
 
     def __post_init__(self) -> None:
-        for name in ("size", "num_inference_steps"):
-            value = getattr(self, name)
-            _require(value is None or value > 0, name, "must be positive")
+        _positive(self, "", "size", "num_inference_steps")
         _require((self.guidance_scale or 0) >= 0, "guidance_scale", "must not be negative")
         low, high = self.guidance_interval or (0.0, 1.0)
         _require(0 <= low < high, "guidance_interval", "must be two numbers, the smaller first")
@@ -268,23 +264,23 @@ class SampleConfig:
     checkpoint: str | None = None  # a folder, the name of a shipped model, or a hub repository (default: pokediff)
     out: str | None = None  # output folder (default: outputs/<first prompt>-<seed>)
     num_images_per_prompt: int = 1  # pictures of each prompt
-    seed: int | None = None  # of the first picture, the k-th has seed + k (default: random)
+    seed: int | None = None  # seed of the first picture; the k-th has seed + k (default: random)
     sampling: Sampling = field(default_factory=Sampling)
     image: str | None = None  # img2img: a picture to start from; a plain backdrop is removed
     strength: float = 0.6  # img2img: fraction of the noise schedule that is run (1: start from pure noise)
-    mask: str | None = None  # inpainting: a picture of the image's shape, white where to draw (strength 1)
-    variation: float = 0.0  # distance of the pictures of one prompt from the first, 0 to 1, instead of new seeds
-    interpolate: int = 0  # pictures of an interpolation from one prompt to the next; writes interpolation.gif
+    mask: str | None = None  # inpainting: a mask of the image's size; white is redrawn, at strength 1
+    variation: float = 0.0  # variations: distance from the first picture of a prompt, 0 to 1 (0: independent seeds)
+    interpolate: int = 0  # number of pictures from the first prompt to the last, also as interpolation.gif
     batch_size: int = 16  # pictures drawn at once; changes speed and memory
-    palette: str | None = None  # number of colours of each picture, or a .gpl or .hex file with the colours
-    hard_alpha: bool | None = None  # every pixel opaque or transparent (default: as the model was trained)
+    palette: str | None = None  # number of colours per picture, or a palette file (.gpl, .hex)
+    hard_alpha: bool | None = None  # make every pixel opaque or transparent (default: on for a pixel-art checkpoint)
     clean: bool = True  # remove specks beside the figure
-    enlarge: int = 1  # scale of 0000.png ... by a whole factor; large/ holds copies for looking at
+    enlarge: int = 1  # integer scale of 0000.png ...; large/ holds copies of at least 256 px
     background: str | None = None  # a colour name or #rrggbb behind the pictures (default: transparent)
-    animations: tuple[Literal["gif", "mp4", "apng"], ...] = ("gif",)  # of the first batch's denoising
-    save_frames: int = 0  # number of intermediate frames of every picture to keep in frames/
+    animations: tuple[Literal["gif", "mp4", "apng"], ...] = ("gif",)  # formats of the denoising animation (first batch)
+    save_frames: int = 0  # intermediate steps of every picture to save in frames/
     device: str | None = None  # cpu, cuda, mps (default: the fastest available)
-    compile: bool = False  # compile the denoisers: takes minutes, repaid after hundreds of pictures
+    compile: bool = False  # compile the denoisers: takes minutes, pays off after hundreds of pictures
 
     def __post_init__(self) -> None:
         _positive(self, "", "num_images_per_prompt", "batch_size")
@@ -300,24 +296,26 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
+    """Measure a checkpoint or a folder of pictures against real pictures and write a report."""
+
     __pydantic_config__ = STRICT
 
     checkpoint: str | None = None  # a folder, the name of a shipped model, or a hub repository (default: pokediff)
     images: str | None = None  # measure this folder of pictures instead (with sample.json or metadata.jsonl)
     data: tuple[str, ...] = ("data/bulbapedia",)  # the data sets that the model was trained on
-    split: Literal["test", "validation"] = "test"  # the families that are the reference
-    styles: tuple[str, ...] | None = None  # of the reference (default: artwork, else all)
+    split: Literal["test", "validation"] = "test"  # split of the reference pictures
+    styles: tuple[str, ...] | None = None  # styles of the reference pictures (default: artwork, else all)
     out: str | None = None  # folder of the report (default: reports/<checkpoint>-<size>)
-    number: int = 500  # pictures to draw, from the captions of the reference
+    number: int = 500  # pictures to draw, from captions of the reference pictures
     features: tuple[str, ...] = ("inception",)  # inception, dinov2, clip:MODEL, mobilenet_v2:FILE
-    lpips: str | None = None  # squeeze:FILE.safetensors, for the variety within a prompt
-    clip: str | None = None  # a CLIP of transformers for score and retrieval; not the model's own text encoder
-    concepts: tuple[str, ...] = ()  # data sets of named things for recognition, e.g. data/creatures (default: data)
-    concept_style: str | None = None  # the style of the prompts of recognition (default: the most frequent one there)
-    background: str = "white"  # behind both sides
-    kid_subsets: int = 100  # random subsets for the mean and standard deviation that papers give
-    kid_subset_size: int = 100  # at most the number of pictures
-    seed: int = 0  # of resampling
+    lpips: str | None = None  # squeeze:FILE.safetensors, for the diversity within a prompt
+    clip: str | None = None  # a transformers CLIP for CLIP score and retrieval, other than the model's text encoder
+    concepts: tuple[str, ...] = ()  # data sets with names, for the recognition figures (default: those of --data)
+    concept_style: str | None = None  # style in the recognition prompts (default: the most frequent one)
+    background: str = "white"  # colour behind drawn and real pictures
+    kid_subsets: int = 100  # random subsets for KID as papers report it: mean and standard deviation
+    kid_subset_size: int = 100  # pictures of each subset
+    seed: int = 0  # seed of bootstrap and subsets
     sampling: Sampling = field(default_factory=Sampling)
     batch_size: int = 16
     device: str | None = None  # cpu, cuda, mps (default: the fastest available)
@@ -331,22 +329,23 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class DemoConfig:
+    """Serve a web page that draws and shows every step."""
+
     __pydantic_config__ = STRICT
 
-    checkpoint: tuple[str, ...] = ()  # folders or names of shipped models, the first is selected (default: shipped)
-    size: int | None = None  # px selected at first (default: that of the checkpoint)
-    data: str | None = "data/bulbapedia"  # the training data, to look up the nearest training pictures
+    checkpoint: tuple[str, ...] = ()  # folders or names of shipped models; the first is selected (default: pokediff)
+    size: int | None = None  # initially selected size in px (default: 64, or the largest size of the checkpoint)
+    data: str | None = "data/bulbapedia"  # training data, for the nearest training pictures
     reports: str = "reports"  # folder of the reports that the page shows
     runs: str = "checkpoints"  # folder of the training runs that the page shows
-    host: str = "127.0.0.1"  # 0.0.0.0 lets other machines in
+    host: str = "127.0.0.1"  # 0.0.0.0: reachable from other machines
     port: int = 7860
     queue: int = 32  # requests that may wait; further requests are refused
     open: bool = False  # open the page in a browser
 
     def __post_init__(self) -> None:
-        _require(self.size is None or self.size > 0, "size", "must be positive")
+        _positive(self, "", "size", "queue")
         _require(0 < self.port < 2**16, "port", "must be 1 to 65535")
-        _require(self.queue > 0, "queue", "must be positive")
 
 
 def _require(holds: bool, path: str, what: str) -> None:
@@ -356,7 +355,8 @@ def _require(holds: bool, path: str, what: str) -> None:
 
 def _positive(config: Any, path: str, *names: str) -> None:
     for name in names:
-        _require(getattr(config, name) > 0, f"{path}.{name}".lstrip("."), "must be positive")
+        value = getattr(config, name)
+        _require(value is None or value > 0, f"{path}.{name}".lstrip("."), "must be positive")
 
 
 def load_yaml(path: str | Path, kind: type[T]) -> T:
@@ -374,17 +374,16 @@ def load_yaml(path: str | Path, kind: type[T]) -> T:
 
 
 def from_values(values: Any, kind: type[T], where: str) -> T:
-    """A configuration of `kind` from plain values. `where` stands at the head of the PokediffError for a bad one."""
+    """A configuration of `kind` from plain values. Raises PokediffError, prefixed with `where`, for a bad value."""
     from pydantic import TypeAdapter, ValidationError
 
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
-        problems = [(".".join(map(str, problem["loc"])), problem["type"], problem["msg"]) for problem in error.errors()]
-        path, problem, message = problems[0]
-        if problem in ("unexpected_keyword_argument", "extra_forbidden"):
-            message = "unknown key"
-        raise PokediffError(f"{where}: {path}: {message}") from None
+        first = error.errors()[0]
+        unknown = first["type"] in ("unexpected_keyword_argument", "extra_forbidden")
+        message = "unknown key" if unknown else first["msg"]
+        raise PokediffError(f"{where}: {'.'.join(map(str, first['loc']))}: {message}") from None
 
 
 def dump_yaml(config: Any) -> str:
