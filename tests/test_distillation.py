@@ -75,6 +75,7 @@ def test_a_student_that_agrees_with_its_teacher_has_no_loss(teacher):
     torch.testing.assert_close(loss, torch.zeros(6), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_student_is_one_more_stage_and_draws_with_fast(data, teacher, tmp_path):
     config = tiny_config(data, tmp_path / "student", {"base-16-fast": STUDENT}, base=str(teacher))
     out = train(config)
@@ -92,6 +93,7 @@ def test_a_student_is_one_more_stage_and_draws_with_fast(data, teacher, tmp_path
     assert not torch.equal(PokeDiffPipeline.from_pretrained(out).cascade["base-16-fast"].stem.weight, before)
 
 
+@pytest.mark.slow
 def test_a_resumed_student_learns_from_the_same_teacher(data, tmp_path):
     """The teacher is a stage of the same run: after a stop it is read from the checkpoint, in half precision."""
     stages = {"base-16": tiny_stage(max_steps=1), "base-16-fast": replace(STUDENT, max_steps=2)}

@@ -103,6 +103,7 @@ def figures_of(out) -> dict[str, dict]:
     return {figure["name"]: figure for figure in json.loads((out / "report.json").read_text())["figures"]}
 
 
+@pytest.mark.slow
 def test_a_report_is_complete(evaluated):
     _, out = evaluated
     report = json.loads((out / "report.json").read_text())
@@ -125,6 +126,7 @@ def test_a_report_is_complete(evaluated):
     assert [row["style"] for row in report["tables"]["styles"]] == ["artwork", "sprite"]
 
 
+@pytest.mark.slow
 def test_a_report_names_what_drew(evaluated):
     _, out = evaluated
     report = json.loads((out / "report.json").read_text())
@@ -149,6 +151,7 @@ def test_a_report_names_what_drew(evaluated):
     assert "https://" not in page
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_the_denoisers_that_draw(evaluated):
     """One noise level of the upscaler, by hand."""
     config, out = evaluated
@@ -167,6 +170,7 @@ def test_losses_are_those_of_the_denoisers_that_draw(evaluated):
     assert curve["held-out"][4]["value"] == pytest.approx(float(loss.mean()), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_second_run_draws_and_extracts_nothing(evaluated, monkeypatch):
     config, out = evaluated
     before = figures_of(out)
@@ -178,6 +182,7 @@ def test_a_second_run_draws_and_extracts_nothing(evaluated, monkeypatch):
     assert {k: v for k, v in after.items() if k != memory} == {k: v for k, v in before.items() if k != memory}
 
 
+@pytest.mark.slow
 def test_other_settings_draw_again(evaluated, tmp_path):
     """Also: any object with `generate` is measured, at the size that is given."""
     config, _ = evaluated
@@ -206,6 +211,7 @@ def test_other_settings_draw_again(evaluated, tmp_path):
     assert sum(calls) == 2 * first
 
 
+@pytest.mark.slow
 def test_a_folder_of_copies_is_found(evaluated, tmp_path):
     config, _ = evaluated
     pictures = load_pictures(config.data, 16).split("train").spread(20)
@@ -224,6 +230,7 @@ def test_a_folder_of_copies_is_found(evaluated, tmp_path):
     assert found["nearer to a training picture than 99 % of real held-out ones"] > 0.5
 
 
+@pytest.mark.slow
 def test_folders_that_cannot_be_measured_say_so(evaluated, tmp_path):
     config, _ = evaluated
     with pytest.raises(PokediffError, match=r"sample\.json or metadata\.jsonl"):
@@ -240,6 +247,7 @@ def test_folders_that_cannot_be_measured_say_so(evaluated, tmp_path):
         evaluate(EvaluateConfig(images=config.out + "/pictures", data=config.data, styles=("none",)))
 
 
+@pytest.mark.slow
 def test_training_pictures_in_the_reference_are_refused(evaluated):
     config, _ = evaluated
     pictures = load_pictures(config.data, 16)
@@ -253,6 +261,7 @@ def test_training_pictures_in_the_reference_are_refused(evaluated):
         assert len(first) + len(second) == len(reference.real)
 
 
+@pytest.mark.slow
 def test_reports_are_compared_only_when_they_may_be(evaluated, tmp_path):
     _, out = evaluated
     page = compare([out, out], tmp_path / "c")
@@ -271,6 +280,7 @@ def test_reports_are_compared_only_when_they_may_be(evaluated, tmp_path):
         compare([tmp_path], tmp_path / "c")
 
 
+@pytest.mark.slow
 def test_what_was_counted_by_eye_is_in_the_report(evaluated):
     from pokediff.evaluation.survey import QUESTIONNAIRES, collect, make_survey
 
@@ -391,6 +401,7 @@ def judged_pictures(number: int, first: int) -> tuple[np.ndarray, list[Record]]:
     return np.stack(pixels), records
 
 
+@pytest.mark.slow
 def test_the_judge_knows_styles_and_kinds_of_pictures_that_it_has_not_seen(monkeypatch):
     monkeypatch.setattr(classifiers, "STEPS", 200)
     judge = classifiers.Judge(*judged_pictures(240, 0))

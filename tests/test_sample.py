@@ -17,6 +17,8 @@ from pokediff.drawing.jobs import Job
 from pokediff.drawing.sample import read_settings, sample, slug
 from pokediff.drawing.sheets import listed_files, weights_sha256
 from pokediff.errors import PokediffError
+from pokediff.model.cascade import Cascade
+from pokediff.model.checkpoint import write_part_index
 
 STEPS = 3  # of the base; the upscaler of the tiny checkpoint takes 2 of its own
 
@@ -244,8 +246,10 @@ def test_resolved_settings_are_stored(settings):
 
 def test_weights_are_told_apart(tiny_checkpoint, tiny_pipe, tmp_path):
     assert weights_sha256(tiny_checkpoint) == weights_sha256(tiny_checkpoint)
-    tiny_pipe.save_part(tmp_path / "part", ["upscaler-64"], os.path.relpath(tiny_checkpoint, tmp_path / "part"))
-    assert weights_sha256(tmp_path / "part") != weights_sha256(tiny_checkpoint)
+    part = tmp_path / "part"
+    Cascade({"upscaler-64": tiny_pipe.cascade["upscaler-64"]}).save_pretrained(part / "cascade")
+    write_part_index(part, os.path.relpath(tiny_checkpoint, part))
+    assert weights_sha256(part) != weights_sha256(tiny_checkpoint)
 
 
 def test_prompts_from_a_file(settings, tmp_path):

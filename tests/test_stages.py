@@ -68,6 +68,7 @@ def test_no_weights_lie_twice_in_a_checkpoint(cascade):
     assert list(PokeDiffPipeline.from_pretrained(cascade / "best").cascade) == list(STAGES)
 
 
+@pytest.mark.slow
 def test_a_stopped_cascade_resumes_to_the_same_bits(cascade, data, tmp_path):
     config = tiny_config(data, tmp_path / "run", STAGES)
     train(replace(config, max_minutes=1e-9))  # one step of the first stage
@@ -107,6 +108,7 @@ def test_a_stage_killed_before_its_first_checkpoint_is_not_finished(cascade, dat
     assert {name: "finished" in stage for name, stage in facts.items()} == {"base-16": True, "upscaler-32": True}
 
 
+@pytest.mark.slow
 def test_a_part_is_written_alone_and_names_its_base(cascade, data, tmp_path, capsys):
     stages = {"upscaler-32": replace(UPSCALER, max_steps=1)}
     config = tiny_config(data, tmp_path / "part", stages, base=str(cascade), start_from=str(cascade))
@@ -121,6 +123,7 @@ def test_a_part_is_written_alone_and_names_its_base(cascade, data, tmp_path, cap
     assert PokeDiffPipeline.from_pretrained(tmp_path / "whole").sizes == (16, 32)
 
 
+@pytest.mark.slow
 def test_a_base_may_be_given_by_the_name_of_a_shipped_checkpoint(cascade, data, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "shipped", lambda _, name="": cascade.parent / name)
     (tmp_path / "cascade").mkdir()  # as the package's own folder in a checkout, which has the name of the model
@@ -131,6 +134,7 @@ def test_a_base_may_be_given_by_the_name_of_a_shipped_checkpoint(cascade, data, 
     assert list(PokeDiffPipeline.from_pretrained(out).cascade) == list(STAGES)
 
 
+@pytest.mark.slow
 def test_every_stage_starts_from_the_denoiser_of_its_name(cascade, data, tmp_path, capsys):
     config = tiny_config(data, tmp_path / "own", STAGES, start_from=str(cascade))
     train(with_steps(config, dict.fromkeys(STAGES, 1)))
@@ -144,6 +148,7 @@ def test_every_stage_starts_from_the_denoiser_of_its_name(cascade, data, tmp_pat
         assert max(moved) < 0.05, name
 
 
+@pytest.mark.slow
 def test_a_trial_runs_every_stage_draws_and_tells_the_time(data, tmp_path, capsys):
     config = tiny_config(data, tmp_path / "run", STAGES, pixel_art=True)
     out = train(with_steps(config, {"base-16": 1_000_000}), trial=True, only=["upscaler-32"])

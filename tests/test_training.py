@@ -135,6 +135,7 @@ def test_resuming_finished_work_does_nothing_but_say_so(finished, data):
     assert (newest_state(finished) / "denoiser.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_path_resumes_there_and_what_came_later_is_made_again(finished, data, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
@@ -150,6 +151,7 @@ def test_a_path_resumes_there_and_what_came_later_is_made_again(finished, data, 
             train(tiny_config(data, out), resume=str(path))
 
 
+@pytest.mark.slow
 def test_a_state_does_not_fit_another_configuration(finished, data, tmp_path):
     config = with_stage(tiny_config(data, tmp_path / "other"), max_steps=9)
     other = write_data(tmp_path / "data", 60)
@@ -225,6 +227,7 @@ def test_two_processes_train_the_same_model_as_one(finished, data, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_is_skipped_and_three_in_a_row_stop(data, tmp_path, monkeypatch, capsys):
     batch_of, bad = loop.training_batch, {2}
 
@@ -250,6 +253,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_three_in_a_row_stop(data, tmp_
     train(with_stage(replace(config, out=str(tmp_path / "other")), max_steps=12), resume="auto")
 
 
+@pytest.mark.slow
 def test_metrics_are_logged_and_best_can_follow_them(data, tmp_path, features):
     metrics = ValidationMetricsConfig(every=3, number=4, features=features, best_by="kernel_distance")
     train(tiny_config(data, tmp_path / "run", metrics=metrics))
@@ -262,6 +266,7 @@ def test_metrics_are_logged_and_best_can_follow_them(data, tmp_path, features):
     assert PokeDiffPipeline.from_pretrained(tmp_path / "run" / "best").sizes == (16,)
 
 
+@pytest.mark.slow
 def test_training_stops_when_the_model_begins_to_copy(data, tmp_path, monkeypatch, capsys):
     known = load_pictures(data, 16).split("train")
     copied = np.stack([unpremultiply(picture) for picture in known.pixels[:]])
@@ -296,6 +301,7 @@ def test_overfitting_is_seen_in_the_losses():
     assert not progress.is_best(0.0)
 
 
+@pytest.mark.slow
 def test_training_learns(data, tmp_path):
     stage = tiny_stage(max_steps=120, batch_size=16, learning_rate=2e-3, validate_every=60, preview_every=1000)
     train(tiny_config(data, tmp_path / "run", {"base-16": stage}, log_every=10))
@@ -326,6 +332,7 @@ def test_without_a_compiler_it_says_so(data, tmp_path, monkeypatch):
         train(tiny_config(data, tmp_path / "run", compile=True))
 
 
+@pytest.mark.slow
 def test_max_minutes_stops_with_a_checkpoint(data, tmp_path):
     stage = tiny_stage(max_steps=100_000, checkpoint_every=100_000)
     train(tiny_config(data, tmp_path / "run", {"base-16": stage}, max_minutes=1e-9))
@@ -357,6 +364,7 @@ def test_seeds_are_well_mixed():
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", ["rgb", "grey"])
 def test_other_channels_train_and_draw(data, tmp_path, channels):
     config = tiny_config(data, tmp_path / channels, {"base-16": tiny_stage(max_steps=2)})
