@@ -8,9 +8,9 @@ autocast (and channels_last, which hurts diffusers' networks and is left out the
 clipping, AdamW or the optimizer of their own trainer, and an average of the weights. Systems that take text get it.
 Sampling is 20 steps for 16 pictures: of the peers 20 evaluations of the network, with guidance where the system has it
 (two in one batch); of ours the whole pipeline. Our training at 32 px is the base's, at 64 and 128 px the upscaler's.
-Networks differ in size, so GFLOP and the share of this machine's measured convolution ceiling stand beside images/s;
-which learns faster is benchmarks/time_to_quality.py. Run it alone: a second load on the cores makes the figures
-worthless.
+Networks differ in size, so GFLOP and the share of this machine's measured convolution ceiling are listed beside
+images/s; benchmarks/time_to_quality.py compares learning speed. Run it alone: a second load on the cores invalidates
+the figures.
 """
 
 from __future__ import annotations

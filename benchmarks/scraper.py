@@ -3,7 +3,7 @@
     python benchmarks/scraper.py --mirror ../shared/bulbapedia/mirror.py
 
 `mirror.py` serves saved pages and pictures on loopback; it can misbehave (--faults), demand a challenge
-(--challenge-after) and count what it was asked (/__stats__). Prints one JSON object a case.
+(--challenge-after) and count its requests (/__stats__). Prints one JSON object a case.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How close is the built-in text encoder to its teacher, and does it know words that no caption holds?
+"""How close is the built-in text encoder to its teacher, also for words that are in no caption?
 
     python benchmarks/text_encoder.py --data ../shared/data/pokemon
 

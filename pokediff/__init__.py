@@ -1,4 +1,4 @@
-"""pokediff: text to small creature pictures, by diffusion in pixel space.
+"""pokediff: text-to-sprite diffusion in pixel space.
 
 from pokediff import PokeDiffPipeline
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from pokediff.model.pipeline import PokeDiffPipeline
 
 __version__ = "0.2.0"
-# A checkpoint names its component as pokediff.Cascade, and diffusers looks for the base class in the same module.
-PLACES = {"PokeDiffPipeline": "pipeline", "Cascade": "cascade", "Denoiser": "denoiser", "ModelMixin": "cascade"}
+# A checkpoint stores its component as pokediff.Cascade, and diffusers looks up the base class in the same module.
+MODULES = {"PokeDiffPipeline": "pipeline", "Cascade": "cascade", "Denoiser": "denoiser", "ModelMixin": "cascade"}
 __all__ = ["Cascade", "Denoiser", "PokeDiffPipeline"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in PLACES:  # torch and diffusers are slow to import: only when they are needed
-        return getattr(import_module(f"pokediff.model.{PLACES[name]}"), name)
+    if name in MODULES:  # a lazy import, since torch and diffusers are slow to import
+        return getattr(import_module(f"pokediff.model.{MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -333,7 +333,7 @@ class DemoConfig:
 
     __pydantic_config__ = STRICT
 
-    checkpoint: tuple[str, ...] = ()  # folders or names of shipped models; the first is selected (default: pokediff)
+    checkpoint: tuple[str, ...] = ()  # folders or names of shipped models; the first is selected (default: all shipped)
     size: int | None = None  # initially selected size in px (default: 64, or the largest size of the checkpoint)
     data: str | None = "data/bulbapedia"  # training data, for the nearest training pictures
     reports: str = "reports"  # folder of the reports that the page shows

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 class PokediffError(Exception):
-    """An error that the user can fix; its text is one line that says what to do."""
+    """An error that the user can fix; its message is one line with the remedy."""
 
 
 def first_line(error: BaseException) -> str:

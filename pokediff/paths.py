@@ -1,4 +1,4 @@
-"""Where the files that come with pokediff lie: beside the package in a checkout, inside it in an installed wheel."""
+"""Paths of the shipped files: beside the package in a checkout, inside it in an installed wheel."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def shipped(kind: Literal["checkpoints", "configs"], name: str = "") -> Path:
-    """The path of a file or folder that comes with pokediff, which need not exist: shipped("configs", "x.yaml").
+    """The path of a shipped file or folder, which need not exist: shipped("configs", "x.yaml").
 
     setup.cfg maps checkpoints/ and configs/ of the repository into the package; an editable install reads them there.
     """

@@ -31,7 +31,7 @@ class NotThere(FetchError):
 
 
 class StopRun(Exception):
-    """The server refuses further requests, for the reason in the message: stop, keep everything, try again later."""
+    """The server refuses further requests, for the reason in the message. The run stops and can resume later."""
 
 
 class PoliteClient:
@@ -122,7 +122,7 @@ class PoliteClient:
         if status == 429 or status >= 500:
             pause = _retry_after(response)
             if pause is not None and pause > LONGEST_PAUSE_S:
-                raise StopRun(f"{host} asks for a pause of {pause:.0f} s")
+                raise StopRun(f"{host} requests a pause of {pause:.0f} s")
             raise _Retry(f"status {status}", pause)
         if status != 200:
             raise FetchError(f"status {status}")
@@ -176,7 +176,7 @@ class _Retry(Exception):
 
 
 def is_challenge(body: bytes | bytearray) -> bool:
-    """Is this a page that asks the visitor to prove that they are human?"""
+    """Whether the page is a challenge ("prove that you are human")."""
     head = bytes(body[:8192])
     # Not "challenge-platform": ordinary pages of the same network have that script, too.
     return bool(re.search(rb"<title>\s*Just a moment|cf[-_]chl", head, re.IGNORECASE))

@@ -41,18 +41,18 @@ class ScrapeOptions:
 
     out: Path  # folder of the data set
     base_url: str = BASE_URL  # address of the wiki
-    contact: str = ""  # an address at which the wiki's administrators can reach you, sent in the User-Agent
-    limit: int | None = None  # only the first entries of the list
-    pages: bool = False  # also read each species' page: category, appearance, evolution line
-    forms: bool = True  # regional and other forms, too
-    text_encoder: str = DEFAULT_CLIP  # for the embeddings; none: no embeddings
-    refresh: bool = False  # request the list again even if it is recent
+    contact: str = ""  # your e-mail address for the wiki's administrators, sent in the User-Agent
+    limit: int | None = None  # scrape only the first entries of the list
+    pages: bool = False  # read each species' page, too: category, appearance, evolution line
+    forms: bool = True  # include regional and other forms
+    text_encoder: str = DEFAULT_CLIP  # encoder of the caption embeddings; none: no embeddings
+    refresh: bool = False  # request the list even if the stored one is recent
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
             raise PokediffError("--limit must be at least 1")
         if urlsplit(self.base_url).scheme not in ("http", "https") or not urlsplit(self.base_url).netloc:
-            raise PokediffError(f"--base-url {self.base_url!r} is not an address: it starts with https://")
+            raise PokediffError(f"--base-url {self.base_url!r} is not a URL: it must start with https://")
         if self.text_encoder != "none":
             from pokediff.model.text import ENCODERS  # loads torch
 

@@ -101,7 +101,7 @@ def downloads(tmp_path) -> Downloads:
         (dict(checkpoint="fast", size=64), "draws 32"),
         (dict(fast=True), "few-step"),
         (dict(background="nocolour"), "nocolour"),
-        (dict(checkpoint="/etc"), "no checkpoint"),
+        (dict(checkpoint="/etc"), "unknown checkpoint"),
         (dict(guidance_interval=(5, 1)), "guidance_interval"),
         (dict(out="/tmp/x", nonsense=1), "unknown key"),
     ],

@@ -364,7 +364,7 @@ def test_options(wiki, tmp_path):
     ("option", "value", "words"),
     [
         ("--limit", "0", "--limit must be at least 1"),
-        ("--base-url", "bulbapedia", "is not an address"),
+        ("--base-url", "bulbapedia", "is not a URL"),
         ("--text-encoder", "clap:x", "--text-encoder clap:x: use none, builtin"),
     ],
 )

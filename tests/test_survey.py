@@ -112,7 +112,7 @@ def test_systems_with_the_same_prompts_show_the_same_ones(folders, tmp_path):
     assert shown == sorted(2 * shown[::2])
     new, old = tmp_path / "new" / "animals", tmp_path / "old" / "animals"
     assert system_names([new, old]) == ["new", "old"]
-    with pytest.raises(PokediffError, match="name of its own"):
+    with pytest.raises(PokediffError, match="different names"):
         system_names([new, new])
 
 

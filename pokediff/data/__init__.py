@@ -1,1 +1,1 @@
-"""A folder of pictures becomes batches."""
+"""Data sets: folders of pictures, captions, training batches."""

@@ -19,7 +19,7 @@ from pokediff.data.records import Record
 
 CAPTIONS_PER_PICTURE = 12
 
-# The name of a style in a data set, and its words in a prompt. Any other style is called by its own name.
+# Prompt words of the styles; the words of any other style are its name.
 STYLES = {
     "artwork": "official artwork",
     "artwork-alt": "official artwork",
@@ -85,7 +85,7 @@ VISIBLE = frozenset(
 )
 
 
-# Words of a genus that say nothing of the thing, and the features of avatars that a caption names.
+# Words of a genus without information, and the avatar features that captions contain.
 NO_SUBJECT = frozenset("style default base team colour color of a an the".split())
 FEATURES = frozenset("hair accessories features glasses beard hat".split())
 ARTICLE_A = re.compile(r"(uni(?!n)|eu|use|usu|uto|uku|ufo\b|one\b|once\b)", re.IGNORECASE)

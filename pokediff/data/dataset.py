@@ -185,7 +185,7 @@ def _of_styles(records: list[Record], wanted: set[str], name: str, report: Calla
 
 
 def _needs_colors(record: Record) -> bool:
-    """Are its captions made from colours that its row does not have?"""
+    """Whether its captions need colours that its row does not have."""
     return not record.captions and not record.colors
 
 
@@ -200,7 +200,7 @@ def _decoded(record: Record) -> tuple[Record, np.ndarray, bytes]:
 
 
 def _array_for(shape: tuple[int, ...]) -> np.ndarray:
-    """An uninitialized uint8 array, in memory or, where memory is short, in a temporary file that goes with it."""
+    """An uninitialized uint8 array, in memory or, where memory is short, in a temporary file deleted with it."""
     if math.prod(shape) <= MEMORY_SHARE * psutil.virtual_memory().available:
         return np.empty(shape, np.uint8)
     with tempfile.TemporaryFile() as file:
@@ -357,7 +357,7 @@ class TrainingBatches(torch.utils.data.Dataset):
 
 
 def draw_chances(records: Sequence[Record], shares: Mapping[str, float] | None) -> np.ndarray:
-    """(N,) chances with which pictures are drawn: all equal, or so that each style gets its share."""
+    """(N,) sampling probabilities of pictures: equal, or so that each style has its fraction of the batches."""
     if shares is None:
         return np.full(len(records), 1 / len(records))
     count = Counter(record.style for record in records)

@@ -1,4 +1,4 @@
-"""Text files in, whole files out."""
+"""Reading of text files, atomic writing of files."""
 
 from __future__ import annotations
 

@@ -43,9 +43,9 @@ class BadImage(PokediffError):
 
 
 def read_image(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Decode a picture file that Pillow knows, of any mode and depth, to straight RGBA, uint8 (H, W, 4).
+    """Decode a picture file that Pillow reads, of any mode and depth, to straight RGBA, uint8 (H, W, 4).
 
-    Of an animation, the first frame. Raises BadImage when the bytes are no picture, are truncated or hold more than
+    Of an animation, the first frame. Raises BadImage for bytes that are not a picture, truncated, or hold more than
     `max_pixels`.
     """
     try:
@@ -87,7 +87,7 @@ def unpremultiply(rgba: np.ndarray) -> np.ndarray:
 
 
 def is_pixel_art(rgba: np.ndarray) -> bool:
-    """Few colours and no soft edge: such pictures must never be blurred."""
+    """Whether a picture has few colours and hard edges, so that resizing must not blur it."""
     alpha = rgba[..., 3]
     if ((alpha > 0) & (alpha < 255)).any():
         return False

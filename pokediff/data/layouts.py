@@ -1,4 +1,4 @@
-"""Layouts: the usual forms of a folder of pictures, read as rows.
+"""Layouts: the usual folder formats of data sets, read as rows.
 
 | layout | captions |
 | --- | --- |
@@ -30,7 +30,7 @@ from typing import Any
 from pokediff.data.files import read_text
 from pokediff.errors import PokediffError
 
-# What Pillow opens of the formats that people keep pictures in.
+# Picture formats that Pillow reads.
 PICTURES = frozenset(
     """.png .apng .webp .gif .jpg .jpeg .jpe .jfif .bmp .dib .tif .tiff .avif .jp2 .tga .ico .ppm .pgm .pbm .pnm
     .qoi""".split()
@@ -44,7 +44,7 @@ NO_CAPTIONS = {"failures.jsonl", "state.json", "dataset_info.json", "dataset_inf
 SYSTEM_FOLDERS = {"__macosx", "@eadir", "$recycle.bin", "system volume information"}
 SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation"}
 SPLITS |= {"test": "test"}
-# Words of file and folder names that say nothing of the picture.
+# Words of file and folder names without information about the picture.
 GENERIC = SPLITS.keys() | frozenset(
     """img image images picture pictures pic pics sprite sprites photo photos dsc screenshot untitled frame frames
     final copy data dataset file files folder class""".split()

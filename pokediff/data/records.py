@@ -1,4 +1,4 @@
-"""Record: one picture of a data set and what is known of it; read_records(folder) reads any layout."""
+"""Record: one picture of a data set with its metadata; read_records(folder) reads any layout."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FEWEST_HELD_OUT, SMALLEST_SET = 3, 20  # pictures in validation and in test at l
 
 @dataclass(frozen=True)
 class Record:
-    """One picture and what is known of it. Only `file_name` is required."""
+    """One picture with its metadata. Only `file_name` is required."""
 
     file_name: str  # relative to the folder, forward slashes; a row of a parquet file is "train.parquet#17"
     captions: tuple[str, ...] = ()  # written by people; empty: captions.py makes them from the fields below

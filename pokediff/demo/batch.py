@@ -28,11 +28,11 @@ from pokediff.drawing.sample import make_jobs
 def batch_tab(studio: Studio, downloads: Downloads) -> None:
     prompts = gr.Textbox(
         "\n".join(EXAMPLES[:4]), label="Prompts", lines=6, elem_id="prompts",
-        info=f"One a line, at most {LIMITS.prompts}; lines that begin with # are skipped.",
+        info=f"One per line, at most {LIMITS.prompts}; lines that begin with # are skipped.",
     )  # fmt: skip
     upload = gr.UploadButton("Read prompts from a text file", file_types=[".txt"], file_count="single")
     with gr.Row():
-        number = gr.Slider(1, 8, 2, step=1, label="Pictures of each prompt", info="Of seed, seed + 1, ...")
+        number = gr.Slider(1, 8, 2, step=1, label="Pictures per prompt", info="With seed, seed + 1, ...")
         seed = seed_box()
     sampling = sampling_controls(studio)
     with gr.Row():

@@ -28,20 +28,20 @@ EXAMPLES = (
 )
 DEFAULT_SAMPLER = "default"
 SKIP = gr.skip()
-MIN_INTERVAL_S = 0.06  # between two frames on the page: faster than that nobody sees them
-# Everything that draws waits in one queue and four requests at a time take turns; the rest does not wait.
+MIN_INTERVAL_S = 0.06  # between two frames on the page; faster is not visible
+# Requests that draw share one queue, of which four run in turns; all others bypass it.
 TURNS: dict[str, Any] = dict(concurrency_id="denoisers", concurrency_limit=4)
 QUEUED: dict[str, Any] = dict(**TURNS, api_visibility="private", show_progress="full")
 # Without the queue: a browser may lose the answer of a stream that opens and ends within a few milliseconds.
 AT_ONCE: dict[str, Any] = dict(queue=False, api_visibility="private", show_progress="hidden")
-Controls = dict[str, Any]  # components by the names that their handler gives them
+Controls = dict[str, Any]  # components by the argument names of their handler
 
 
 # --------------------------------------------------------------------------------------------------------- handlers
 
 
 def sentence(error: Exception) -> str:
-    """What the page says of an error; an unexpected one is printed in full to the server's log."""
+    """The message that the page shows for an error. An unexpected error is printed in full to the server's log."""
     if isinstance(error, PokediffError):
         return str(error)
     traceback.print_exception(error)
@@ -102,7 +102,7 @@ def updates(names: Sequence[str], changed: Mapping[str, Any]) -> tuple[Any, ...]
 
 def prompt_box(label: str = "Prompt", value: str = EXAMPLES[0], **options: Any) -> gr.Textbox:
     return gr.Textbox(
-        value, label=label, info="What to draw: a style, colours, a type, a body, an animal.",
+        value, label=label, info="Style, colours, type, body, animal; all are optional.",
         max_length=LIMITS.prompt, lines=1, max_lines=4, **options,
     )  # fmt: skip
 
@@ -116,7 +116,7 @@ def seed_box() -> gr.Number:
 
 def sampler_choice() -> gr.Dropdown:
     return gr.Dropdown(
-        [DEFAULT_SAMPLER, *SAMPLERS], value=DEFAULT_SAMPLER, label="Sampler", info="How noise is removed."
+        [DEFAULT_SAMPLER, *SAMPLERS], value=DEFAULT_SAMPLER, label="Sampler", info="A diffusers scheduler."
     )
 
 
@@ -127,13 +127,13 @@ def sampler_of(choice: str) -> str | None:
 def interval_boxes() -> Controls:
     """The guidance interval: two noise levels."""
     with gr.Row():
-        low = gr.Number(0, label="Guidance from sigma", minimum=0, info="Guidance acts above this noise level")
-        high = gr.Number(100, label="Guidance to sigma", minimum=0, info="and below this one; 0 to 100 is always.")
+        low = gr.Number(0, label="Guidance from sigma", minimum=0, info="Guidance interval: smallest sigma.")
+        high = gr.Number(100, label="Guidance to sigma", minimum=0, info="Largest sigma; 0 to 100: always guided.")
     return {"low": low, "high": high}
 
 
 def interval_of(low: float | None, high: float | None) -> tuple[float, float] | None:
-    """The guidance interval that two boxes name; None for all noise levels."""
+    """The guidance interval of two boxes; None for all noise levels."""
     interval = (low or 0.0, 100.0 if high is None else high)
     return None if interval == (0, 100) else interval
 
@@ -141,8 +141,8 @@ def interval_of(low: float | None, high: float | None) -> tuple[float, float] | 
 def sampling_controls(studio: Studio) -> Controls:
     """Model, size, fast, steps and guidance scale, by their names in `Studio.settings`.
 
-    What the checkpoint does not have is hidden: other sizes, few-step denoisers. A new model or `fast` sets steps and
-    guidance scale to what suits it.
+    Choices that the checkpoint does not have are hidden. A new model or `fast` sets its default steps and guidance
+    scale.
     """
     names, pipeline = list(studio.checkpoints), studio.pipeline(studio.first)
     own = studio.resolved()
@@ -153,16 +153,16 @@ def sampling_controls(studio: Studio) -> Controls:
             info="A seed gives the same creature at every size.",
         )  # fmt: skip
         fast = gr.Checkbox(
-            False, label="Fast", info="Draw in a few steps, a little worse.", visible=pipeline.cascade.has_fast
+            False, label="Fast", info="Few-step denoisers, slightly worse.", visible=pipeline.cascade.has_fast
         )
     with gr.Row():
         steps = gr.Slider(
             1, LIMITS.steps, own.num_inference_steps, step=1, label="Steps",
-            info="Of the first size; larger sizes add a few of their own.",
+            info="At the smallest size; an upscaler adds its own.",
         )  # fmt: skip
         guidance = gr.Slider(
             1, LIMITS.guidance, _guidance_of(own), step=0.1, label="Guidance scale",
-            info="How strongly the prompt counts; 1 is off, much reduces variety.",
+            info="Classifier-free guidance; 1: off. High values reduce diversity.",
         )  # fmt: skip
     checkpoint.change(streamed(_choose, studio), checkpoint, [size, fast, steps, guidance], **AT_ONCE)
     fast.input(streamed(_suit, studio), [checkpoint, size, fast], [steps, guidance], **AT_ONCE)

@@ -1,4 +1,4 @@
-"""The files that a page offers for download, each drawing in a folder of its own."""
+"""The files that a page offers for download, one folder per drawing."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Downloads:
         config = dataclasses.replace(config, animations=animations)
         name = Path(config.checkpoint or "").name
         if config.checkpoint == str(shipped("checkpoints", name).resolve()):
-            config = dataclasses.replace(config, checkpoint=name)  # wherever it is on the machine that draws it again
+            config = dataclasses.replace(config, checkpoint=name)  # its name, which every machine resolves
         write_drawing(out, config, pipeline, jobs, [(frames[-1].x0, frames)])
         return sorted((path for path in out.iterdir() if path.is_file()), key=lambda path: (path.name == FACTS, path))
 

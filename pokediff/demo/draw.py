@@ -87,18 +87,18 @@ def word_buttons(prompt: gr.Textbox) -> None:
 
 
 def settings_controls(studio: Studio) -> Controls:
-    """Everything but the prompt, by the names that `draw` gives it."""
+    """All settings but the prompt, by the argument names of `draw`."""
     with gr.Accordion("More settings", open=False):
         negative = gr.Textbox(
-            label="Negative prompt", info="Guidance moves away from it; usually empty.", max_length=LIMITS.prompt
+            label="Negative prompt", info="What guidance moves away from; usually empty.", max_length=LIMITS.prompt
         )
-        number = gr.Slider(1, LIMITS.pictures, 1, step=1, label="Pictures", info="Of seed, seed + 1, ...")
+        number = gr.Slider(1, LIMITS.pictures, 1, step=1, label="Pictures", info="With seed, seed + 1, ...")
         with gr.Row():
             seed = seed_box()
             dice = gr.Button("🎲 Random seed", elem_id="dice")
         random = gr.Checkbox(True, label="A random seed for every drawing", info="Off: the seed above.")
         sampling, sampler, interval = sampling_controls(studio), sampler_choice(), interval_boxes()
-        enlarge = gr.Slider(1, LIMITS.enlarge, 8, step=1, label="Enlarge", info="Files: scale of every pixel.")
+        enlarge = gr.Slider(1, LIMITS.enlarge, 8, step=1, label="Enlarge", info="Scale of the downloaded pictures.")
         transparent = gr.Checkbox(True, label="Transparent background", info="Off: the colour below.")
         color = gr.ColorPicker("#ffffff", label="Background colour")
     dice.click(None, None, seed, js=f"() => Math.floor(Math.random() * {LIMITS.seed})", **AT_ONCE)
@@ -155,7 +155,7 @@ def draw(
 
 
 def step_words(evaluations: Sequence[Evaluation]) -> list[str]:
-    """What each frame of a drawing is: which denoiser at which noise."""
+    """A caption for each frame of a drawing: step, denoiser, size, sigma."""
     total = len(evaluations) + 1
     words = [
         f"Step {index} of {total}: {one.denoiser}, {one.size} px, sigma {one.sigma:.2g}."
@@ -165,7 +165,7 @@ def step_words(evaluations: Sequence[Evaluation]) -> list[str]:
 
 
 def summary(config: SampleConfig, evaluations: Sequence[Evaluation]) -> str:
-    """What was drawn, in a sentence."""
+    """One sentence about a finished drawing: seed, steps, guidance scale."""
     steps = Counter(one.size for one in evaluations)
     words = " and ".join(f"{number} steps at {size} px" for size, number in steps.items())
     return f"Done: seed {config.seed}, {words}, guidance scale {config.sampling.guidance_scale or 1:g}."

@@ -1,4 +1,4 @@
-"""img2img and inpainting: start from an uploaded picture or a sketch, or redraw what is painted over."""
+"""img2img and inpainting: start from an uploaded picture or a sketch, or redraw the part under a mask."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pokediff.demo.uploads import canvas_mask, canvas_picture, read_picture
 
 MODES = [
     ("img2img: start from the picture, strokes included", "img2img"),
-    ("inpainting: redraw below the strokes", "inpainting"),
+    ("inpainting: redraw under the strokes", "inpainting"),
 ]
 
 
@@ -43,15 +43,20 @@ def img2img_tab(studio: Studio, downloads: Downloads) -> None:
             prompt = prompt_box()
             mode = gr.Radio(MODES, value="img2img", label="Mode")
             strength = gr.Slider(
-                0.05, 1, 0.6, step=0.05, label="Strength", info="img2img: 1 keeps nothing of the picture."
+                0.05,
+                1,
+                0.6,
+                step=0.05,
+                label="Strength",
+                info="img2img: fraction of the noise schedule; 1: ignore the picture.",
             )
-            number = gr.Slider(1, 8, 4, step=1, label="Pictures", info="Of seed, seed + 1, ...")
+            number = gr.Slider(1, 8, 4, step=1, label="Pictures", info="With seed, seed + 1, ...")
             seed = seed_box()
             with gr.Accordion("More settings", open=False):
                 sampling = sampling_controls(studio)
             go = gr.Button("Draw", variant="primary", elem_id="img2img")
     result = gr.HTML(elem_id="img2img-result")
-    files = download("pictures, animation, settings, and the picture that was given")
+    files = download("pictures, animation, settings, and the input picture")
     inputs = {
         "canvas": canvas,
         "prompt": prompt,

@@ -35,8 +35,8 @@ def inside_tab(studio: Studio) -> None:
     inputs: Controls = {"prompt": prompt_box(), "seed": seed_box(), **sampling_controls(studio)}
     with gr.Accordion("What each word changes"):
         gr.Markdown(
-            "The prompt is drawn, then x0 is predicted again without each word: where it changes, the word counts. "
-            "The text reaches the denoisers as one vector, so there are no attention maps to show."
+            "After drawing, x0 is predicted again without each word; the maps show where it changes. "
+            "The denoisers receive the text as one pooled vector, so there are no cross-attention maps."
         )
         attribute = gr.Button("Leave out each word", variant="primary", elem_id="words")
         found = gr.HTML(elem_id="words-result")
@@ -92,7 +92,7 @@ def show_samplers(studio: Studio, prompt: str, samplers: Sequence[str], steps: s
 
 
 def influence_table(found: Influence) -> str:
-    """A row for each word: a bar, and where the prediction changes without it, at every noise level."""
+    """A row for each word: a bar, and a map of the change of x0 without it at every noise level."""
     highest = np.maximum(found.maps.max(axis=(0, 2, 3)), 1e-9)  # (L,): the maps of one level have one scale
     total = found.shares.mean(axis=1)
     head = "".join(f"<th>sigma {sigma:.2g}</th>" for sigma in found.sigmas)
@@ -101,7 +101,7 @@ def influence_table(found: Influence) -> str:
         f'<tr><th>{escape(word)}</th><td style="min-width:110px">{share:.0%}'
         f'<div class="bar" style="width:{100 * share / total.max():.0f}%"></div></td>'
         + "".join(
-            f"<td>{show.image(heat(picture, values / most), f'where {word} counts')}</td>"
+            f"<td>{show.image(heat(picture, values / most), f'effect of {word}')}</td>"
             for picture, values, most in zip(found.x0, maps, highest, strict=True)
         )
         + "</tr>"
@@ -147,7 +147,7 @@ def schedule_plot(evaluations: Sequence[Evaluation], guided: set[str], interval:
         points = [(k, sigma) for k, (sigma, own) in enumerate(zip(sigmas, labels, strict=True), 1) if own == label]
         axes.scatter(*zip(*points, strict=True), label=label, zorder=3)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="step", ylabel="sigma: noise to picture", yscale="log")
+    axes.set(xlabel="step", ylabel="sigma (standard deviation of the noise)", yscale="log")
     axes.legend()
     return f'<img class="plot" src="{plot_uri(plot)}" alt="sigma falls from {sigmas[0]:.3g} to {sigmas[-1]:.3g}">'
 

@@ -18,7 +18,9 @@ def interpolation_tab(studio: Studio, downloads: Downloads) -> None:
     with gr.Row():
         first, second = prompt_box("From"), prompt_box("To", EXAMPLES[1])
     with gr.Row():
-        number = gr.Slider(4, LIMITS.interpolation, 16, step=1, label="Pictures", info="More make it smoother.")
+        number = gr.Slider(
+            4, LIMITS.interpolation, 16, step=1, label="Pictures", info="More pictures make it smoother."
+        )
         seed = seed_box()
     with gr.Accordion("More settings", open=False):
         sampling = sampling_controls(studio)

@@ -1,4 +1,4 @@
-"""The training picture nearest to a drawn one, and whether the drawn one is a copy of it."""
+"""The nearest training picture of a drawing, and whether the drawing copies it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pokediff.data.dataset import load_pictures
 from pokediff.data.records import Record
 from pokediff.evaluation.copies import nearest_in_pixels
 
-HELD_OUT = 300  # real pictures outside the training set; their distances to it say what is close
+HELD_OUT = 300  # held-out real pictures, whose distances to the training set define "close"
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,14 @@ class Neighbour:
 
 
 class TrainingPictures:
-    """The training pictures of a data set, and how close unseen real ones come to them."""
+    """The training pictures of a data set, and the distances of held-out ones to them."""
 
     def __init__(self, data: Path, size: int) -> None:
         pictures = load_pictures(data, size, None, report=lambda _: None)
         training, held_out = pictures.split("train"), pictures.split("test").spread(HELD_OUT)
         self.records, self.pixels = training.records, training.straight()
         self.families = [record.family_key for record in self.records]
-        self.close = 0.0  # one per cent of the unseen real pictures come closer
+        self.close = 0.0  # distance below which 1 % of the held-out pictures lie
         if len(held_out):
             found = nearest_in_pixels(held_out.straight(), self.pixels, self.families)
             self.close = float(np.percentile(found.distance, 1))

@@ -22,13 +22,13 @@ from pokediff.demo.reports import reports_tab
 from pokediff.demo.studio import Studio
 from pokediff.demo.variations import variations_tab
 
-TITLE = "pokediff: creatures out of noise"
+TITLE = "pokediff: text-to-sprite diffusion"
 
 
 def make_page(studio: Studio, downloads: Downloads, reports: Path, runs: Path) -> gr.Blocks:
     """The whole page; `reports` and `runs` are the folders whose reports and training runs its last tab shows."""
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=False, delete_cache=(600, 3600)) as page:
-        gr.Markdown("# pokediff\nType a prompt and watch the picture emerge from noise.")
+        gr.Markdown("# pokediff\nEnter a prompt and watch every denoising step.")
         with gr.Tab("Draw"):
             draw_tab(studio, downloads)
         with gr.Tab("Batch"):
@@ -50,7 +50,7 @@ def make_page(studio: Studio, downloads: Downloads, reports: Path, runs: Path) -
 
 
 class Program:
-    """What programs may call, see docs/demo.md."""
+    """The public API for programs (docs/demo.md)."""
 
     def __init__(self, studio: Studio) -> None:
         self.studio = studio
@@ -68,7 +68,7 @@ class Program:
         fast: bool = False,
     ) -> Iterator[dict[str, Any]]:
         """Draw one picture. Yields some of the steps, and last the finished picture: {"step": k, "of": n, "png": a
-        transparent picture in base64, of the size of its denoiser, "settings": those that draw it again}.
+        transparent picture in base64, of the size of its denoiser, "settings": those that repeat it}.
         """
         settings = dict(
             checkpoint=checkpoint, prompt=(prompt,), seed=seed, negative_prompt=negative_prompt, size=size, fast=fast,

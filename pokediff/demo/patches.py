@@ -1,7 +1,7 @@
-"""The three places where the demo changes Gradio itself, for what its public interface has no option for.
+"""Three patches of Gradio, where its public interface has no option.
 
-Each one checks that the name it replaces is still there: with a Gradio that has moved it, the demo does not start
-rather than start without its limits. setup.cfg bounds the version.
+Each checks that the attribute it replaces exists: with another version of Gradio the demo does not start, rather than
+start without its limits. setup.cfg bounds the version.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ MAX_LAYERS, MAX_CANVASES = 4, 32
 
 
 async def refuse_addresses(url: str, cache_dir: str) -> str:
-    """Takes the place of Gradio's download of any address that a client sends in place of a file."""
+    """Replaces Gradio's download of a URL that a client sends instead of a file."""
     raise gr.Error("Send the file itself: addresses are not fetched.", print_exception=False)
 
 
 def forbid_downloads() -> None:
-    """Gradio downloads every public address that a client names; there is no option against it."""
+    """Disable Gradio's download of public URLs from clients, for which it has no option."""
     _require(processing_utils, "async_ssrf_protected_download")
     processing_utils.async_ssrf_protected_download = refuse_addresses
 
 
 def limit_sessions(page: gr.Blocks, number: int) -> None:
-    """Answers that nobody fetches are kept for this many sessions, not for Gradio's 2,000, which are gigabytes."""
+    """Keep unfetched results of this many sessions instead of Gradio's 2,000, which take gigabytes."""
     _require(page, "_queue")
     _require(page._queue, "pending_messages_per_session")
     _require(page._queue.pending_messages_per_session, "max_size")
@@ -55,14 +55,14 @@ def sketch_pad(**options: Any) -> gr.ImageEditor:
 
 
 class Canvas:
-    """What replaces the methods of one image editor."""
+    """Replacements for the methods of one image editor."""
 
     def __init__(self, editor: gr.ImageEditor) -> None:
         self.editor, self.accepted = editor, editor.accept_blobs
 
     @server  # the mark of functions that a browser may call
     def accept(self, data: AcceptBlobs) -> None:
-        """Keep what the browser sends before a request until the request arrives; the oldest are dropped."""
+        """Keep the picture that the browser sends ahead of a request until the request arrives; drop the oldest."""
         index = data.data["index"]
         if index and index != "null" and int(index) >= MAX_LAYERS:
             raise gr.Error("Too many layers.", print_exception=False)
@@ -93,4 +93,4 @@ def _decoded(part: Any) -> np.ndarray:
 
 def _require(owner: Any, name: str) -> None:
     if not hasattr(owner, name):
-        raise PokediffError(f"the demo does not know Gradio {gr.__version__}: install the version that setup.cfg names")
+        raise PokediffError(f"the demo does not support Gradio {gr.__version__}: pip install 'pokediff[demo]'")

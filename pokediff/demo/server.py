@@ -1,4 +1,4 @@
-"""Serve the page: to this machine alone by default, without tunnel or telemetry, and no file but its own."""
+"""Serve the page: on this machine only by default, without tunnel or telemetry, and only its own files."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from pokediff.drawing.sheets import checkpoint_folder
 from pokediff.errors import PokediffError
 from pokediff.paths import shipped
 
-SHIPPED = ("pokediff", "creatures")  # offered when no checkpoint is given, where they are
-# The page needs nothing from other hosts, and a browser must not ask them for anything (fonts, telemetry).
+SHIPPED = ("pokediff", "creatures")  # the default checkpoints, as far as they exist
+# The browser must not contact other hosts (fonts, telemetry).
 POLICY = "; ".join(
     (
         "default-src 'self'",

@@ -1,4 +1,4 @@
-"""What several tabs show, as HTML: the film of a drawing, pictures with captions, neighbours; style and script of the
+"""HTML that several tabs share: the film of a drawing, pictures with captions, neighbours; style and script of the
 page. Text that people typed is escaped.
 """
 
@@ -95,7 +95,7 @@ def empty(words: str) -> str:
 
 
 def film_length(frames: Sequence[Frame]) -> int:
-    """How many of these frames a film shows: so few that one of many pictures does not weigh tens of megabytes."""
+    """Number of frames that a film shows, limited so that a film of many pictures stays below some megabytes."""
     pixels = frames[-1].x0[..., 0].size
     return min(len(frames), MAX_FRAMES, max(8, MAX_FILM_PIXELS // pixels))
 

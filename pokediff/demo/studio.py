@@ -1,4 +1,4 @@
-"""What the demo does, without its page: bound every request, draw in one thread, look up training pictures."""
+"""The demo without its page: limit every request, draw in one thread, look up training pictures."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from pokediff.model.pipeline import Evaluation, PokeDiffPipeline, quiet
 from pokediff.model.samplers import SAMPLERS
 
 T = TypeVar("T")
-NEIGHBOUR_SIZE = 32  # px at which drawn and training pictures are compared, where the checkpoint draws smaller: its own
+NEIGHBOUR_SIZE = 32  # px at which drawn and training pictures are compared, or the smallest size of the checkpoint
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for. The page shows these bounds; the server enforces them."""
+    """Limits of one request. The page shows them; the server enforces them."""
 
     prompt: int = 300  # characters
     prompts: int = 64  # in a batch
@@ -61,8 +61,8 @@ class Studio:
 
     Args:
         checkpoints: folders; the first is loaded at once, the others when they are first used.
-        data: folder of the data set; None, or one that does not exist: no neighbours.
-        size: px selected at first (default: that of the checkpoint).
+        data: folder of the data set; without one, no nearest training pictures.
+        size: initially selected size in px (default: that of the checkpoint).
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Studio:
         # Denoisers run in this thread alone: torch keeps a pool of helper threads for every thread that calls it.
         self._thread = ThreadPoolExecutor(1, "denoisers")
         self._pipelines: dict[str, PokeDiffPipeline] = {}
-        self.pipeline(self.first).resolved(Sampling(size=size))  # a size that it does not draw is an error now
+        self.pipeline(self.first).resolved(Sampling(size=size))  # raises for a size that it does not draw
         self.data = Path(data) if data and Path(data).is_dir() else None
         self.training: TrainingPictures | None = None
         if self.data is not None:
@@ -100,7 +100,7 @@ class Studio:
     def pipeline(self, name: str) -> PokeDiffPipeline:
         """The checkpoint of that name, loaded once. Raises PokediffError for one that is not offered."""
         if name not in self.checkpoints:
-            raise PokediffError(f"there is no checkpoint {name!r} here, only {', '.join(self.checkpoints)}")
+            raise PokediffError(f"unknown checkpoint {name!r}; checkpoints: {', '.join(self.checkpoints)}")
         return self.in_thread(lambda: self._load(name))
 
     def _load(self, name: str) -> PokeDiffPipeline:
@@ -118,14 +118,14 @@ class Studio:
     # ------------------------------------------------------------------------------------------------- requests
 
     def resolved(self, name: str | None = None, **values: Any) -> Sampling:
-        """Fields of `Sampling`, the missing ones as they suit the checkpoint. Raises PokediffError for a wrong one."""
+        """Fields of `Sampling`, filled with the checkpoint's defaults. Raises PokediffError for a wrong one."""
         pipeline = self.pipeline(name or self.first)
         default = self.size if self.size in pipeline.sizes else None
         return pipeline.resolved(from_values({"size": default, **values}, Sampling, "settings"))
 
     def settings(self, checkpoint: str | None = None, **values: Any) -> SampleConfig:
-        """Settings of a drawing from what a page or a program sent: fields of `SampleConfig` and of `Sampling`; None
-        stands for the default, `checkpoint` is one of the names offered.
+        """Settings of a drawing from a page or a program: fields of `SampleConfig` and of `Sampling`; None is the
+        default, `checkpoint` a key of `self.checkpoints`.
 
         Raises PokediffError for unknown or wrong fields, and for values beyond LIMITS.
         """
@@ -148,7 +148,7 @@ class Studio:
         return self._steps(lambda: sampling.draw(pipeline, jobs, config))
 
     def evaluations(self, config: SampleConfig) -> list[Evaluation]:
-        """What each step of `draw` is, the last one excepted."""
+        """The evaluation behind each step of `draw`, without the last step."""
         strength = config.strength if config.image and not config.mask else 1.0
         return self.pipeline_of(config).evaluations(config.sampling, strength)
 
@@ -165,7 +165,7 @@ class Studio:
             yield jobs[: len(done)], np.stack(done)
 
     def influence(self, config: SampleConfig) -> Iterator[Influence | None]:
-        """What each word of the first prompt changes."""
+        """The influence of each word of the first prompt."""
         pipeline, prompt, seed = self.pipeline_of(config), config.prompt[0], config.seed or 0
         return self._steps(lambda: watch_words(pipeline, prompt, seed, config.sampling))
 
@@ -187,17 +187,17 @@ class Studio:
     # ------------------------------------------------------------------------------------------------ neighbours
 
     def neighbours(self, pictures: np.ndarray) -> list[Neighbour] | str:
-        """The nearest training picture of each (N, H, W, 4), or a sentence that says why there is none."""
+        """The nearest training picture of each (N, H, W, 4), or a sentence with the reason why there is none."""
         if self.data is None:
             return "The training pictures are not on this machine, so drawings cannot be checked for copies."
         if self.training is None:
-            return "The training pictures are still being read; draw again in a moment."
+            return "The training pictures are still loading; draw again in a moment."
         return self.training.nearest(pictures)
 
     def _read_training(self, data: Path) -> None:
         try:
             self.training = TrainingPictures(data, min(NEIGHBOUR_SIZE, *self.pipeline(self.first).sizes))
-        except Exception as error:  # whatever it is, the page must not announce them for ever
+        except Exception as error:  # any error: the page must stop announcing them
             print(f"no comparison with training pictures: {error}")
             self.data = None
 

@@ -1,4 +1,4 @@
-"""Uploaded files, and the sketch pad: everything that people send is decoded here, bounded in bytes and pixels."""
+"""Decoding of uploads and of the sketch pad, limited in bytes and pixels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DECODING = Lock()  # a picture at the limit takes some 250 MB while it is decode
 
 
 def read_picture(path: str | Path) -> np.ndarray:
-    """An uploaded picture as `decode` returns it. Raises PokediffError as `decode` does, or when the file is gone."""
+    """An uploaded picture as `decode` returns it. Raises PokediffError as `decode` does, or for a missing file."""
     try:
         if Path(path).stat().st_size > MAX_MB * 2**20:
             raise PokediffError(f"The file is larger than {MAX_MB} MB.")
@@ -32,7 +32,7 @@ def read_picture(path: str | Path) -> np.ndarray:
 def decode(data: bytes) -> np.ndarray:
     """The bytes of a picture file as straight RGBA uint8 (H, W, 4), at most MAX_SIDE px a side.
 
-    Raises PokediffError for bytes that are no picture, cut, or beyond MAX_MB or MAX_PIXELS.
+    Raises PokediffError for bytes that are not a picture, truncated, or beyond MAX_MB or MAX_PIXELS.
     """
     if len(data) > MAX_MB * 2**20:
         raise PokediffError(f"The file is larger than {MAX_MB} MB.")

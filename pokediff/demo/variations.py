@@ -1,4 +1,4 @@
-"""Variations: pictures a chosen distance away from one seed's."""
+"""Variations: pictures at a chosen distance from that of one seed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def variations_tab(studio: Studio, downloads: Downloads) -> None:
     prompt = prompt_box()
     with gr.Row():
         distance = gr.Slider(
-            0.05, 1, 0.3, step=0.05, label="Distance", info="From the picture of this seed; 1 is another picture."
+            0.05, 1, 0.3, step=0.05, label="Distance", info="From the picture of this seed; 1: unrelated."
         )
         number = gr.Slider(2, 12, 6, step=1, label="Pictures", info="The first is the picture of this seed.")
         seed = seed_box()

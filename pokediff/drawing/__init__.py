@@ -1,1 +1,1 @@
-"""How a model is used: pictures, sheets, exports."""
+"""Drawing with a model: pictures, sheets, exports."""

@@ -1,8 +1,8 @@
-"""Attribution: what each word of a prompt changes in the picture.
+"""Attribution: the effect of each word of a prompt on the picture.
 
-The influence of a word is what changes when it is left out (Zeiler & Fergus, "Visualizing and Understanding
-Convolutional Networks", 2014, section 4.2, where parts of the input are covered). The denoisers get the prompt as one
-vector, so there is no attention to words that could be shown.
+The influence of a word is the change of x0 when it is left out (Zeiler & Fergus, "Visualizing and Understanding
+Convolutional Networks", 2014, section 4.2, where parts of the input are covered). The denoisers receive the prompt as
+one pooled vector, so there are no cross-attention maps.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def without(prompt: str, index: int) -> str:
 def word_influence(pipeline: PokeDiffPipeline, prompt: str, seed: int, sampling: Sampling | None = None) -> Influence:
     """Draw `prompt` with `seed`, and at the steps nearest to SIGMAS predict x0 again without each word.
 
-    Guidance is used for the drawing, not for the comparison. Only the steps of the smallest size are compared: words
-    decide what is drawn before it is enlarged. Raises PokediffError for a prompt without words or with more than
+    Guidance is used for the drawing, not for the comparison. Only the steps of the smallest size are compared,
+    where the prompt determines the picture. Raises PokediffError for a prompt without words or with more than
     MAX_WORDS of them.
     """
     *_, found = watch_words(pipeline, prompt, seed, sampling)

@@ -1,7 +1,7 @@
 """export(checkpoint, out): a checkpoint as ONNX, for a machine or a language without PyTorch.
 
     cascade/config.json             names of the denoisers, in their order
-    cascade/<name>/config.json      size, range of noise, steps and guidance that suit the denoiser
+    cascade/<name>/config.json      size, range of noise, default steps and guidance scale
     cascade/<name>/model.onnx       inputs:  x (B, C, S, S) noisy pictures of unit variance,
                                              timestep (B,) 0 to num_train_timesteps - 1,
                                              text (B, D) unit vectors,
@@ -42,12 +42,12 @@ from pokediff.model.text import ClipTextEncoder
 MODEL = "model.onnx"
 NULL_TEXT = "null_text.txt"
 OPSET = 18
-TOLERANCE = 2  # of 255 levels: float32 sums in another order; more would be another picture
+TOLERANCE = 2  # of 255 levels: float32 sums in another order
 MISSING = "is not installed: pip install 'pokediff[onnx]'"
 
 
 class TextVectors(nn.Module):
-    """What `ClipTextEncoder` does after the tokenizer, in one graph."""
+    """`ClipTextEncoder` after the tokenizer, in one graph."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ def export(checkpoint: str | Path, out: str | Path, size: int | None = None) -> 
 
 
 def copy_components(folder: Path, out: Path) -> None:
-    """What a checkpoint, or the one whose part it is, has beside its denoisers; a run's folder holds much else."""
+    """Copy the components of a checkpoint (of its base, for a part) other than its denoisers."""
     while base := base_of(folder):
         folder = base
     for name in ("scheduler", "tokenizer", "text_encoder"):

@@ -1,4 +1,4 @@
-"""What to draw: one job for each picture, from the prompts and the settings."""
+"""One job for each picture, from the prompts and the settings."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def read_prompts(config: SampleConfig) -> list[str]:
 def make_jobs(prompts: Sequence[str], config: SampleConfig) -> list[Job]:
     """All jobs of a drawing, in order: the k-th picture has seed + k. `config.seed` must be set.
 
-    Of an interpolation: `interpolate` pictures from each prompt to the next, the ends included once; of one prompt,
-    from each of its seeds to the next. Of variations: the first picture of each prompt, then pictures whose noise is
-    `variation` of the way to that of their own seed.
+    Interpolation: `interpolate` pictures from each prompt to the next, without repeating the ends; with one prompt,
+    from each of its seeds to the next. Variations: the first picture of each prompt, then pictures whose noise is
+    interpolated (slerp) by `variation` towards that of their own seed.
 
     Raises PokediffError for an interpolation of one picture.
     """

@@ -1,7 +1,7 @@
-"""Finishing a drawing: no specks, hard edges, a palette.
+"""Post-processing of a drawing: removal of specks, hard edges, a palette.
 
-A diffusion model draws pixels whose colours are nearly, never exactly, those of a small palette. Nothing here needs a
-model: straight RGBA uint8 (H, W, 4) in and out.
+A diffusion model draws colours that only approximate those of a small palette. All functions work on straight RGBA
+uint8 (H, W, 4), without a model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pokediff.data.records import read_text
 from pokediff.errors import PokediffError
 
 MAX_COLORS = 256
-FAINT = 3  # of 255: nobody sees an alpha below, but it spoils whatever trims or counts
+FAINT = 3  # of 255: alpha below is invisible, but disturbs trimming and counting
 SPECK_SHARE = 0.004  # of the picture's pixels: smaller islands are specks (4 pixels at 32 px, 16 at 64 px)
 
 

@@ -1,4 +1,4 @@
-"""sample(config): prompts to a folder of pictures, and how they emerged from noise."""
+"""sample(config): prompts to a folder of pictures and animations of the denoising."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pokediff.model.denoiser import compile_network
 from pokediff.model.pipeline import PokeDiffPipeline, quiet
 from pokediff.model.samplers import slerp
 
-MAX_SEED = 2**32 - 1  # of random ones
+MAX_SEED = 2**32 - 1  # of a random seed
 
 
 def sample(config: SampleConfig) -> Path:
@@ -54,7 +54,7 @@ def sample(config: SampleConfig) -> Path:
 
 
 def resolved(config: SampleConfig, pipeline: PokeDiffPipeline) -> SampleConfig:
-    """`config` with what suits the checkpoint in place of None."""
+    """`config` with the checkpoint's defaults in place of None."""
     hard_alpha = pipeline.config.pixel_art if config.hard_alpha is None else config.hard_alpha
     return replace(config, sampling=pipeline.resolved(config.sampling), hard_alpha=hard_alpha)
 
@@ -62,8 +62,8 @@ def resolved(config: SampleConfig, pipeline: PokeDiffPipeline) -> SampleConfig:
 def batches(
     pipeline: PokeDiffPipeline, jobs: Sequence[Job], config: SampleConfig, init: dict[str, Any]
 ) -> Iterator[tuple[np.ndarray, list[Frame]]]:
-    """Pictures and frames of one batch after another, with a progress bar. Only the first batch is animated: unless
-    `save_frames` asks for all, the others have their last frame alone.
+    """Pictures and frames of one batch after another, with a progress bar. Only the first batch is animated: without
+    `save_frames` the others have their last frame only.
     """
     starts = range(0, len(jobs), config.batch_size)
     steps = len(pipeline.evaluations(config.sampling, init.get("strength", 1.0))) + 1
@@ -108,8 +108,8 @@ def draw(
 
 
 def make_finish(config: SampleConfig) -> Callable[[np.ndarray], np.ndarray]:
-    """What is done to every picture, straight RGBA (S, S, 4), when it is drawn. Inpainting removes no specks: what the
-    mask keeps stays as it is.
+    """The post-processing of a picture, straight RGBA (S, S, 4). Inpainting removes no specks, since pixels outside the
+    mask must not change.
     """
     palette = read_palette(config.palette) if config.palette else None
     return lambda picture: finish(picture, palette, bool(config.hard_alpha), config.clean and not config.mask)
@@ -149,7 +149,7 @@ def _read(path: str) -> np.ndarray:
 
 
 def load_pipeline(config: SampleConfig) -> PokeDiffPipeline:
-    """The checkpoint that the settings name, on their device; compiled if they say so."""
+    """The checkpoint of the settings on their device, compiled with `config.compile`."""
     pipeline = load_checkpoint(config.checkpoint, config.device)
     if config.compile:
         for _, denoiser in pipeline.cascade.items():
@@ -182,7 +182,7 @@ def pick_device(name: str | None) -> torch.device:
 def read_settings(path: str | Path) -> SampleConfig:
     """The settings of an earlier drawing, from its sample.json; an image that lies beside it is found there.
 
-    Raises PokediffError when there is no such file, or it is no sample.json.
+    Raises PokediffError when there is no such file, or it is not a sample.json.
     """
     path = Path(path)
     if not path.is_file():
@@ -190,14 +190,14 @@ def read_settings(path: str | Path) -> SampleConfig:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
     except (ValueError, KeyError, TypeError):
-        raise PokediffError(f"{path} is no sample.json") from None
+        raise PokediffError(f"{path} is not a sample.json") from None
     config = from_values(settings, SampleConfig, str(path))
     beside = {name: path.parent / value for name in ("image", "mask") if (value := getattr(config, name))}
     return replace(config, **{name: file.as_posix() for name, file in beside.items() if file.is_file()})
 
 
 def slug(prompt: str) -> str:
-    """A folder name out of a prompt: its words in small letters, of any alphabet."""
+    """A folder name from a prompt: its words in lower case, of any alphabet."""
     return re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:40].strip("-") or "sample"
 
 

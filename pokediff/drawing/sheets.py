@@ -1,12 +1,12 @@
-"""What a drawing leaves on disk: pictures, a sheet, animations, frames, and sample.json with its settings.
+"""The files of a drawing: pictures, a sheet, animations, frames, and sample.json with its settings.
 
 0000.png ...        pictures of native size
-large/0000.png ...  enlarged copies for looking at, at least LARGE_SIDE px
+large/0000.png ...  enlarged copies of at least LARGE_SIDE px
 grid.png            all pictures on one sheet
 denoising.gif       the first batch: left the noisy picture x, right the predicted clean picture x0
 interpolation.gif   of an interpolation, there and back
 frames/0000/00-x.png, 00-x0.png ...   with save_frames
-image.png, mask.png copies of what img2img and inpainting started from
+image.png, mask.png copies of the inputs of img2img and inpainting
 sample.json         settings, prompt and seed of each picture, files; `--from-json` draws the same pictures
 """
 
@@ -36,10 +36,10 @@ from pokediff.model.checkpoint import base_of, find_folder
 from pokediff.model.pipeline import PokeDiffPipeline
 from pokediff.paths import shipped
 
-LARGE_SIDE = 256  # px that a copy in large/ has at least
-SHOWN_SIDE = 128  # px that a picture has at least on a sheet or in an animation
+LARGE_SIDE = 256  # minimum side in px of a copy in large/
+SHOWN_SIDE = 128  # minimum side in px of a picture on a sheet or in an animation
 FACTS = "sample.json"
-# What a drawing may write, and so may remove: a sample.json from elsewhere cannot name other files.
+# The files that a drawing may write and remove; a foreign sample.json cannot name others.
 OWN_FILES = re.compile(
     r"(large/)?\d{4,}\.png|grid\.png|(denoising|interpolation|image|mask)\.\w+|frames/\d{4,}/\d+-x0?\.png|sample\.json"
 )
@@ -74,14 +74,14 @@ def write_drawing(
     An earlier drawing in the folder is replaced, by the list of files in its sample.json. An exception in `batches`,
     Ctrl-C too, passes through; the pictures that are done are kept, with their sheet and sample.json.
 
-    Raises PokediffError when a file that is not of an earlier drawing, or what img2img starts from, would be replaced.
+    Raises PokediffError when it would overwrite a foreign file or an input of img2img.
     """
     began, names = time.monotonic(), file_names(config, len(jobs))
     created = not out.exists()
     claim(out, names, [path for path in (config.image, config.mask) if path])
     done: list[np.ndarray] = []
     facts = facts_of(pipeline, config)
-    write_facts(out, facts, jobs, names)  # first, so that what is written is known to be ours
+    write_facts(out, facts, jobs, names)  # first, since it marks the other files as ours
     copy_inputs(out, config)
     try:
         for pictures, frames in batches:
@@ -128,9 +128,11 @@ def claim(out: Path, names: Sequence[str], inputs: Sequence[str]) -> None:
     earlier, folder = listed_files(out), out.resolve()
     for path in (Path(name).resolve() for name in inputs):
         if path.is_relative_to(folder) and path.relative_to(folder).as_posix() in {*earlier, *names}:
-            raise PokediffError(f"{path} would be replaced by what is drawn from it: choose another --out than {out}")
+            raise PokediffError(f"drawing would overwrite its input {path}: choose another --out than {out}")
     if foreign := [name for name in names if name not in earlier and (out / name).exists()]:
-        raise PokediffError(f"{out / foreign[0]} exists and is not of an earlier drawing: choose another --out")
+        raise PokediffError(
+            f"{out / foreign[0]} exists and was not written by an earlier drawing: choose another --out"
+        )
     out.mkdir(parents=True, exist_ok=True)
     remove(out, earlier)
 
@@ -214,7 +216,7 @@ def sheet_columns(config: SampleConfig, pictures: int) -> int:
 
 
 def shown_factor(side: int) -> int:
-    """By how much sheets and animations enlarge a picture of `side` px."""
+    """The factor by which sheets and animations enlarge a picture of `side` px."""
     return max(1, SHOWN_SIDE // side)
 
 

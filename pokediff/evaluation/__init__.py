@@ -1,1 +1,1 @@
-"""Measure a generator, or a folder of pictures with their prompts: `evaluate(config)` in report.py."""
+"""Measure a generator, or a folder of pictures with their prompts: `evaluate(config)` in evaluate.py."""

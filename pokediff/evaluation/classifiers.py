@@ -1,6 +1,6 @@
 """Small classifiers that the evaluation trains: on features, and on pixels as a judge beside the feature networks.
 
-Neither may be used in a training loss: what is trained against a judge is no longer judged by it.
+Neither may be used in a training loss, which would invalidate it as a measure.
 """
 
 from __future__ import annotations
@@ -122,13 +122,13 @@ class Judge:
         rng = np.random.default_rng(seed)
         optimizer = torch.optim.AdamW(self.network.parameters(), lr=RATE, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, STEPS)
-        # Rare combinations of labels are drawn more often than they occur, so that frequent classes are not preferred.
+        # Rare combinations of labels are oversampled, so that frequent classes are not preferred.
         combinations = np.unique(np.stack(list(targets.values()), axis=1), axis=0, return_inverse=True)[1].ravel()
         chances = 1 / np.sqrt(np.bincount(combinations))[combinations]
         chances /= chances.sum()
         for _ in range(STEPS):
             index = rng.choice(len(pixels), BATCH, p=chances)
-            reach = pixels.shape[1] // 8  # mirrored and moved, else it memorises
+            reach = pixels.shape[1] // 8  # flips and shifts, against memorisation
             batch = np.stack([translate(pixels[i], *rng.integers(-reach, reach + 1, 2)) for i in index])
             batch = batch[:, :, ::-1] if rng.random() < 0.5 else batch
             logits = self.network(_prepared(batch)).split(self.sizes, dim=1)

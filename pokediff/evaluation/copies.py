@@ -1,4 +1,4 @@
-"""Does it copy? For every picture the nearest training pictures, in pixels and in features.
+"""Copies: the nearest training picture of every picture, in pixels and in features.
 
 A copy is a picture whose nearest training picture is much nearer than anything else: distance to the nearest below
 a third of the distance to the nearest of another evolution family (Gu et al., "On Memorization in Diffusion Models",
@@ -27,7 +27,7 @@ class Nearest:
 
     index: np.ndarray  # (N,) the nearest
     distance: np.ndarray  # (N,) to it
-    ratio: np.ndarray  # (N,) that distance over the distance to the nearest of another family; 1 is no favourite at all
+    ratio: np.ndarray  # (N,) that distance over the distance to the nearest picture of another family
 
     @property
     def copies(self) -> np.ndarray:

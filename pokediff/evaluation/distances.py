@@ -41,7 +41,7 @@ def kid(x: np.ndarray, y: np.ndarray) -> float:
 def kid_bootstrap(x: np.ndarray, y: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
     """`kid` with an interval from resampling both sets.
 
-    Pairs of a picture with itself are left out even where it was resampled several times: they would bias the
+    Pairs of a picture with itself are excluded even if it was resampled several times: they would bias the
     U-statistic upwards.
     """
     rng = np.random.default_rng(seed)
@@ -152,7 +152,7 @@ def share_estimate(hits: np.ndarray) -> Estimate:
     middle = (share + z**2 / (2 * number)) / (1 + z**2 / number)
     reach = z * np.sqrt(share * (1 - share) / number + z**2 / (4 * number**2)) / (1 + z**2 / number)
     low, high = max(0.0, float(middle - reach)), min(1.0, float(middle + reach))
-    return Estimate(share, min(low, share), max(high, share))  # rounding must not put a share of 1 outside
+    return Estimate(share, min(low, share), max(high, share))  # against rounding errors at 0 and 1
 
 
 def mean_estimate(values: np.ndarray, seed: int = 0) -> Estimate:

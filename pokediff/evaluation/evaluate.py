@@ -1,6 +1,6 @@
 """evaluate(config): draw for held-out captions, measure, write report.json, report.md, report.html.
 
-What takes long is kept in OUT for the next run: drawings by their settings, features by the pictures.
+OUT caches drawings by their settings, and features by the pictures, for the next run.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def evaluate(config: EvaluateConfig, generator: ImageGenerator | None = None) ->
 def facts_of(
     config: EvaluateConfig, drawer: Drawer | None, reference: Reference, size: int, number: int, processes: int
 ) -> dict[str, object]:
-    """The settings of the report: what drew how many pictures, and what they are compared with."""
+    """The settings of the report: generator, sampling, reference, numbers of pictures."""
     facts = plain(config) | {"system": drawer.facts if drawer else {"images": config.images}}
     if drawer:
         facts["sampling"] = plain(drawer.sampling)
@@ -92,7 +92,7 @@ def facts_of(
 
 
 def make_drawer(config: EvaluateConfig, generator: ImageGenerator | None, device: str) -> Drawer:
-    """The generator with its settings, those of the checkpoint where the configuration has none."""
+    """The generator with its settings; missing ones are the defaults of the checkpoint."""
     from pokediff.drawing.sample import load_checkpoint
     from pokediff.drawing.sheets import checkpoint_folder, weights_sha256
 
@@ -109,7 +109,7 @@ def make_drawer(config: EvaluateConfig, generator: ImageGenerator | None, device
 
 
 def feature_networks(report: Report, config: EvaluateConfig, device: str) -> list[FeatureNet]:
-    """Those of `config.features` that can be loaded; the report says why the others cannot."""
+    """The feature networks that can be loaded; the report gives the reason for the others."""
     nets = []
     for name in config.features:
         try:
@@ -120,7 +120,7 @@ def feature_networks(report: Report, config: EvaluateConfig, device: str) -> lis
 
 
 class PromptSets:
-    """The prompts whose answer is known: colours, paraphrases, animals, named things, styles.
+    """Prompts with a known correct result: colours, paraphrases, animals, named things, styles.
 
     `of` holds for each set, by the name of its folder, the prompts and their seeds (None: 0, 1, 2 ...).
     """

@@ -1,4 +1,4 @@
-"""Feature networks: pictures to the vectors that distances are measured in.
+"""Feature networks: pictures to vectors.
 
 FEATURES is the table of kinds; a network is named `kind:details`. Both sides of a comparison are prepared alike:
 straight RGBA on one background, then bicubic resizing with antialiasing to the size of the network (Parmar et al., "On
@@ -31,7 +31,7 @@ class FeatureNet:
     """`extract` takes RGB in [0, 1], float32 (N, 3, H, W), and gives (N, D)."""
 
     name: str
-    note: str  # what its figures may be compared with
+    note: str  # on the comparability of its figures
     extract: Callable[[torch.Tensor], torch.Tensor]
     device: torch.device | str = "cpu"
 

@@ -1,4 +1,4 @@
-"""What is measured: anything that draws pictures for prompts, or a folder of pictures with their prompts."""
+"""Generators to measure: a model that draws pictures for prompts, or a folder of pictures with their prompts."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def read_generated(folder: Path) -> Generated:
         rows = _rows(folder / LISTS[1], *(folder / LISTS[1]).read_text(encoding="utf-8").splitlines())
         pairs = [(row.get("file_name"), row.get("text") or row.get("prompt") or "") for row in rows]
     else:
-        raise PokediffError(f"{folder} has no {' or '.join(LISTS)}, which say what the prompt of each picture is")
+        raise PokediffError(f"{folder} has no {' or '.join(LISTS)}, which list the prompt of each picture")
     if not pairs:
         raise PokediffError(f"{folder} lists no pictures")
     pixels = [read_image((folder / str(file)).read_bytes()) for file, _ in pairs]
@@ -72,7 +72,7 @@ def _rows(path: Path, *lines: str) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Drawer:
-    """A generator with its settings. What it drew is kept in `folder`, and drawn again only when settings change."""
+    """A generator with its settings. `folder` caches its drawings until settings change."""
 
     generator: ImageGenerator
     sampling: Sampling
@@ -111,7 +111,7 @@ class Drawer:
             write_whole(mark, json.dumps(earlier, indent=1) + "\n")
         state.wait_for_everyone()
         todo = [index for index, path in enumerate(paths) if not path.is_file()]
-        state.wait_for_everyone()  # until all have looked: the shares must fit together
+        state.wait_for_everyone()  # all processes must see the same cache
         mine = todo[state.process_index :: state.num_processes]
         batches = [mine[start : start + self.batch_size] for start in range(0, len(mine), self.batch_size)]
         seconds: list[float] = []

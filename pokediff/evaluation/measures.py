@@ -1,4 +1,4 @@
-"""The measures of a report: each adds its figures, and what of pictures, tables and curves belongs to them.
+"""The measures of a report: each adds figures, and their pictures, tables and curves.
 
 A figure that cannot be measured is a row with the reason.
 """
@@ -94,7 +94,7 @@ def _kernel_distance(
         note=f"{note}; real: two halves of the real families; worthless: the better of noise and one picture repeated",
     )
     for subsets, wanted, protocol in (
-        (config.kid_subsets, config.kid_subset_size, "the form of papers; its interval is one standard deviation"),
+        (config.kid_subsets, config.kid_subset_size, "as papers report it; its interval is one standard deviation"),
         (20, 50, "PikaPikaGen's protocol (it had Inception features); its interval is one standard deviation"),
     ):
         size = min(wanted, len(fake), len(true))
@@ -151,7 +151,7 @@ def _neighbours(
 
 
 def measure_looks(report: Report, fake: np.ndarray, true: np.ndarray) -> None:
-    """Properties of the pixels that an eye sees at once, beside those of real pictures."""
+    """Properties of the pixels that are visible at a glance, drawn and real."""
     for name, measure in looks.LOOKS.items():
         estimate = mean_estimate(measure(fake))
         report.add("How the pictures are made", name, estimate, len(fake), real=float(measure(true).mean()))
@@ -168,7 +168,7 @@ def measure_copies(report: Report, generated: Generated, reference: Reference) -
     report.add(COPIES, "copies in pixels", share_estimate(found.copies), n, real=real, note=COPY_NOTE)
     near, note = share_estimate(found.distance < threshold), f"distance in pixels below {threshold:.4f}"
     name = "nearer to a training picture than 99 % of real held-out ones"
-    report.add(COPIES, name, near, n, real=0.01, note=f"{note}; small figures come nearer to everything")
+    report.add(COPIES, name, near, n, real=0.01, note=f"{note}; small figures are nearer to all pictures")
     mean, real = mean_estimate(found.distance), float(held_out.distance.mean())
     report.add(COPIES, "distance to the nearest training picture", mean, n, real=real)
     worst = found.ratio.argsort()[:20]
@@ -199,7 +199,7 @@ def measure_copies(report: Report, generated: Generated, reference: Reference) -
 def measure_colors(
     report: Report, grid: Sequence[prompts.ColorPrompt], drawn: np.ndarray, reference: Reference
 ) -> None:
-    """Is the colour of the prompt there?"""
+    """How often the colour of the prompt is a main colour of the drawing."""
     columns = list(dict.fromkeys(cell.color for cell in grid))
     first, either = looks.color_hits(drawn, [cell.color for cell in grid])
     named, colors = looks.named_colors(reference.pixels, reference.real.records)
@@ -222,7 +222,7 @@ def measure_colors(
 
 
 def measure_styles(report: Report, grid: Sequence[prompts.ColorPrompt], drawn: np.ndarray, real: Pictures) -> None:
-    """Does each style look as it does in real pictures; has pixel art few colours and long runs of one colour?"""
+    """Each style against real pictures: opacity, number of colours, length of runs of one colour."""
     columns = {
         "opaque": looks.opaque_share,
         "half-transparent": looks.half_transparent_share,
@@ -249,7 +249,7 @@ def measure_styles(report: Report, grid: Sequence[prompts.ColorPrompt], drawn: n
 
 
 def measure_paraphrases(report: Report, rare: np.ndarray, common: np.ndarray) -> None:
-    """Does a rare colour word draw what the common one draws from the same noise?"""
+    """Distance between drawings of a rare and a common colour word from the same noise."""
     other = np.roll(common, prompts.SEEDS_PER_PAIR, axis=0)  # another colour, another noise
     ratio = looks.picture_distance(rare, common) / looks.picture_distance(rare, other).mean()
     note = "distance of the pictures over the distance to those of another colour and seed; 0 is the same picture"
@@ -260,7 +260,7 @@ def measure_paraphrases(report: Report, rare: np.ndarray, common: np.ndarray) ->
 def measure_variety(report: Report, drawn: np.ndarray, true: np.ndarray, config: EvaluateConfig) -> None:
     """How different are the pictures of one prompt? Mean pairwise LPIPS within each prompt's pictures."""
     section, name = "Diversity", "LPIPS between pictures of one prompt"
-    words = "Inception Score is not measured: it asks whether pictures look like ImageNet's classes"
+    words = "Inception Score is not measured: it rewards resemblance to ImageNet's classes"
     if config.lpips is None:
         report.skip(section, name, f"no network was given (--lpips squeeze:FILE). {words}")
         return

@@ -42,7 +42,7 @@ def style_phrase(style: str) -> str:
 
 
 def grid_styles(records: Sequence[Record]) -> tuple[str, ...]:
-    """At most four styles of a data set, each with words of its own: those of GRID_STYLES, else the most frequent."""
+    """At most four styles of a data set with distinct prompt words: those of GRID_STYLES, else the most frequent."""
     count = Counter(record.style for record in records if record.style)
     preferred = [style for style in GRID_STYLES if style in count]
     if preferred:
@@ -53,7 +53,7 @@ def grid_styles(records: Sequence[Record]) -> tuple[str, ...]:
 
 
 def subjects(records: Sequence[Record]) -> tuple[str, ...]:
-    """What the colour grid asks for: TYPES of creatures, or the kinds of things that a data set without species has."""
+    """The subjects of the colour grid: TYPES of creatures, or the kinds of things in a data set without species."""
     kinds = sorted({record.kind for record in records if record.kind})
     if kinds and not any(record.is_species for record in records):
         return tuple(kinds[: len(TYPES)])

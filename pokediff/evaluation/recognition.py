@@ -1,4 +1,4 @@
-"""Does the word move the shape? Named things (concepts) that several sources draw, and silhouettes.
+"""Does the prompt change the shape? Recognition of concepts (names in several sources), and silhouettes.
 
 A concept is a name that at least FEWEST_SOURCES sources of a data set draw: the cow of five emoji fonts. Its centroid
 in a feature network is the mean over the sources' means, and a picture is recognised when the nearest of all centroids
@@ -36,7 +36,7 @@ class Concepts:
     names: tuple[str, ...]  # C concepts
     pictures: Pictures  # N
     of: np.ndarray  # (N,) the concept of each picture
-    sources: np.ndarray  # (N,) who drew it
+    sources: np.ndarray  # (N,) source of the picture
     style: str  # of the prompts, as the data set calls it
 
     def drawn(self) -> list[int]:
@@ -94,16 +94,16 @@ def centroids(features: np.ndarray, of: np.ndarray, sources: np.ndarray, number:
     return result
 
 
-def ranks(features: np.ndarray, asked: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """(N,) how many concepts' centroids are nearer to a picture than that of the asked one; 0 is recognised.
+def ranks(features: np.ndarray, prompted: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """(N,) rank of the centroid of the prompt's concept among all centroids, by nearness to a picture; 0: recognised.
 
-    Nearness is the cosine after the mean of all centroids is taken off. features (N, D), asked (N,), centres (C, D).
+    Nearness is the cosine after subtracting the mean of all centroids. features (N, D), prompted (N,), centres (C, D).
     """
     middle = np.nanmean(centres, axis=0)
     x, y = features - middle, centres - middle
     y = y / np.linalg.norm(y, axis=1, keepdims=True)
     similarity = np.where(np.isnan(y).any(1), -np.inf, x @ np.nan_to_num(y).T)  # (N, C)
-    return (similarity > similarity[np.arange(len(x)), asked][:, None]).sum(1)
+    return (similarity > similarity[np.arange(len(x)), prompted][:, None]).sum(1)
 
 
 def real_ranks(features: np.ndarray, concepts: Concepts) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The real pictures that generated ones are compared with: families that nobody trained on."""
+"""The reference of an evaluation: real pictures of held-out families."""
 
 from __future__ import annotations
 

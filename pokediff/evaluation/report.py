@@ -21,8 +21,9 @@ from pokediff.evaluation.distances import Estimate
 SHOWN_SIDE = 64  # px of a picture on the page
 TICKS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)  # of the axis of sigma
 INTRODUCTION = (
-    "Beside each figure: its 95 % interval in brackets, the figure of real pictures (real) and that of a worthless "
-    "generator (worthless), where there is one. docs/evaluation.md says what each means and when not to trust it."
+    "Beside each figure: its 95 % interval in brackets, the figure of real pictures (real) and that of a trivial "
+    "baseline (worthless: noise, chance, one picture repeated), where there is one. "
+    "docs/evaluation.md explains the figures and their limits."
 )
 
 
@@ -36,8 +37,8 @@ class Figure:
     n: str
     low: float | None = None
     high: float | None = None
-    real: float | None = None  # what real pictures score
-    worthless: float | None = None  # what a worthless generator scores
+    real: float | None = None  # the value of real pictures
+    worthless: float | None = None  # the value of a trivial baseline: noise, chance, one picture repeated
     note: str = ""
 
 
@@ -62,12 +63,12 @@ class Report:
         worthless: float | None = None,
         note: str = "",
     ) -> None:
-        """A row; n is the number of pictures, or says of what there are how many."""
+        """Add a row; n is the number of pictures, or a text such as "500 generated, 127 real"."""
         value, low, high = (estimate, None, None) if not isinstance(estimate, Estimate) else vars(estimate).values()
         self.figures.append(Figure(section, name, value, str(n), low, high, real, worthless, note))
 
     def skip(self, section: str, name: str, reason: str) -> None:
-        """A row that says why this was not measured."""
+        """Add a row with the reason why this was not measured."""
         self.figures.append(Figure(section, name, None, "", note=f"not measured: {reason}"))
 
 
@@ -130,7 +131,7 @@ def shown(figure: dict[str, Any]) -> str:
 
 
 def about(settings: dict[str, Any]) -> list[str]:
-    """What was measured, against what, and how."""
+    """Sentences about generator, reference and settings."""
     system = settings["system"]
     name = system.get("checkpoint") or system.get("images")
     styles = ", ".join(settings["styles"]) or "all styles"

@@ -1,4 +1,4 @@
-"""Measures of whether a prompt gives the thing, the style and the shape that it names."""
+"""Measures of prompt adherence in subject, style and shape."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ def measure_recognition(
     report: Report,
     concepts: Concepts,
     drawn: np.ndarray,
-    asked: np.ndarray,
+    prompted: np.ndarray,
     features: Callable[[np.ndarray], np.ndarray],
 ) -> None:
-    """Is the nearest of all concepts' centroids that of the prompt, first or among five?
+    """Top-1 and top-5 accuracy of the nearest concept centroid.
 
-    drawn: straight RGBA uint8 (N, H, W, 4); asked: (N,) their concepts.
+    drawn: straight RGBA uint8 (N, H, W, 4); prompted: (N,) their concepts.
     """
     true = concepts.pictures.straight()
     real_features, total = features(true), len(concepts.names)
     centres = recognition.centroids(real_features, concepts.of, concepts.sources, total)
-    found = recognition.ranks(features(drawn), asked, centres)
+    found = recognition.ranks(features(drawn), prompted, centres)
     real = recognition.real_ranks(real_features, concepts)
     note = (
-        f"of {total} concepts, {len(set(asked.tolist()))} drawn as {recognition.style_phrase(concepts.style)}; real: "
-        f"{len(real)} real pictures of these, each against the other sources; worthless: chance"
+        f"of {total} concepts, {len(set(prompted.tolist()))} drawn as {recognition.style_phrase(concepts.style)}; "
+        f"real: {len(real)} real pictures of these, each against the other sources; worthless: chance"
     )
     for k, name in ((1, "the nearest concept is that of the prompt"), (5, "it is among the nearest five")):
         value = float((real < k).mean()) if len(real) else None
         report.add(RECOGNITION, name, share_estimate(found < k), len(found), real=value, worthless=k / total, note=note)
     families = [record.family_key for record in concepts.pictures.records]
     near = copies.nearest_in_pixels(drawn, true, families)
-    note = "of these drawings, among the training pictures of all concepts: what is copied is recognised, too"
+    note = "of these drawings, among the training pictures of all concepts: copies are recognised, too"
     report.add(RECOGNITION, "copies among them", share_estimate(near.copies), len(drawn), note=note)
     shown = np.linspace(0, len(drawn) - 1, min(64, len(drawn))).astype(int)
-    names = ", ".join(concepts.names[asked[i]] for i in shown)
+    names = ", ".join(concepts.names[prompted[i]] for i in shown)
     report.pictures["Named things"] = (f"From left to right: {names}.", drawn[shown], 16)
     report.tables["recognition"] = [
-        {"concept": concepts.names[concept], "places": ", ".join(str(1 + rank) for rank in found[asked == concept])}
-        for concept in dict.fromkeys(asked.tolist())
+        {"concept": concepts.names[concept], "places": ", ".join(str(1 + rank) for rank in found[prompted == concept])}
+        for concept in dict.fromkeys(prompted.tolist())
     ]
 
 
@@ -58,7 +58,7 @@ def measure_silhouettes(report: Report, drawn: Generated, reference: Reference) 
     words, noises = recognition.silhouette_overlaps(drawn.pixels)
     real = recognition.real_overlaps(reference.pixels, reference.real.records)
     n = f"{len(noises)} animals, {len(words)} seeds"
-    note = "mean IoU; real: any two real pictures; a model that ignores the word has 1 in the first row"
+    note = "mean IoU; real: any two real pictures; a model that ignores the animal has 1 in the first row"
     report.add(SILHOUETTES, "other animal, same seed", mean_estimate(words), n, real=real, worthless=1.0, note=note)
     report.add(SILHOUETTES, "same animal, other seed", mean_estimate(noises), n, real=real, note=note)
     seeds = len(words)
@@ -87,7 +87,7 @@ def judged(reference: Reference, styles: Sequence[str], split: str, each: int) -
 def measure_judge(
     report: Report, drawn: np.ndarray, positions: Sequence[int], styles: Sequence[str], reference: Reference
 ) -> None:
-    """Does a classifier of real pictures see in a drawing the style and kind of the picture whose caption it got?
+    """Accuracy of a classifier trained on real pictures: style and kind of the picture whose caption was the prompt.
 
     drawn: straight RGBA uint8 (N, H, W, 4), one for each of `positions` (see `judged`).
     """

@@ -1,11 +1,11 @@
-"""Ask people: one offline page that shows pictures blind and shuffled, and the figures of their answers.
+"""A survey of human raters: an offline page that shows pictures blind and shuffled, and statistics of the answers.
 
     pokediff survey --images outputs/a outputs/b --out survey/        # survey/survey.html and survey/key.json
     pokediff survey --out survey/ --collect answers/*.json            # survey/result.json
 
 Two questionnaires: "rating", four criteria from 0 to 5 for several people, and "count", yes or no, for counting faces
-and limbs. The page holds numbers only; which system drew which picture is in key.json, which raters do not get. Some
-pictures are shown twice: who answers differently each time was not looking.
+and limbs. The page holds numbers only; key.json, which raters do not receive, lists the system of each picture. Some
+pictures are shown twice, to detect inattentive raters.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ SHOWN_SIDE = 256  # px
 class Questionnaire:
     criteria: dict[str, str]
     best: int  # answers go from 0 to this; 1: no or yes
-    careless: float  # a rater whose two answers for one picture differ by more on average was not looking
+    careless: float  # largest mean difference between two answers for one picture; above it a rater is inattentive
 
 
 QUESTIONNAIRES: dict[Questions, Questionnaire] = {
     "rating": Questionnaire(
         {
             "creature": "It looks like one whole creature",
-            "prompt": "It is what the words ask for",
+            "prompt": "It matches the description",
             "beauty": "It is well drawn",
-            "novelty": "It is new to me: I know no such creature",
+            "novelty": "It is new to me: I know no similar creature",
         },
         best=5,
         careless=1.5,
@@ -55,7 +55,7 @@ QUESTIONNAIRES: dict[Questions, Questionnaire] = {
             "face": "It has a face: eyes, and a mouth or snout",
             "limbs": "Its limbs can be counted (yes if it is a thing without limbs)",
             "torn": "It is torn: patches, holes, loose pieces",
-            "recognised": "Without the words one would say what it is",
+            "recognised": "It can be recognised without the description",
         },
         best=1,
         careless=0.4,
@@ -89,7 +89,7 @@ def make_survey(
     items = [items[i] for i in rng.permutation(len(items))][:number]
     shown = list(range(len(items)))
     for again in rng.permutation(len(items))[:repeats]:
-        later = rng.integers(shown.index(again) + 1, len(shown) + 1)  # never before the first time
+        later = rng.integers(shown.index(again) + 1, len(shown) + 1)  # after the first time
         shown.insert(int(later), int(again))
     pictures = [
         {"id": index, "prompt": item["prompt"], "png": base64.b64encode(item["png"]).decode()}
@@ -109,14 +109,14 @@ def system_names(folders: Sequence[Path]) -> list[str]:
     for names in ([path.name for path in paths], [path.parent.name for path in paths]):
         if names and len(set(names)) == len(names):
             return names
-    raise PokediffError("name one or several folders of pictures with --images, each with a name of its own")
+    raise PokediffError("give one or several folders of pictures with --images, with different names")
 
 
 def collect(answers: Sequence[Path], out: Path) -> dict[str, Any]:
     """Mean, spread, n and agreement for each criterion and system, from raters' files and OUT/key.json; for counts,
     also the share of yes with its interval. Written to OUT/result.json.
 
-    Raters who were not looking are left out and named. Raises PokediffError for files of another survey.
+    Inattentive raters are excluded and listed. Raises PokediffError for files of another survey.
     """
     key = _json(out / KEY)
     questions = key.get("questions", "rating")
@@ -166,7 +166,7 @@ def _summary(table: np.ndarray, form: Questionnaire) -> dict[str, float | int | 
 
 
 def rows_of(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The results as a table of a report: a row for each criterion, a column for each system."""
+    """The results as table rows of a report: a row per criterion, a column per system."""
     form = QUESTIONNAIRES[result["questions"]]
     rows = []
     for name, found in result["criteria"].items():
@@ -217,7 +217,9 @@ def table_of(result: dict[str, Any]) -> str:
     scale = "share of yes [95 % interval]" if form.best == 1 else f"0 to {form.best}: mean ± standard deviation"
     lines += ["", f"{result['raters']} raters, {scale} (n); Krippendorff's alpha."]
     if result["careless"]:
-        lines.append(f"Left out, for answering differently for the same picture: {', '.join(result['careless'])}.")
+        lines.append(
+            f"Excluded as inattentive (different answers for the same picture): {', '.join(result['careless'])}."
+        )
     return "\n".join(lines)
 
 

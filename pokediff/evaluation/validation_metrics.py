@@ -13,12 +13,12 @@ from pokediff.evaluation import copies, distances, looks, prompts
 from pokediff.evaluation.features import load_features
 from pokediff.model.pipeline import PokeDiffPipeline
 
-FEW = 50  # validation pictures; the smallest distance of fewer says nothing of the rarest percent
+FEW = 50  # validation pictures; fewer cannot estimate the 1 % quantile of distances
 COPYING = 0.05  # share of suspicious pictures that counts as copying; 0.01 is chance
 
 
 class ValidationMetrics:
-    """Measures a pipeline again and again with the same prompts and seeds."""
+    """Measures a pipeline repeatedly with the same prompts and seeds."""
 
     def __init__(self, config: ValidationMetricsConfig, training: Pictures, validation: Pictures) -> None:
         """Raises PokediffError when the feature network `config.features` cannot be loaded."""
@@ -30,7 +30,7 @@ class ValidationMetrics:
         grid = prompts.color_grid([style], prompts.subjects(validation.records))
         self.colored = [grid[i] for i in np.linspace(0, len(grid) - 1, min(number, len(grid))).round().astype(int)]
         # The distance to the training pictures that unseen real pictures have by chance (docs/evaluation.md). In a
-        # small set, one half of the training pictures stands for pictures that the other half does not contain.
+        # small set, one half of the training pictures replaces held-out pictures.
         unseen, seen, families = self.real, self.known, self.families
         if len(self.real) < FEW:
             unseen, seen, families = self.known[::2], self.known[1::2], self.families[1::2]

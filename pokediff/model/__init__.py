@@ -1,1 +1,1 @@
-"""What a model is: denoisers, the noise schedule and the loss, the text encoder, the pipeline."""
+"""The model: denoisers, noise schedule and loss, text encoder, pipeline."""

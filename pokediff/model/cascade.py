@@ -77,7 +77,7 @@ class Cascade(ModelMixin):
         return min(able, key=lambda name: (self[name].below, self[name].config.fast != fast))
 
     def leading(self, size: int, fast: bool = False) -> Denoiser:
-        """The denoiser of this size for the most noise: it says how many steps the size takes, and from what it draws.
+        """The denoiser of this size for the most noise, which determines number of steps and initial sigma of the size.
 
         Raises PokediffError for a size that the cascade does not draw, and for `fast` when it has no such denoiser.
         """
@@ -89,7 +89,7 @@ class Cascade(ModelMixin):
         return self[max(names, key=lambda name: (self[name].below, self[name].config.fast == fast))]
 
     def legs(self, size: int) -> tuple[int, ...]:
-        """The sizes that are drawn one after the other to get `size`, e.g. (32, 128)."""
+        """The sizes that are drawn in order up to `size`, e.g. (32, 128)."""
         upscale = self.leading(size).config.upscale
         return (size,) if upscale == 1 else (*self.legs(size // upscale), size)
 
@@ -123,7 +123,7 @@ class Cascade(ModelMixin):
         names = json.loads((folder / LIST).read_text(encoding="utf-8"))["denoisers"]
         for name in names:
             if not name or Path(name).name != name or name.startswith("."):
-                raise PokediffError(f"{folder / LIST}: {name!r} is no name of a denoiser")
+                raise PokediffError(f"{folder / LIST}: {name!r} is not a valid denoiser name")
         return cls({name: Denoiser.from_pretrained(folder / name, **kwargs) for name in names})
 
 

@@ -1,4 +1,4 @@
-"""A pipeline as a folder: what is read from it, and what diffusers does not write by itself.
+"""A pipeline as a folder: safe loading, and the files that diffusers does not write.
 
 A folder is data. `PokeDiffPipeline.from_pretrained` never imports a file of it, whatever its model_index.json says; the
 `pipeline.py` inside is for `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`, which needs one.
@@ -63,7 +63,7 @@ class CheckpointPipeline(DiffusionPipeline):
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in diffusers, without what would make it import code of the folder."""
+        """As in diffusers, but without imports of code from the folder."""
         loaded = super().load_config(*args, **kwargs)
         if isinstance(loaded, tuple):
             return checked_index(loaded[0]), *loaded[1:]

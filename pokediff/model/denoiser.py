@@ -1,7 +1,7 @@
 """The denoiser: a conditional U-Net that returns x0, in one file.
 
 A space-to-depth stem folds the picture so that most of the body runs at 16x16, 8x8, 4x4 whatever the picture's size:
-on a CPU that is where a convolution earns most (docs/LOG.md). Timestep, pooled text vector and augmentation are one
+convolutions on a CPU are cheapest there (docs/LOG.md). Timestep, pooled text vector and augmentation are one
 embedding that scales and shifts the norms of every block (FiLM, Perez et al. 2018; as in ADM, Dhariwal & Nichol 2021).
 Norms are LayerNorm over channels: on channels_last maps that is a plain row norm.
 """
@@ -29,7 +29,7 @@ from pokediff.model.diffusion import cosine_sigmas
 class Denoiser(ModelMixin, ConfigMixin):
     """Predicts x0 from a noisy picture, a timestep, a text vector and, in an upscaler, the small picture.
 
-    Its config.json holds all that a cascade needs to know of it:
+    Its config.json holds these arguments, by which a cascade selects it:
 
     Args:
         image_size: side of the pictures in px, a multiple of 16.
@@ -37,10 +37,10 @@ class Denoiser(ModelMixin, ConfigMixin):
         text_dim: D, length of a text vector.
         augment_dim: A, number of augmentation labels.
         below: used where sigma is below this; None: at every sigma.
-        steps: number of sampler steps that suit it when its size is drawn.
-        guidance_scale: that suits it; None: it is never guided, since what it refines or enlarges already follows the
-            prompt.
-        fast: a few-step denoiser, used when `Sampling.fast` asks for one.
+        steps: default number of sampler steps at its size.
+        guidance_scale: default guidance scale; None: no guidance, for a refiner or upscaler of a picture that follows
+            the prompt.
+        fast: a few-step denoiser, used with `Sampling.fast`.
         upscale: f > 1 enlarges a picture f times; f divides the patch.
         patch: p in px, folded into channels by the stem; None: image_size / 16.
         norm_free: the first level has no norms, and its skip connections are added.
@@ -50,7 +50,7 @@ class Denoiser(ModelMixin, ConfigMixin):
     The others as in `config.ModelConfig`.
     """
 
-    # Checkpoints name this class by its public place, so that the file may move.
+    # Checkpoints store this public name of the class, so that the file may move.
     __module__ = "pokediff"
 
     @register_to_config
@@ -168,7 +168,7 @@ class Denoiser(ModelMixin, ConfigMixin):
             if index < len(self.upsample):
                 h = F.pixel_shuffle(self.upsample[index](h), 2).contiguous(memory_format=torch.channels_last)
         features = F.silu(self.out_norm(h))
-        # No norm before what carries the input over: it would scale the noise that has to be subtracted.
+        # No norm before the output that subtracts the noise: it would rescale the noise.
         last = h if self.config.gate and not self.config.norm_free else features
         carried = self._precondition(F.pixel_shuffle(self.out(last), self.patch).float(), x.float(), timestep)
         if not self.config.gate:
@@ -180,8 +180,8 @@ class Denoiser(ModelMixin, ConfigMixin):
         """x0 from the body's output h: c_skip x + c_out h (Karras et al. 2022, table 1), x of unit variance.
 
         sigma_data = 1 makes h the negative of v (Salimans & Ho 2022). A body whose first level has few channels for the
-        pixels of a patch cannot carry all noise from its input to its output, as v asks at every level; with a small
-        sigma_data it has to only where there is little noise.
+        pixels of a patch cannot pass all noise from input to output, as v-prediction requires at every sigma; with a
+        small sigma_data only small sigmas require it.
         """
         # float32: ONNX Runtime has no other tan
         sigma = cosine_sigmas(timestep.float(), self.config.num_train_timesteps, *self.config.noise_range)
@@ -196,8 +196,8 @@ class Denoiser(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def start_from(self, other: Denoiser) -> int:
-        """Copy the weights of `other` where names and shapes agree, levels counted from the deepest: of a denoiser of
-        smaller pictures, all below its first level fits. Returns the number of weights copied.
+        """Copy the weights of `other` where names and shapes agree, levels counted from the deepest: all below the
+        first level of a denoiser of smaller pictures fits. Returns the number of weights copied.
         """
         deeper = len(self.config.widths) - len(other.config.widths)
 

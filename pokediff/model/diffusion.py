@@ -18,7 +18,7 @@ def cosine_sigmas(timestep: torch.Tensor, steps: int, sigma_min: float, sigma_ma
     """sigma at timesteps 0 to steps - 1 of the shifted cosine schedule, shift * tan(u) with u evenly spaced
     (Hoogeboom et al., "simple diffusion", 2023).
 
-    The schedule ends at sigma_max. diffusers' own cosine schedule goes on to sigma = 20,000, where samplers that keep
+    The schedule ends at sigma_max. diffusers' own cosine schedule continues to sigma = 20,000, where samplers that keep
     x at the scale of sigma lose all digits.
     """
     first, last = math.atan(sigma_min / shift), math.atan(sigma_max / shift)
@@ -39,7 +39,7 @@ def make_noise_schedule(noise: DiffusionConfig) -> DDPMScheduler:
     return DDPMScheduler(
         num_train_timesteps=noise.num_train_timesteps,
         trained_betas=betas.tolist(),
-        prediction_type="v_prediction",  # the form in which samplers get x0 (`samplers.to_v`): all of them know it
+        prediction_type="v_prediction",  # samplers receive x0 as v (`samplers.to_v`), which all of them support
         timestep_spacing="trailing",  # sampling starts at the last timestep, pure noise (Lin et al. 2023, section 3.3)
         clip_sample=False,
     )

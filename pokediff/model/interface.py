@@ -65,7 +65,7 @@ def make_generators(seeds: Sequence[int] | Sequence[torch.Generator]) -> list[to
 
 def make_noises(generators: Sequence[torch.Generator], channels: int, sizes: Sequence[int]) -> list[torch.Tensor]:
     """Gaussian noise (N, C, S, S) of every size S, on the CPU: of the first size from the generators themselves, of
-    each further one from a stream of its own, so that the first does not depend on how many follow.
+    each further size from separate generators, so that the first does not depend on the number of sizes.
     """
     sources, noises = list(generators), []
     for number, size in enumerate(sizes):
@@ -113,7 +113,7 @@ def fit_images(image: Image.Image | None, mask: Image.Image | None, size: int) -
 def known_pixels(
     image: np.ndarray | None, mask: np.ndarray | None, number: int, size: int, channels: Channels
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """`image` in model space (N, C, S, S), and where to draw (N, 1, S, S) bool; None for what is not given.
+    """`image` in model space (N, C, S, S), and the mask of pixels to draw (N, 1, S, S) bool; None without one.
 
     Raises PokediffError for a mask without an image, and for another size than (S, S).
     """
@@ -131,7 +131,7 @@ def known_pixels(
 
 
 def take(options: dict[str, Any], part: slice) -> dict[str, Any]:
-    """The arguments of `denoise` for some of the pictures: the rows `part` of what is given for each picture."""
+    """The arguments of `denoise` for some of the pictures: the rows `part` of arguments given per picture."""
     single = {"image": 3, "mask": 2, "negative_prompts": 0}  # dimensions of one for all
     taken = dict(options)
     for name, dims in single.items():

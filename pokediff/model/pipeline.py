@@ -50,7 +50,7 @@ class PokeDiffPipeline(CheckpointPipeline):
             can be used, made `from_config` of it.
         text_encoder, tokenizer: a CLIPTextModelWithProjection, when the encoder is part of the checkpoint.
         text_encoder_name: otherwise the encoder with this name is loaded when it is first needed.
-        pixel_art: whether the training pictures have hard edges, so that drawings should.
+        pixel_art: whether drawings get hard edges by default, as in the training pictures.
     """
 
     model_cpu_offload_seq = "text_encoder->cascade"
@@ -98,11 +98,11 @@ class PokeDiffPipeline(CheckpointPipeline):
 
     @property
     def sampler(self) -> Sampler | None:
-        """The name in SAMPLERS of its own scheduler; None for another one."""
+        """The name of `self.scheduler` in SAMPLERS; None for another scheduler."""
         return sampler_name(self.scheduler)
 
     def resolved(self, sampling: Sampling) -> Sampling:
-        """`sampling` with the checkpoint's own size, steps, guidance and sampler in place of None.
+        """`sampling` with the checkpoint's default size, steps, guidance scale and sampler in place of None.
 
         Raises PokediffError for a size or variant that the checkpoint does not have.
         """
@@ -113,7 +113,7 @@ class PokeDiffPipeline(CheckpointPipeline):
             size=size,
             num_inference_steps=sampling.num_inference_steps or first.steps,
             guidance_scale=first.guidance_scale if sampling.guidance_scale is None else sampling.guidance_scale,
-            sampler=sampling.sampler or ("ddim" if first.fast else self.sampler),  # a student learns steps of DDIM
+            sampler=sampling.sampler or ("ddim" if first.fast else self.sampler),  # distillation uses DDIM steps
         )
 
     def with_components(self, **others: Any) -> PokeDiffPipeline:
@@ -121,7 +121,7 @@ class PokeDiffPipeline(CheckpointPipeline):
         return PokeDiffPipeline(**{**self.components, **{key: self.config[key] for key in self.settings}, **others})
 
     def evaluations(self, sampling: Sampling, strength: float = 1.0) -> list[Evaluation]:
-        """What each step of `denoise` will be, the last one (the pictures) excepted."""
+        """The planned evaluations of `denoise`, one per step but the last (the pictures)."""
         legs = plan(self.cascade, self.scheduler, self.resolved(sampling), strength, self.device)
         return [evaluation for leg in legs for evaluation in leg.evaluations]
 
@@ -185,7 +185,7 @@ class PokeDiffPipeline(CheckpointPipeline):
 
         Args:
             prompts: N texts, "" for no condition; or their vectors (N, D), as `encode_prompt` gives them.
-            seeds: N numbers or generators. Each picture has noise of its own, whatever the batch.
+            seeds: N numbers or generators; the noise of a picture does not depend on the batch.
             sampling: how to draw; single fields of it may be given by name: `num_inference_steps=20`.
             negative_prompts: N texts or vectors, in place of `sampling.negative_prompt` for all pictures.
             image: img2img: premultiplied RGBA uint8 (H, W, 4) or (N, H, W, 4) of the final size to start from.

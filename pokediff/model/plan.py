@@ -1,4 +1,4 @@
-"""The steps of a drawing: planned (`Evaluation`, at each size a `Leg`) and done (`Step`)."""
+"""The steps of a drawing: planned (`Evaluation`, grouped by size in a `Leg`) and executed (`Step`)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Leg:
 class Step:
     """One evaluation of a denoiser, or the end: sigma 0, denoiser None, x = x0 = the pictures.
 
-    x, x0 are (B, C, S, S) of the size S of the denoiser; only what displays a step enlarges it.
+    x, x0 are (B, C, S, S) of the size S of the denoiser; enlargement is left to the display.
     """
 
     index: int  # 0, 1, 2 ...
@@ -59,8 +59,9 @@ def plan(
     """The legs of a drawing, from the base to `sampling.size`.
 
     The first leg takes `num_inference_steps`, of which the fraction `strength` is run. Every further leg runs the end
-    of the noise schedule that its denoisers are trained on, in the number of steps that suits them. `sampling` names
-    its size. Raises PokediffError for a scheduler, sampler, size, number of steps or strength that cannot be used.
+    of the noise schedule that its denoisers are trained on, in their default number of steps.
+
+    Raises PokediffError for a scheduler, sampler, size, number of steps or strength that cannot be used.
     """
     if not 0 < strength <= 1:
         raise PokediffError(f"strength must be above 0 and at most 1, not {strength}")

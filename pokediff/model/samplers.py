@@ -100,19 +100,19 @@ def first_x(
 
 
 def to_v(x0: torch.Tensor, x: torch.Tensor, sigma: float) -> torch.Tensor:
-    """The v of x0, alpha noise - std x0 (Salimans & Ho 2022): schedulers get it, since some do not know x0."""
+    """The v of x0, alpha noise - std x0 (Salimans & Ho 2022): schedulers receive it, since some do not support x0."""
     alpha, std = 1 / (1 + sigma**2) ** 0.5, sigma / (1 + sigma**2) ** 0.5
     return (alpha * x - x0) / std
 
 
 def slerp(start: torch.Tensor, end: torch.Tensor, share: float) -> torch.Tensor:
-    """Spherical interpolation, picture by picture (N, ...): noise between two noises keeps their strength, where a
-    straight line would have less (White 2016, "Sampling Generative Networks", section 2.1). share 0 to 1.
+    """Spherical interpolation, picture by picture (N, ...): interpolated noise keeps its variance, which linear
+    interpolation would reduce (White 2016, "Sampling Generative Networks", section 2.1). share 0 to 1.
     """
     a, b = start.flatten(1), end.flatten(1)
     cosine = (F.normalize(a, dim=1) * F.normalize(b, dim=1)).sum(1, keepdim=True).clamp(-1, 1)
     angle = cosine.acos()
-    near = angle < 1e-4  # the same: a straight line
+    near = angle < 1e-4  # nearly equal: linear
     sine = torch.where(near, torch.ones_like(angle), angle.sin())
     left = torch.where(near, torch.full_like(angle, 1 - share), ((1 - share) * angle).sin() / sine)
     right = torch.where(near, torch.full_like(angle, share), (share * angle).sin() / sine)

@@ -1,1 +1,1 @@
-"""How a model comes to be."""
+"""Training: the stages of a cascade, distillation, recipes."""

@@ -1,4 +1,4 @@
-"""What a stage is built of: its data, its denoiser, where its weights start, the cascade around it, its objective."""
+"""The components of a stage: data, denoiser, initial weights, cascade, objective."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ VALIDATION_PICTURES = 512
 
 @dataclass
 class Run:
-    """What the stages of a run share."""
+    """State shared by the stages of a run."""
 
     config: TrainConfig
     out: Path
@@ -70,18 +70,18 @@ class Stage:
     optimizer: torch.optim.Optimizer
     objective: Objective
     pipeline: PokeDiffPipeline  # the cascade so far, with the averaged weights of this stage
-    facts: dict[str, Any]  # what is known before the first step
+    facts: dict[str, Any]  # numbers of parameters, pictures and GFLOP, for log and model card
     metrics: ValidationMetrics | None = None
     progress: Progress = field(default_factory=Progress)
 
     @property
     def sampling(self) -> Sampling:
-        """How its pictures are drawn while it is trained."""
+        """Sampling settings of previews and metrics during training."""
         return Sampling(size=self.config.image_size, fast=self.config.fast)
 
 
 def prepare(run: Run, name: str, state: Path | None = None) -> Stage:
-    """Load data and weights of a stage. Raises PokediffError for what is out of reach or does not fit together."""
+    """Load data and weights of a stage. Raises PokediffError for missing or incompatible ones."""
     config, stage, accelerator = run.config, run.config.stages[name], run.accelerator
     dataset = replace(config.dataset, styles=stage.styles or config.dataset.styles)
     pictures = load_pictures(
@@ -154,10 +154,10 @@ def make_denoiser(config: TrainConfig, stage: StageConfig, text_dim: int, augmen
 
 
 def start_weights(run: Run, name: str, denoiser: Denoiser) -> None:
-    """Copy the weights to start from: of the stage's or the run's `start_from`, of a student's teacher, or none."""
+    """Copy initial weights, if any: from `start_from` of the stage or the run, or from a student's teacher."""
     config, stage = run.config, run.config.stages[name]
     if source := stage.start_from or config.start_from:
-        # a drive letter of Windows is no folder with a denoiser
+        # a Windows drive letter is not FOLDER:DENOISER
         folder, wanted = re.fullmatch(r"(.+?)(?::([a-z0-9-]+))?", source).groups()  # type: ignore[union-attr]
         cascade = PokeDiffPipeline.from_pretrained(folder, text_encoder=None, tokenizer=None).cascade
         if wanted and wanted not in cascade:
@@ -188,7 +188,7 @@ def with_denoiser(run: Run, name: str, denoiser: Any) -> PokeDiffPipeline:
                 raise PokediffError(f"{name}: {key} differs from that of the cascade ({ours} and {theirs})")
         cascade = run.pipeline.cascade.updated(Cascade({name: denoiser}))
         pipeline = run.pipeline.with_components(cascade=cascade)
-    try:  # a refiner needs a base, an upscaler what it enlarges
+    try:  # a refiner needs a base, an upscaler a smaller size
         pipeline.evaluations(Sampling(size=denoiser.config.image_size, fast=denoiser.config.fast))
     except PokediffError as error:
         raise PokediffError(
@@ -216,12 +216,12 @@ def make_optimizer(denoiser: Denoiser, stage: StageConfig) -> torch.optim.Optimi
 
 
 def make_objective(run: Run, name: str) -> Objective:
-    """What is minimised: the denoising error, or the distance to a teacher."""
+    """The objective of the stage: denoising loss or distillation."""
     stage = run.config.stages[name]
     if stage.distill is None:
         return denoising(run.schedule)
     if run.pipeline is None:
-        raise PokediffError(f"{name}: distill needs a cascade that holds the teacher {stage.distill.teacher}")
+        raise PokediffError(f"{name}: distill needs a cascade with the teacher {stage.distill.teacher}")
     cascade = copy.deepcopy(run.pipeline.cascade).to(run.accelerator.device)
     return Distillation(stage.distill, cascade, stage.model.steps, stage.image_size, run.schedule)
 

@@ -1,4 +1,4 @@
-"""Time and signals of a training: throughput, estimates, a limit, a clean stop."""
+"""Throughput, time limit and signals of a training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-STOPS = ("", "time", "signal", "copies", "steps")  # why a stage stops; a later one is stronger
+STOPS = ("", "time", "signal", "copies", "steps")  # reasons to stop a stage, by ascending priority
 
 
 class Window:
@@ -56,7 +56,7 @@ class Limit:
         self.end = None if minutes is None else time.monotonic() + 60 * minutes
 
     def part(self, share: float) -> Limit:
-        """A limit at this share of the time that is left."""
+        """A limit at this fraction of the remaining time."""
         return Limit(None if self.end is None else share * (self.end - time.monotonic()) / 60)
 
     def reached(self) -> bool:
@@ -64,7 +64,7 @@ class Limit:
 
 
 def agreed(accelerator: Accelerator, reason: str) -> str:
-    """The strongest reason to stop, of STOPS, that any process has."""
+    """The reason to stop of highest priority, of STOPS, over all processes."""
     codes = accelerator.gather(torch.tensor([STOPS.index(reason)], device=accelerator.device))
     return STOPS[int(codes.max())]
 

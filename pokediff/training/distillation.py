@@ -1,4 +1,4 @@
-"""Fewer steps: a student learns to do in one step what its teacher does in several.
+"""Progressive distillation: one step of the student reproduces several steps of the teacher.
 
 Progressive distillation (Salimans & Ho 2022, "Progressive Distillation for Fast Sampling of Diffusion Models",
 algorithm 2) with any number of teacher steps for one of the student's, and with the teacher's guidance
@@ -32,7 +32,7 @@ from pokediff.training.objectives import Batch
 
 
 class Distillation:
-    """The objective of a student: the distance to where its teacher's steps end.
+    """The objective of a student: the squared error to the x0 implied by the end of the teacher's steps.
 
     The teacher is a whole cascade at the student's size: a step below the sigma of a refiner is the refiner's, and the
     student, which has the same refiner, is not trained on it. Raises PokediffError when the cascade has no denoiser
@@ -107,7 +107,7 @@ class Distillation:
 
 
 def distillation_recipe(checkpoint: str | Path, steps: int, data: tuple[str, ...]) -> TrainConfig:
-    """A run that adds a few-step base to the cascade of a checkpoint: it writes that denoiser alone, as a part.
+    """The configuration of a run that distils a few-step base and writes that denoiser alone, as a part.
 
     Raises PokediffError when there is no checkpoint.
     """

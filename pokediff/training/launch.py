@@ -1,4 +1,4 @@
-"""Several processes on a CPU, where `accelerate launch` starts one only."""
+"""Several processes on a CPU, where `accelerate launch` starts only one."""
 
 from __future__ import annotations
 

@@ -133,14 +133,16 @@ def periodic_actions(run: Run, stage: Stage) -> list[tuple[int, Callable[[], Non
         runs.log(run, stage, {**losses, "images_seen": progress.images_seen})
         progress.note(progress.training_loss, losses["validation_loss"])
         if (lowest := progress.overfitting_since()) is not None:
-            run.say(f"{stage.name}: validation loss rises since step {lowest} while training loss falls: overfitting")
+            run.say(
+                f"{stage.name}: validation loss has risen since step {lowest} while training loss fell: overfitting"
+            )
         keep_best("validation_loss", losses["validation_loss"])
 
     def measure_pictures() -> None:
         assert stage.metrics is not None
         measured = stage.metrics(stage.pipeline, stage.sampling)
         runs.log(run, stage, measured)
-        # A refiner or an upscaler gives what its base gives: stopping it would not help.
+        # A refiner or upscaler copies what its base draws, so stopping it would not help.
         if measured["copy_ratio"] > COPYING and progress.copying_since is None and config.model.below is None:
             progress.copying_since = progress.step
             run.say(f"{stage.name}: {measured['copy_ratio']:.0%} of the pictures are close to a training picture")

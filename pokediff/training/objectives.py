@@ -1,4 +1,4 @@
-"""What a denoiser is trained to do: an objective gets a denoiser and a batch, and returns the loss of each picture."""
+"""Objectives: functions of a denoiser and a batch that return the loss of each picture."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def training_batch(
 def make_low_res(
     x0: torch.Tensor, stage: StageConfig, generator: torch.Generator, total: int, mine: slice
 ) -> torch.Tensor | None:
-    """(B, C, S/f, S/f): the small pictures that an upscaler by f sees, with noise of a random strength each; None for
+    """(B, C, S/f, S/f): the small pictures for an upscaler by f, each with noise of a random sigma; None for
     other denoisers.
     """
     if stage.model.upscale == 1:

@@ -1,4 +1,4 @@
-"""recipe_for(folder): settings for a folder of somebody's own pictures, chosen for its size and style."""
+"""recipe_for(folder): training settings for a folder of pictures, from their size and style."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from pokediff.data.records import Record, picture_bytes, read_records
 from pokediff.errors import PokediffError
 from pokediff.paths import shipped
 
-SAMPLE = 64  # pictures looked at for size and style
+SAMPLE = 64  # pictures read to determine size and style
 SIZES = (32, 64, 128)
-FEWEST_PICTURES = 40  # with fewer, too few remain to validate on
+FEWEST_PICTURES = 40  # fewer leave too few for validation
 # Optimizer steps of the base for each picture: every picture is drawn some 300 times (docs/LOG.md, a folder of 200).
 STEPS_PER_PICTURE, FEWEST_STEPS, MOST_STEPS = 10, 1500, 30_000
 STAGE_SHARE = {"base": 1.0, "refiner": 0.5, "upscaler": 0.5}  # steps of a stage beside those of the base
@@ -41,7 +41,7 @@ def recipe_for(
     records = read_records(folder, report=lambda _: None)
     if len(records) < FEWEST_PICTURES:
         raise PokediffError(
-            f"{folder} has {len(records)} pictures; at least {FEWEST_PICTURES} are needed, hundreds help"
+            f"{folder} has {len(records)} pictures; training needs at least {FEWEST_PICTURES}, better hundreds"
         )
     side, pixel_art = look_at(records)
     size = size or next((drawn for drawn in SIZES if side <= 1.25 * drawn), SIZES[-1])
@@ -63,7 +63,7 @@ def recipe_for(
         stages=stages,
         max_minutes=max_minutes or DEFAULT_MINUTES,
         fit_limit=True,
-        compile=False,  # minutes, of which there are few
+        compile=False,  # takes minutes, too long for a short run
         pixel_art=pixel_art,
         preview_prompts=preview_prompts(records),
     )
@@ -104,7 +104,7 @@ def look_at(records: Sequence[Record]) -> tuple[float, bool]:
 
 
 def preview_prompts(records: Sequence[Record]) -> tuple[str, ...]:
-    """What the previews show: captions of the pictures where people wrote them, else colours."""
+    """Prompts of the previews: captions written by people if there are any, else colours."""
     written = list(dict.fromkeys(record.captions[0] for record in records if record.captions))
     if len(written) >= 6:
         return ("", *(written[index] for index in np.linspace(0, len(written) - 1, 7).round().astype(int)))
@@ -112,7 +112,7 @@ def preview_prompts(records: Sequence[Record]) -> tuple[str, ...]:
 
 
 def what_to_expect(config: TrainConfig) -> str:
-    """What a training of so many steps gives, for the last line of `train FOLDER`."""
+    """The expected quality after `steps` steps, for the last line of `train FOLDER`."""
     steps = next(iter(config.stages.values())).max_steps
     if steps < FEWEST_STEPS:
         return f"After {steps} steps expect your colours and outlines; shapes need more: --max-minutes, --resume auto."

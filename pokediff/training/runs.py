@@ -1,4 +1,4 @@
-"""What a training run writes, and what it reads back to resume.
+"""Files of a training run: states, checkpoints, logs, model card.
 
 A run's folder is a pipeline folder (the newest averaged weights, fp16) with beside it
 
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from pokediff.training.build import Run, Stage
 
 KEEP_STATES = 2
-OVERFIT_ROWS, OVERFIT_FACTOR = 3, 1.005  # so many validations in a row that much above the lowest
-# What a resumed stage cannot change.
+OVERFIT_ROWS, OVERFIT_FACTOR = 3, 1.005  # consecutive validations, and their factor above the lowest loss
+# Settings that a resumed stage cannot change.
 FIXED_KEYS = ("seed", "text_encoder", "dataset", "diffusion")
 FIXED_STAGE_KEYS = ("image_size", "model", "styles", "distill", "fast", "batch_size", "low_res_noise")
 PACKAGES = ("torch", "diffusers", "accelerate", "transformers", "numpy")
@@ -50,7 +50,7 @@ PACKAGES = ("torch", "diffusers", "accelerate", "transformers", "numpy")
 
 @dataclass
 class Progress:
-    """How far a stage has come; all of it is saved with the state."""
+    """The progress of a stage, saved with its state."""
 
     step: int = 0
     images_seen: int = 0
@@ -84,7 +84,7 @@ class Progress:
 
 
 def loss_text(loss: float | None) -> str:
-    """A validation loss for people."""
+    """A validation loss as text."""
     return "not measured" if loss is None else f"{loss:.4f}"
 
 
@@ -117,7 +117,7 @@ def find_states(out: Path, names: Sequence[str], resume: str) -> dict[str, Path 
 
 
 def steps_of(state: Path | None) -> int:
-    """How many steps had been done when a state was saved."""
+    """The step at which a state was saved."""
     return int(state.resolve().name.removeprefix("step-")) if state else 0
 
 
@@ -130,7 +130,7 @@ def is_finished(out: Path, name: str, config: TrainConfig) -> bool:
 
 
 def begin(run: Run, stage: Stage) -> None:
-    """Remove what an earlier training of the stage left that goes beyond the step at which this one begins."""
+    """Remove files of an earlier training of the stage from steps after the one at which this training begins."""
     report, step = read_facts(run.out), stage.progress.step
     facts = report.setdefault("stages", {}).pop(stage.name, {})
     if step:
@@ -177,7 +177,7 @@ def save_state(run: Run, stage: Stage) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Delete a state: renamed first, so that it is never half there."""
+    """Delete a state. The rename first keeps an interrupted deletion from leaving an incomplete state."""
     gone = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(gone, ignore_errors=True)
     folder.rename(gone)
@@ -272,7 +272,7 @@ def _replace(folder: Path, save: Callable[[Path], Any]) -> None:
 
 
 def model_card(config: TrainConfig, stages: dict[str, dict[str, Any]]) -> str:
-    """README.md of a checkpoint: what it was trained on, and the figures that training measured."""
+    """The model card (README.md) of a checkpoint: training data and measured losses."""
     styles = ", ".join(config.dataset.styles) if config.dataset.styles else "all"
     rows = "\n".join(
         f"| {name} | {facts['parameters'] / 1e6:.1f} M | {facts['training_pictures']} | {facts['steps']} | "
@@ -312,7 +312,7 @@ A model may resemble its training pictures. Whose pictures those were, and what 
 
 
 def describe(run: Run) -> None:
-    """config.yaml and run.json: the configuration, and what it runs on."""
+    """Write config.yaml and run.json: the configuration, and the software and hardware."""
     config, accelerator = run.config, run.accelerator
     run.out.mkdir(parents=True, exist_ok=True)
     facts = {
@@ -343,7 +343,7 @@ def write_facts(out: Path, facts: dict[str, Any]) -> None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout this file lies in, if it lies in one."""
+    """The git commit of this checkout, None outside one."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None

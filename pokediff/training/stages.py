@@ -1,4 +1,4 @@
-"""train(config): the stages of a cascade in turn, each resumable, each with its time said beforehand."""
+"""train(config): train the stages of a cascade in order, each resumable, after an estimate of the time."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def train(config: TrainConfig, resume: str = "never", only: Sequence[str] = (), 
             the folder OUT-trial.
 
     Raises:
-        PokediffError: data or encoder out of reach, a run in the way, an unknown stage, a configuration that does not
+        PokediffError: missing data or encoder, an existing run, an unknown stage, a configuration that does not
             fit the state, or a loss that stays non-finite (the last state is intact).
     """
     quiet()
@@ -89,12 +89,12 @@ def train_stages(run: Run, names: Sequence[str], left: Mapping[str, float], stat
             run.say(f"{name}: finished already")
             continue
         rest = sum(left.get(later, 0.0) for later in names[number + 1 :])
-        if run.config.fit_limit:  # a machine that has become slower must not cost a later stage its turn
+        if run.config.fit_limit:  # so that a slower machine does not use up the time of later stages
             run.limit = whole.part(left[name] / (left[name] + rest))
         stop = train_one(run, name, states[name])
         is_left = stop == "signal" or (stop == "time" and not run.config.fit_limit)
         if is_left or (rest and agreed(run.accelerator, "time" if whole.reached() else "")):
-            more = f", about {duration(rest)} after it" if rest else ""
+            more = f"; later stages need about {duration(rest)}" if rest else ""
             run.say(f"stopped {'in' if is_left else 'after'} {name}; continue with --resume auto{more}")
             break
         if rest and run.sample is None:  # not in a trial, which is shorter
@@ -102,17 +102,17 @@ def train_stages(run: Run, names: Sequence[str], left: Mapping[str, float], stat
 
 
 def select(config: TrainConfig, only: Sequence[str]) -> list[str]:
-    """The names of the stages to train, in order. Raises PokediffError for one that there is not."""
+    """The names of the stages to train, in order. Raises PokediffError for an unknown one."""
     if unknown := [name for name in only if name not in config.stages]:
         raise PokediffError(f"--stages {' '.join(unknown)}: not in this configuration ({', '.join(config.stages)})")
     return [name for name in config.stages if not only or name in only]
 
 
 def refuse_other_run(out: Path, names: Sequence[str], resume: str, only: Sequence[str]) -> None:
-    """Raise PokediffError when the folder holds what this run would replace, or lacks what it resumes."""
+    """Raise PokediffError when the run would overwrite another one, or has no states to resume from."""
     held = (out / INDEX).exists() or any(runs.states(out, name) for name in names)
     if resume == "never" and held and not only:
-        raise PokediffError(f"{out} already holds a run: go on with --resume auto, or choose another --out")
+        raise PokediffError(f"{out} already holds a run: resume it with --resume auto, or choose another --out")
     if resume == "auto" and (out / INDEX).exists() and not (out / "run.json").exists():
         raise PokediffError(f"{out} holds a model without the states to resume from: choose another --out")
 
@@ -165,7 +165,7 @@ def estimate(run: Run, names: Sequence[str]) -> dict[str, float]:
 
 
 def times(config: TrainConfig, seconds: Mapping[str, float], states: Mapping[str, Path | None]) -> dict[str, float]:
-    """{stage: seconds that it still needs}, with what it does beside its steps."""
+    """{stage: remaining seconds}, validation, previews and checkpoints included."""
     steps = {name: max(1, config.stages[name].max_steps - runs.steps_of(states[name])) for name in seconds}
     return {name: OVERHEAD * seconds[name] * number for name, number in steps.items()}
 
@@ -180,7 +180,7 @@ def timetable(config: TrainConfig, left: Mapping[str, float], seconds: Mapping[s
     sizes = ", ".join(f"{size} px" for size in sorted({stage.image_size for stage in config.stages.values()}))
     drawing = f"to draw {sizes}" + (" with hard edges" if config.pixel_art else "")
     compiling = ", before compilation" if config.compile else ""
-    return "\n".join([*lines, f"in all about {duration(sum(left.values()))}{compiling}, {drawing}"])
+    return "\n".join([*lines, f"in total about {duration(sum(left.values()))}{compiling}, {drawing}"])
 
 
 def train_one(run: Run, name: str, state: Path | None) -> str:
@@ -200,7 +200,7 @@ def train_one(run: Run, name: str, state: Path | None) -> str:
         facts["seconds"] = round(facts.get("seconds", 0) + time.monotonic() - began)
         facts["finished"] = stop if stop in ("steps", "copies") else None
         runs.write_facts(run.out, report)
-    # As the checkpoint has it: a resumed run goes on, and distils, with the same weights.
+    # Rounded as in the checkpoint, so that a resumed run uses the same weights.
     stage.average.module.half().float()
     run.pipeline = stage.pipeline
     run.accelerator.free_memory()
@@ -210,7 +210,7 @@ def train_one(run: Run, name: str, state: Path | None) -> str:
 def fitted(
     config: TrainConfig, out: Path, seconds: Mapping[str, float], states: Mapping[str, Path | None]
 ) -> TrainConfig:
-    """What is left of the stages shortened in proportion, so that the run ends within max_minutes. A run that was
+    """The configuration with the remaining stages shortened in proportion to fit max_minutes. A run that was
     stopped keeps its lengths until all its stages are finished.
     """
     if not seconds:
@@ -228,7 +228,7 @@ def fitted(
 
 
 def with_steps(config: TrainConfig, steps: dict[str, int]) -> TrainConfig:
-    """Other numbers of steps for some stages; warm-up and decay of the rate change in proportion."""
+    """The configuration with other numbers of steps for some stages; warmup and decay change in proportion."""
     stages = dict(config.stages)
     for name, number in steps.items():
         stages[name] = resized(stages[name], max(1, number))
@@ -236,7 +236,7 @@ def with_steps(config: TrainConfig, steps: dict[str, int]) -> TrainConfig:
 
 
 def resized(stage: StageConfig, steps: int) -> StageConfig:
-    """The stage with `steps` steps; all that is counted in steps at most in proportion."""
+    """The stage with `steps` steps; warmup, decay and intervals shrink in proportion."""
     share = min(1.0, steps / stage.max_steps)
     every = ("validate_every", "preview_every", "checkpoint_every")
     changes = {name: min(getattr(stage, name), steps) for name in every}
@@ -245,7 +245,7 @@ def resized(stage: StageConfig, steps: int) -> StageConfig:
 
 
 def shortened(config: TrainConfig) -> TrainConfig:
-    """The configuration of a trial: a few steps of every stage, in a folder of its own, not compiled."""
+    """The configuration of a trial: a few steps of every stage, in the folder <out>-trial, not compiled."""
     out = f"{config.out or 'checkpoints/run'}-trial"
     metrics = dataclasses.replace(config.metrics, every=0, early_stop=False, best_by="validation_loss")
     short = with_steps(config, dict.fromkeys(config.stages, TRIAL_STEPS))
@@ -255,7 +255,7 @@ def shortened(config: TrainConfig) -> TrainConfig:
 def remove_trial(out: Path) -> None:
     """Remove an earlier trial. Raises PokediffError when the folder is something else."""
     if out.exists() and not (out / "run.json").is_file():
-        raise PokediffError(f"{out} is no earlier trial: choose another --out")
+        raise PokediffError(f"{out} is not an earlier trial: choose another --out")
     shutil.rmtree(out, ignore_errors=True)
 
 
