@@ -139,7 +139,7 @@ def test_every_scheduler_of_diffusers_draws_a_gaussian_or_is_refused(name):
         assert last.x0.std().item() == pytest.approx(STD, rel=0.15)
 
 
-@pytest.mark.parametrize("name", sorted(SCHEDULERS))
+@pytest.mark.parametrize("name", sorted(SCHEDULERS))  # that of LMS needs scipy
 def test_with_every_scheduler_the_seed_decides(name):
     """Those that add noise at every step take it from the picture's own generator."""
     pipe = pipeline_of(base=gaussian_denoiser())

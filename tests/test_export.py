@@ -13,6 +13,8 @@ from pokediff.data.images import premultiply
 from pokediff.drawing.export import OnnxDenoiser, export, is_exported, load_exported
 from pokediff.drawing.sample import sample
 from pokediff.errors import PokediffError
+from pokediff.model.cascade import Cascade
+from pokediff.model.checkpoint import write_part_index
 from pokediff.model.pipeline import PokeDiffPipeline
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -81,7 +83,8 @@ def test_only_what_draws_is_exported(tiny_checkpoint, exported):
 
 def test_a_size_limits_the_export_and_a_part_is_exported_whole(tiny_checkpoint, tiny_pipe, tmp_path):
     part, out = tmp_path / "part", tmp_path / "small"
-    tiny_pipe.save_part(part, ["refiner-32"], os.path.relpath(tiny_checkpoint, part))
+    Cascade({"refiner-32": tiny_pipe.cascade["refiner-32"]}).save_pretrained(part / "cascade")
+    write_part_index(part, os.path.relpath(tiny_checkpoint, part))
     assert export(part, out, size=32)["largest_difference"] <= 2
     assert list(load_exported(out).cascade) == ["base-32", "refiner-32"]
     shutil.rmtree(tmp_path / "part")

@@ -81,7 +81,9 @@ def test_a_stopped_cascade_resumes_to_the_same_bits(cascade, data, tmp_path):
 def test_no_stage_begins_after_the_limit(data, tmp_path, capsys):
     config = with_steps(tiny_config(data, tmp_path / "run", STAGES, max_minutes=1e-9), {"base-16": 1})
     out = train(config)
-    assert "stopped after base-16; continue with --resume auto; later stages need about 1 min" in capsys.readouterr().out
+    assert (
+        "stopped after base-16; continue with --resume auto; later stages need about 1 min" in capsys.readouterr().out
+    )
     assert list(PokeDiffPipeline.from_pretrained(out).cascade) == ["base-16"]
 
 
