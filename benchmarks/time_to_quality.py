@@ -1,15 +1,15 @@
-"""How long until pokediff's network denoises as well as lucidrains' does after an hour? Both curves in one plot.
+"""Minutes until pokediff's base denoises as well as lucidrains' Unet after an hour. Both curves in one plot.
 
     pip install denoising-diffusion-pytorch matplotlib
     python benchmarks/time_to_quality.py --system lucidrains --minutes 60 --data DATA
     python benchmarks/time_to_quality.py --system pokediff   --minutes 10 --data DATA
     python benchmarks/time_to_quality.py --plot
 
-The same pictures (configs/pokemon-32.yaml), the same batches, the same held-out families; lucidrains' Unet with the
-defaults of its own trainer (batch 16, Adam 1e-4, average .995 every 10 steps, sigmoid schedule, v) and our help (bf16,
-channels_last). Common metric: mean squared error of the predicted x0 at fixed noise levels, the geometric mean over
-them. lucidrains' Unet takes no text, so pokediff is measured without its prompts, and with them beside it. A minute is
-a minute of processor time divided by the number of threads: what else the machine does then does not count.
+The same pictures (stage base-32 of configs/pokemon.yaml), batches and held-out families; lucidrains' Unet with the
+defaults of its own trainer (batch 16, Adam 1e-4, average .995 every 10 steps, sigmoid schedule, v), plus bf16 and
+channels_last. Common metric: mean squared error of the predicted x0 at fixed noise levels, the geometric mean over
+them. lucidrains' Unet takes no text, so pokediff is measured without prompts, and also with them. A minute is a minute
+of processor time divided by the number of threads, so other load on the machine does not count.
 """
 
 from __future__ import annotations
@@ -31,10 +31,13 @@ from torch.optim.swa_utils import AveragedModel
 from pokediff.config import TrainConfig, load_yaml
 from pokediff.data.dataset import Pictures, TrainingBatches, caption_vectors, load_pictures
 from pokediff.data.images import to_model
-from pokediff.model.pipeline import diffusion_loss
-from pokediff.training import loop as training
+from pokediff.model.diffusion import cosine_timestep, denoising_loss, make_noise_schedule
+from pokediff.training.build import ema_with_warmup, make_denoiser, make_optimizer
+from pokediff.training.objectives import trained_timesteps
+from pokediff.training.stages import usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
+STAGE = "base-32"
 SIGMAS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 15.0)
 Predict = Callable[[torch.Tensor, float, torch.Tensor | None], torch.Tensor]  # (x of unit variance, sigma, text): x0
 
@@ -58,45 +61,49 @@ def denoising_error(predict: Predict, pictures: Pictures, text: torch.Tensor | N
     return {**errors, "geometric_mean": math.exp(np.mean([math.log(error) for error in errors.values()]))}
 
 
-def v_predictor(network: Any, alphas_cumprod: torch.Tensor, takes_text: bool) -> Predict:
+def v_predictor(network: Any, alphas_cumprod: torch.Tensor) -> Predict:
     """x0 from a network that predicts v, at the timestep whose sigma is nearest."""
     log_sigmas = ((1 - alphas_cumprod.double()) / alphas_cumprod.double()).log() / 2
 
     def predict(x: torch.Tensor, sigma: float, text: torch.Tensor | None) -> torch.Tensor:
         timestep = (log_sigmas - math.log(sigma)).abs().argmin().repeat(len(x))
-        v = network(x, timestep, text) if takes_text else network(x, timestep)
         alpha, std = 1 / (1 + sigma**2) ** 0.5, sigma / (1 + sigma**2) ** 0.5
-        return alpha * x - std * v
+        return alpha * x - std * network(x, timestep)
 
     return predict
 
 
 class Ours:
-    """The shipped recipe with its rate brought down to zero within the minutes it has."""
+    """The stage base-32 of the shipped recipe, its learning rate decaying to zero within the given minutes."""
 
     def __init__(self, config: TrainConfig, batches: TrainingBatches, text_dim: int) -> None:
-        self.config, self.batches, self.done = config, batches, 0
-        self.network = training.make_unet(config, text_dim)
+        self.config, self.stage, self.batches, self.done = config, config.stages[STAGE], batches, 0
+        self.network = make_denoiser(config, self.stage, text_dim, batches.augment_dim)
         self.network.null_text.copy_(batches.vectors.table[0])
         self.network = self.network.to(memory_format=torch.channels_last)
-        self.average = AveragedModel(self.network, multi_avg_fn=training.ema_with_warmup(0.999))
-        self.schedule = training.make_noise_schedule(config)
-        self.optimizer = training.make_optimizer(self.network, config)
-        self.predict = v_predictor(self.average.module, self.schedule.alphas_cumprod, takes_text=True)
+        self.average = AveragedModel(self.network, multi_avg_fn=ema_with_warmup(0.999))
+        self.schedule = make_noise_schedule(config.diffusion)
+        self.optimizer = make_optimizer(self.network, self.stage)
+
+    def predict(self, x: torch.Tensor, sigma: float, text: torch.Tensor | None) -> torch.Tensor:
+        denoiser, diffusion = self.average.module, self.config.diffusion
+        timestep = cosine_timestep(sigma, diffusion.num_train_timesteps, *diffusion.range)
+        text = denoiser.null_text.expand(len(x), -1) if text is None else text
+        return denoiser(x, torch.full((len(x),), timestep), text)
 
     def step(self, share: float) -> None:
-        """One optimizer step; `share` of the time is over."""
-        rate = self.config.learning_rate * min(1, (self.done + 1) / 100) * (1 - share)
+        """One optimizer step, after the fraction `share` of the time."""
+        rate = self.stage.learning_rate * min(1, (self.done + 1) / 100) * (1 - share)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         batch = self.batches[self.done]
         x0 = to_model(batch.pixels, "rgba")
-        timesteps = torch.randint(len(self.schedule), (len(x0),))
+        timesteps = torch.randint(trained_timesteps(self.config, self.stage), (len(x0),))
         with torch.autocast("cpu", torch.bfloat16):
-            noise = torch.randn_like(x0)
-            loss = diffusion_loss(self.schedule, self.network, x0, noise, timesteps, batch.text, batch.augment).mean()
+            condition = (batch.text, batch.augment)
+            loss = denoising_loss(self.schedule, self.network, x0, torch.randn_like(x0), timesteps, *condition).mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.stage.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.average.update_parameters(self.network)
@@ -104,18 +111,18 @@ class Ours:
 
 
 class Lucidrains:
-    """What its Trainer does, without the sampling and saving that it does between steps."""
+    """The steps of its Trainer, without sampling and saving."""
 
     def __init__(self, config: TrainConfig, batches: TrainingBatches, text_dim: int) -> None:
         from ema_pytorch import EMA
 
         self.batches, self.done = batches, 0
-        self.diffusion, self.optimizer = make_lucidrains(config.dataset.image_size)
+        self.diffusion, self.optimizer = make_lucidrains(config.stages[STAGE].image_size)
         self.average = EMA(self.diffusion, beta=0.995, update_every=10)
 
     def predict(self, x: torch.Tensor, sigma: float, text: torch.Tensor | None) -> torch.Tensor:
         averaged = self.average.ema_model
-        return v_predictor(averaged.model, averaged.alphas_cumprod, takes_text=False)(x, sigma, text)
+        return v_predictor(averaged.model, averaged.alphas_cumprod)(x, sigma, text)
 
     def step(self, share: float) -> None:
         x0 = to_model(self.batches[self.done].pixels, "rgba")
@@ -130,11 +137,12 @@ class Lucidrains:
 
 
 def measure(name: str, minutes: float, every: float, data: str, out: Path) -> None:
-    """Train for so many minutes, with a look at the held-out error every `every` minutes, into OUT/<name>.jsonl."""
-    config = load_yaml(ROOT / "configs" / "pokemon-32.yaml", TrainConfig)
-    batch_size = config.batch_size if name == "pokediff" else 16
+    """Train for `minutes` and measure the held-out error every `every` minutes. Writes OUT/<name>.jsonl."""
+    config = load_yaml(ROOT / "configs" / "pokemon.yaml", TrainConfig)
+    stage = config.stages[STAGE]
+    batch_size = stage.batch_size if name == "pokediff" else 16
     dataset = config.dataset if name == "pokediff" else replace(config.dataset, flip=0.5, shift=0.0)  # its own flips
-    pictures = load_pictures(data, dataset.image_size, dataset.styles, report=lambda _: None)
+    pictures = load_pictures(data, stage.image_size, stage.styles or dataset.styles, report=lambda _: None)
     train = pictures.split("train").with_shared_captions()
     held_out = pictures.split("validation").spread(256)
     vectors, held_out_vectors = (caption_vectors(data, part, "builtin") for part in (train, held_out))
@@ -189,10 +197,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--system", choices=("pokediff", "lucidrains"))
     parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--every", type=float, default=1, help="minutes between two looks (default: %(default)s)")
+    parser.add_argument(
+        "--every", type=float, default=1, help="minutes between two measurements (default: %(default)s)"
+    )
     parser.add_argument("--data", default="data/bulbapedia")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "quality")
-    parser.add_argument("--threads", type=int, default=training.usable_cores())
+    parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--plot", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
