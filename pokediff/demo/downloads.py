@@ -35,7 +35,7 @@ class Downloads:
         self.animations: tuple[Literal["gif", "mp4"], ...] = ("gif", "mp4") if can_write_mp4() else ("gif",)
 
     def new_folder(self) -> Path:
-        """An empty folder with a name that nobody can guess. Folders older than KEEP_MINUTES are deleted."""
+        """An empty folder with an unguessable name. Folders older than KEEP_MINUTES are deleted."""
         for old in self.folder.glob("drawing-*"):
             with suppress(FileNotFoundError):  # another request deleted it
                 if old.stat().st_mtime < time.time() - 60 * KEEP_MINUTES:
