@@ -238,8 +238,8 @@ def embed(
 
     Decodes only pictures whose captions need colours that their row does not have.
     """
-    encoder = load_text_encoder(encoder_name)  # first, for it may be unavailable
     records = read_records(folder, report)
+    encoder = load_text_encoder(encoder_name)  # before the pictures: it may be unavailable
 
     def captions(record: Record) -> tuple[str, ...]:
         try:

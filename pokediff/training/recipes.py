@@ -111,9 +111,8 @@ def preview_prompts(records: Sequence[Record]) -> tuple[str, ...]:
     return ("", *(f"a {color} creature" for color in ("red", "blue", "green", "yellow", "gray", "brown", "purple")))
 
 
-def what_to_expect(config: TrainConfig) -> str:
-    """The expected quality after `steps` steps, for the last line of `train FOLDER`."""
-    steps = next(iter(config.stages.values())).max_steps
+def what_to_expect(steps: int) -> str:
+    """The expected quality after `steps` steps of the base, for the last lines of `train FOLDER`."""
     if steps < FEWEST_STEPS:
         return f"After {steps} steps expect your colours and outlines; shapes need more: --max-minutes, --resume auto."
     return f"After {steps} steps expect your style, sizes and colours; faces and limbs need thousands of pictures."

@@ -75,7 +75,8 @@ def train(config: TrainConfig, resume: str = "never", only: Sequence[str] = (), 
         draw_trial(run)
     else:
         if config.fit_limit:
-            run.say(what_to_expect(config))
+            base = runs.read_facts(out).get("stages", {}).get(next(iter(config.stages)), {})
+            run.say(what_to_expect(base.get("steps", 0)))
         run.say(f'draw with: pokediff sample "{max(config.preview_prompts, key=len)}" --checkpoint {out}')
     run.accelerator.end_training()
     return out
