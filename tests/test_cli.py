@@ -111,8 +111,8 @@ def test_help_is_plain(capsys, command, words):
         (("train", "--config", "pokemon", "--data", "/none", "--out", "/none/x"), "none"),
         (("distill", "--steps", "few"), "whole number"),
         (("scrape", "--out", "x", "--text-encoder", "magic"), "magic"),
-        (("scrape", "--out", "x", "--base-url", "nonsense"), "is not an address"),
-        (("embed", "x", "--text-encoder", "magic"), "unknown kind"),
+        (("scrape", "--out", "x", "--base-url", "nonsense"), "is not a URL"),
+        (("embed", "x", "--text-encoder", "magic"), "x not found"),
         (("evaluate", "--number", "1"), "number must be at least 2"),
     ],
 )

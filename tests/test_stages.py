@@ -164,7 +164,7 @@ def test_a_trial_runs_every_stage_draws_and_tells_the_time(data, tmp_path, capsy
     remove_trial(out)
     assert not out.exists()
     (out / "mine").mkdir(parents=True)
-    with pytest.raises(PokediffError, match="no earlier trial"):
+    with pytest.raises(PokediffError, match="not an earlier trial"):
         train(config, trial=True)
     assert (out / "mine").is_dir()
 
