@@ -172,6 +172,7 @@ def test_species_pages_old_and_new(heading):
     assert parse_species("<p>nothing</p>") == bulbapedia.Species(None, None, ())
 
 
+@pytest.mark.slow
 def test_the_saved_list(shared, monkeypatch):
     monkeypatch.setattr(bulbapedia, "EXPECTED_SPECIES", 1025)
     html = (shared / "bulbapedia" / "national_dex_2024-05.html").read_text(encoding="utf-8")

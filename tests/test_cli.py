@@ -181,6 +181,7 @@ def test_settings_of_a_file_are_overridden_by_options(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_command_draws_with_what_it_is_told(tiny_checkpoint, tmp_path, capsys):
     words = ["--checkpoint", str(tiny_checkpoint), "--size", "32", "--steps", "2", "-n", "2", "--animations", "apng"]
     main(["sample", "a red creature", *words, "--seed", "3", "--out", str(tmp_path / "a")])

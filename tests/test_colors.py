@@ -32,6 +32,7 @@ def test_colours_of_two_halves_and_of_nothing():
     assert main_colors(np.zeros((8, 8, 4), np.uint8)) == ()
 
 
+@pytest.mark.slow
 def test_measured_colours_agree_with_people_on_real_pictures(shared):
     from pokediff.data.records import read_records
 

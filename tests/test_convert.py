@@ -119,6 +119,7 @@ def draw_old(networks: dict[str, Denoiser], noise: DiffusionConfig, seed: int, t
     return run(scheduler, timesteps, x, small)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise_shift", [1.0, 2.0])
 def test_old_and_new_draw_the_same(converter, tiny_checkpoint, tmp_path, monkeypatch, capsys, noise_shift):
     noise = DiffusionConfig(noise_shift=noise_shift)

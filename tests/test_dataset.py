@@ -248,6 +248,7 @@ def test_translate_brings_in_nothing():
     assert translate(picture, 0, -2)[..., 0].tolist() == [[7, 8, 9], [0, 0, 0], [0, 0, 0]]
 
 
+@pytest.mark.slow
 def test_embed_writes_every_caption_and_training_uses_the_file(data, tmp_path, monkeypatch):
     folder = tmp_path / "d"
     shutil.copytree(data, folder)

@@ -137,6 +137,7 @@ def test_every_step_has_its_own_size_and_denoiser(studio):
     assert [one.denoiser for one in studio.evaluations(fast)] == ["fast-32"] * 2
 
 
+@pytest.mark.slow
 def test_the_files_of_a_drawing_draw_the_same_pictures_again(studio, downloads, tmp_path):
     config = studio.settings(
         prompt=("a red dragon",), num_images_per_prompt=2, seed=5, num_inference_steps=3, enlarge=2, background="pink"
@@ -497,6 +498,7 @@ def test_strokes_are_part_of_the_picture_or_a_mask():
             uploads.canvas_mask(empty)
 
 
+@pytest.mark.slow
 def test_a_program_draws_and_errors_are_sentences(demo):
     from gradio_client import Client
     from gradio_client.exceptions import AppError
@@ -545,6 +547,7 @@ def answer_of(url: str, joined: requests.Response) -> dict:
     return json.loads(rows[-1].removeprefix("data: "))[0]
 
 
+@pytest.mark.slow
 def test_every_client_gets_its_own_picture_and_a_full_queue_refuses(demo):
     alone = answer_of(demo.url, join(demo.url, 0))
     demo.gate.clear()
@@ -562,6 +565,7 @@ def test_every_client_gets_its_own_picture_and_a_full_queue_refuses(demo):
     assert answers[0]["png"] == alone["png"]
 
 
+@pytest.mark.slow
 def test_nobody_draws_for_a_client_that_has_left(demo, monkeypatch):
     counted = Studio.draw
 

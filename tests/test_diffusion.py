@@ -119,6 +119,7 @@ ALL = sorted(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_every_scheduler_of_diffusers_draws_a_gaussian_or_is_refused(name):
     pipe = pipeline_of(base=gaussian_denoiser())

@@ -46,6 +46,7 @@ def test_the_steps_are_spaced_as_the_sampler_spaces_them(steps):
     assert trailing(1000, steps).tolist() == sampler.timesteps.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_one_step_with_the_target_ends_where_the_teacher_ends(teacher, scale):
     """diffusers' DDIM in eight steps and two steps with the targets pass the same places; the refiner takes part."""

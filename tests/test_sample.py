@@ -104,6 +104,7 @@ def test_the_size_says_how_far_down_the_cascade(settings, size, side, large):
     assert facts(out)["settings"]["sampling"]["size"] == side
 
 
+@pytest.mark.slow
 def test_enlarged_on_a_background(settings):
     plain = sample(settings("plain"))
     big = sample(settings("big", enlarge=8, background="#ff00ff"))
@@ -157,6 +158,7 @@ def test_names_of_folders():
     assert len(slug("a very " * 30)) <= 40
 
 
+@pytest.mark.slow
 def test_an_earlier_drawing_is_replaced_whole_and_nothing_else(settings):
     out = sample(settings(save_frames=2, animations=("gif", "apng")))
     (out / "mine.png").write_bytes(b"kept")
@@ -226,6 +228,7 @@ def test_ctrl_c_later_keeps_the_batches_before(settings, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------- the same pictures
 
 
+@pytest.mark.slow
 def test_sample_json_draws_the_same_pictures_again(settings, tmp_path):
     first = sample(settings("a", seed=None, guidance_interval=(0.1, 5.0), sampler="euler_a", exact=True))
     again = read_settings(first / "sample.json")
@@ -291,6 +294,7 @@ def test_settings_from_something_else(tmp_path):
 # ------------------------------------------------------------------- img2img, inpainting, interpolation, variations
 
 
+@pytest.mark.slow
 def test_an_interpolation_ends_at_the_pictures_of_its_prompts(settings, tmp_path):
     ends = drawn(sample(settings("a", num_images_per_prompt=1, seed=3, exact=True)))
     out = sample(settings("b", num_images_per_prompt=1, seed=3, exact=True, interpolate=5, batch_size=2))
@@ -332,6 +336,7 @@ def image(tmp_path):
     return pixels
 
 
+@pytest.mark.slow
 def test_img2img_keeps_more_the_weaker_and_inpainting_keeps_the_rest(settings, image, tmp_path):
     options = dict(prompt=("a red creature",), image=str(tmp_path / "in.png"), num_images_per_prompt=1, size=64)
     (weak,) = drawn(sample(settings("weak", strength=0.34, **options)))

@@ -298,6 +298,7 @@ def test_the_thumbnail_serves_where_the_original_is_missing_and_what_is_gone_is_
     assert row["gone"]
 
 
+@pytest.mark.slow
 def test_nothing_bad_is_stored_and_failures_are_tried_again(wiki, tmp_path):
     wiki.special[original(NAMES[3])] = lambda h, n: h.answer(200, ARTWORK[:60] + bytes(500), "image/png")
     wiki.special[original(NAMES[4])] = lambda h, n: h.answer(200, b"<html>x</html>", "text/html")
@@ -314,6 +315,7 @@ def test_nothing_bad_is_stored_and_failures_are_tried_again(wiki, tmp_path):
     assert failures(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_picture_that_vanished_is_not_listed(wiki, tmp_path, capsys):
     assert scrape(wiki, tmp_path) == 0
     (tmp_path / "images" / "0003-creaturec.png").unlink()
@@ -348,6 +350,7 @@ def test_a_challenge_keeps_everything_and_the_next_run_completes(wiki, tmp_path,
     assert len(read_records(tmp_path)) == 12
 
 
+@pytest.mark.slow
 def test_options(wiki, tmp_path):
     assert scrape(wiki, tmp_path / "a", "--limit", "3", "--contact", "me@example.org") == 0
     assert len(read_records(tmp_path / "a")) == 3
@@ -392,6 +395,7 @@ def test_colours_are_added_to_an_old_journal(wiki, tmp_path):
     assert {record.colors for record in read_records(tmp_path)} == {("green",)}
 
 
+@pytest.mark.slow
 def test_pages_add_looks_and_families(wiki, tmp_path):
     page = """<a href="/wiki/Pok%C3%A9mon_category">Tiny Turtle Pokémon</a><h2 id="Biology">B</h2>
     <p>It is a small, blue, turtle-like creature with a brown shell.</p><h3 id="Evolution">E</h3>
@@ -420,11 +424,13 @@ def test_a_page_that_is_not_the_list_is_not_kept(wiki, tmp_path, capsys):
     assert not list((tmp_path / ".scrape").glob("list*"))
 
 
+@pytest.mark.slow
 def test_embeddings_are_written_too(wiki, tmp_path):
     assert command("--out", str(tmp_path), "--base-url", wiki.base, "--text-encoder", "builtin") == 0
     assert (tmp_path / "embeddings-builtin.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_an_encoder_out_of_reach_leaves_the_pictures(wiki, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     assert command("--out", str(tmp_path), "--base-url", wiki.base) == 2

@@ -78,6 +78,7 @@ def test_a_stopped_cascade_resumes_to_the_same_bits(cascade, data, tmp_path):
         assert same(weights(tmp_path / "run", name), weights(cascade, name)), name
 
 
+@pytest.mark.slow
 def test_no_stage_begins_after_the_limit(data, tmp_path, capsys):
     config = with_steps(tiny_config(data, tmp_path / "run", STAGES, max_minutes=1e-9), {"base-16": 1})
     out = train(config)
@@ -87,6 +88,7 @@ def test_no_stage_begins_after_the_limit(data, tmp_path, capsys):
     assert list(PokeDiffPipeline.from_pretrained(out).cascade) == ["base-16"]
 
 
+@pytest.mark.slow
 def test_one_stage_is_trained_again_and_the_others_stay(cascade, data, tmp_path):
     out = tmp_path / "copy"
     shutil.copytree(cascade, out)
@@ -255,6 +257,7 @@ def test_what_does_not_fit_the_base_is_named(cascade, data, tmp_path):
         train(replace(config, data=(str(tmp_path / "data"),), text_encoder="clip:other"))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:only the first")
 def test_it_trains_from_the_vectors_of_a_clip(tmp_path):
     """What the scraper writes by default: the vectors of an open_clip model, read from the file beside the data."""

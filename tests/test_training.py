@@ -72,6 +72,7 @@ def finished(data, tmp_path_factory) -> Path:
     return train(tiny_config(data, tmp_path_factory.mktemp("runs") / "tiny"))
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_it_promises(finished, data):
     for name in ("config.yaml", "run.json", "log.jsonl", "README.md", "model_index.json", "best/model_index.json"):
         assert (finished / name).is_file(), name
@@ -117,6 +118,7 @@ def test_a_run_is_not_overwritten(finished, data):
         train(tiny_config(data, finished))
 
 
+@pytest.mark.slow
 def test_resuming_equals_never_having_stopped(finished, data, tmp_path):
     config = tiny_config(data, tmp_path / "run")
     train(with_stage(config, max_steps=3))
