@@ -30,6 +30,8 @@ class DatasetConfig:
 
     channels: Literal["rgba", "rgb", "grey"] = "rgba"  # rgba: transparent; rgb: on white; grey: digits
     styles: dict[str, float] | None = None  # fraction of each style in the batches, others excluded (default: all)
+    kinds: dict[str, float] | None = None  # weight of each kind within its style; 1 for those not named
+    licenses: tuple[str, ...] | None = None  # use pictures of these licences only, e.g. CC0-1.0, CC-BY-[0-9]*
     flip: float = 0.3  # probability of a horizontal flip; augmentation parameters are inputs of the network
     shift: float = 0.3  # probability of a translation
     max_shift: float = 0.06  # largest translation, as a fraction of the picture's side
@@ -39,6 +41,8 @@ class DatasetConfig:
         _require(self.styles != {}, "dataset.styles", "must name a style, or be left out")
         for style, share in (self.styles or {}).items():
             _require(share > 0, f"dataset.styles.{style}", "must be positive: leave the style out instead")
+        for kind, weight in (self.kinds or {}).items():
+            _require(weight >= 0, f"dataset.kinds.{kind}", "must not be negative")
         for name in ("flip", "shift", "warp"):
             _require(0 <= getattr(self, name) <= 1, f"dataset.{name}", "must be a probability, 0 to 1")
         _require(0 <= self.max_shift < 0.5, "dataset.max_shift", "must be in [0, 0.5)")
@@ -184,7 +188,7 @@ class TrainConfig:
     out: str | None = None  # folder of the run (default: checkpoints/<name of the config>)
     base: str | None = None  # a checkpoint whose denoisers come before these stages and are not trained
     start_from: str | None = None  # a checkpoint: every stage starts from its denoiser of the same name
-    text_encoder: str = "builtin"  # builtin, clip:REPOSITORY or open_clip:ARCHITECTURE:TAG
+    text_encoder: str = "builtin"  # builtin, builtin:CHECKPOINT, clip:REPOSITORY or open_clip:ARCHITECTURE:TAG
     seed: int = 0
 
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
@@ -272,9 +276,10 @@ class SampleConfig:
     variation: float = 0.0  # variations: distance from the first picture of a prompt, 0 to 1 (0: independent seeds)
     interpolate: int = 0  # number of pictures from the first prompt to the last, also as interpolation.gif
     batch_size: int = 16  # pictures drawn at once; changes speed and memory
-    palette: str | None = None  # number of colours per picture, or a palette file (.gpl, .hex)
-    hard_alpha: bool | None = None  # make every pixel opaque or transparent (default: on for a pixel-art checkpoint)
+    palette: str | None = None  # number of colours per picture, or a palette file (.gpl, .hex); 14 for pixel sprites
+    hard_alpha: bool | None = None  # make every pixel opaque or transparent (default: on for pixel art)
     clean: bool = True  # remove specks beside the figure
+    raw: bool = False  # no post-processing: pictures as the denoisers leave them
     enlarge: int = 1  # integer scale of 0000.png ...; large/ holds copies of at least 256 px
     background: str | None = None  # a colour name or #rrggbb behind the pictures (default: transparent)
     animations: tuple[Literal["gif", "mp4", "apng"], ...] = ("gif",)  # formats of the denoising animation (first batch)
@@ -286,6 +291,8 @@ class SampleConfig:
         _positive(self, "", "num_images_per_prompt", "batch_size")
         _require(1 <= self.enlarge <= 64, "enlarge", "must be 1 to 64")
         _require(self.save_frames >= 0, "save_frames", "must not be negative")
+        post = self.palette is not None or self.hard_alpha is not None
+        _require(not (self.raw and post), "raw", "excludes palette and hard_alpha")
         _require(self.seed is None or 0 <= self.seed < 2**63, "seed", "must be a whole number from 0")
         _require(0 < self.strength <= 1, "strength", "must be above 0 and at most 1")
         _require(0 <= self.variation <= 1, "variation", "must be in [0, 1]")

@@ -8,6 +8,7 @@ from pokediff.drawing.pixelart import (
     apply_palette,
     finish,
     harden,
+    is_pixel_prompt,
     pick_palette,
     read_palette,
     remove_faint,
@@ -122,3 +123,10 @@ def test_bad_palette_files_are_named(tmp_path, name, text, words):
 def test_bad_numbers_and_missing_files_are_named(text):
     with pytest.raises(PokediffError, match="palette"):
         read_palette(text)
+
+
+def test_pixel_prompts():
+    for prompt in ("pixel sprite of a cat", "a red dragon, pixel art", "Pixel tiles of water", "a tiny pixel-art owl"):
+        assert is_pixel_prompt(prompt)
+    for prompt in ("", "flat emoji of a cat", "a pixelated cat", "official artwork of a blue creature"):
+        assert not is_pixel_prompt(prompt)

@@ -126,6 +126,28 @@ def test_draw_marks_its_last_frame_and_finishes_it_alone(settings, tiny_pipe):
     np.testing.assert_array_equal(last.x0, frames[-1].x0)
 
 
+def test_a_prompt_for_pixel_art_ends_in_hard_edges_and_few_colours(settings, tiny_pipe):
+    jobs = [Job("pixel sprite of a red creature", 1), Job("a red creature", 1)]
+
+    def last(**changes) -> np.ndarray:
+        *_, frame = sampling.draw(tiny_pipe, jobs, settings(size=64, **changes))
+        np.testing.assert_array_equal(frame.x, drawn)
+        return frame.x0
+
+    *_, frame = sampling.draw(tiny_pipe, jobs, settings(size=64))
+    drawn, (sprite, other) = frame.x, frame.x0
+    assert set(np.unique(sprite[..., 3])) <= {0, 255}
+    assert len(np.unique(sprite.reshape(-1, 4), axis=0)) <= 15
+    assert len(np.unique(other.reshape(-1, 4), axis=0)) > 50
+    raw = last(raw=True)
+    np.testing.assert_array_equal(raw, drawn)
+    assert len(np.unique(raw[0].reshape(-1, 4), axis=0)) > 50
+    assert len(np.unique(last(palette="4")[0].reshape(-1, 4), axis=0)) <= 5
+    assert len(np.unique(last(hard_alpha=False)[0][..., 3])) > 2
+    with pytest.raises(PokediffError, match="raw"):
+        settings(raw=True, palette="4")
+
+
 # ------------------------------------------------------------------------------------------------------- the folder
 
 

@@ -99,6 +99,7 @@ def settings_controls(studio: Studio) -> Controls:
         random = gr.Checkbox(True, label="A random seed for every drawing", info="Off: the seed above.")
         sampling, sampler, interval = sampling_controls(studio), sampler_choice(), interval_boxes()
         enlarge = gr.Slider(1, LIMITS.enlarge, 8, step=1, label="Enlarge", info="Scale of the downloaded pictures.")
+        raw = gr.Checkbox(False, label="Raw", info="No post-processing: as the denoisers leave the picture.")
         transparent = gr.Checkbox(True, label="Transparent background", info="Off: the colour below.")
         color = gr.ColorPicker("#ffffff", label="Background colour")
     dice.click(None, None, seed, js=f"() => Math.floor(Math.random() * {LIMITS.seed})", **AT_ONCE)
@@ -112,6 +113,7 @@ def settings_controls(studio: Studio) -> Controls:
         "sampler": sampler,
         **interval,
         "enlarge": enlarge,
+        "raw": raw,
         "transparent": transparent,
         "color": color,
     }

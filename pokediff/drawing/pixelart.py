@@ -17,8 +17,14 @@ from pokediff.data.records import read_text
 from pokediff.errors import PokediffError
 
 MAX_COLORS = 256
+PIXEL_COLORS = 14  # of a drawn pixel sprite: the median of real ones of 64 px is 13 to 15 (docs/LOG.md)
 FAINT = 3  # of 255: alpha below is invisible, but disturbs trimming and counting
 SPECK_SHARE = 0.004  # of the picture's pixels: smaller islands are specks (4 pixels at 32 px, 16 at 64 px)
+
+
+def is_pixel_prompt(prompt: str) -> bool:
+    """Does the prompt ask for pixel art ("pixel sprite of a dragon", "a dragon, pixel art")?"""
+    return re.search(r"\bpixel[- ]?(art|sprite|tile|icon)s?\b", prompt, re.IGNORECASE) is not None
 
 
 def remove_faint(rgba: np.ndarray) -> np.ndarray:

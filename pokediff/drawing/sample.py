@@ -19,7 +19,7 @@ from pokediff.data.colors import cut_backdrop
 from pokediff.data.images import BadImage, composite, fit_square, from_model, parse_color, read_image
 from pokediff.drawing.export import is_exported, load_exported
 from pokediff.drawing.jobs import Job, make_jobs, read_prompts
-from pokediff.drawing.pixelart import finish, read_palette
+from pokediff.drawing.pixelart import PIXEL_COLORS, finish, is_pixel_prompt, read_palette
 from pokediff.drawing.sheets import Frame, checkpoint_folder, write_drawing
 from pokediff.errors import PokediffError
 from pokediff.model.denoiser import compile_network
@@ -55,8 +55,9 @@ def sample(config: SampleConfig) -> Path:
 
 def resolved(config: SampleConfig, pipeline: PokeDiffPipeline) -> SampleConfig:
     """`config` with the checkpoint's defaults in place of None."""
-    hard_alpha = pipeline.config.pixel_art if config.hard_alpha is None else config.hard_alpha
-    return replace(config, sampling=pipeline.resolved(config.sampling), hard_alpha=hard_alpha)
+    if pipeline.config.pixel_art and config.hard_alpha is None and not config.raw:
+        config = replace(config, hard_alpha=True)
+    return replace(config, sampling=pipeline.resolved(config.sampling))
 
 
 def batches(
@@ -102,17 +103,28 @@ def draw(
     for step in pipeline.denoise(text, seeds, config.sampling, noise=noise, **init):
         if step.denoiser is None:
             pictures = from_model(step.x0)
-            yield Frame(pictures, np.stack([finishing(picture) for picture in pictures]), 0.0)
+            finished = [finishing(picture, job.prompt) for picture, job in zip(pictures, jobs, strict=True)]
+            yield Frame(pictures, np.stack(finished), 0.0)
         elif every:
             yield Frame(from_model(step.x), from_model(step.x0), step.sigma)
 
 
-def make_finish(config: SampleConfig) -> Callable[[np.ndarray], np.ndarray]:
-    """The post-processing of a picture, straight RGBA (S, S, 4). Inpainting removes no specks, since pixels outside the
-    mask must not change.
+def make_finish(config: SampleConfig) -> Callable[[np.ndarray, str], np.ndarray]:
+    """The post-processing of a picture, straight RGBA (S, S, 4), and its prompt. A prompt for pixel art ends in hard
+    alpha and few colours, unless told otherwise. Inpainting changes nothing by itself outside the mask: it removes no
+    specks and keeps the colours.
     """
     palette = read_palette(config.palette) if config.palette else None
-    return lambda picture: finish(picture, palette, bool(config.hard_alpha), config.clean and not config.mask)
+
+    def finish_one(picture: np.ndarray, prompt: str) -> np.ndarray:
+        if config.raw:
+            return picture
+        pixel = is_pixel_prompt(prompt) and not config.mask
+        colors = PIXEL_COLORS if pixel and palette is None else palette
+        hard = pixel if config.hard_alpha is None else config.hard_alpha
+        return finish(picture, colors, hard, config.clean and not config.mask)
+
+    return finish_one
 
 
 def read_init_image(config: SampleConfig) -> dict[str, Any]:

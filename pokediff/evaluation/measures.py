@@ -16,6 +16,7 @@ from pokediff.config import EvaluateConfig
 from pokediff.data.dataset import Pictures
 from pokediff.data.images import composite
 from pokediff.data.records import write_whole
+from pokediff.drawing.pixelart import PIXEL_COLORS, finish, is_pixel_prompt
 from pokediff.errors import PokediffError
 from pokediff.evaluation import copies, distances, looks, prompts
 from pokediff.evaluation.classifiers import two_sample_hits
@@ -240,11 +241,14 @@ def measure_styles(report: Report, grid: Sequence[prompts.ColorPrompt], drawn: n
             theirs = "none" if true is None else f"{measure(true).mean():.3g}"
             row[f"{name} (real)"] = f"{measure(drawn[mine]).mean():.3g} ({theirs})"
         rows.append({**row, "n real": len(pictures)})
-        if "pixel" in (phrase := prompts.style_phrase(style)):
+        if is_pixel_prompt(phrase := prompts.style_phrase(style)):
+            finished = np.stack([finish(picture, PIXEL_COLORS, hard_alpha=True) for picture in drawn[mine]])
             for name, measure in (("colours", looks.palette_size), ("length of runs of one colour", looks.run_length)):
                 value = None if true is None else float(measure(true).mean())
-                estimate = mean_estimate(measure(drawn[mine]))
-                report.add("Pixel art", f"{name}, {phrase}", estimate, int(mine.sum()), real=value)
+                for words, pictures in ((phrase, drawn[mine]), (f"{phrase}, as `sample` saves it", finished)):
+                    report.add(
+                        "Pixel art", f"{name}, {words}", mean_estimate(measure(pictures)), len(pictures), real=value
+                    )
     report.tables["styles"] = rows
 
 
