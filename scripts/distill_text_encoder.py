@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from pokediff.data.captions import SHAPES, STYLES, captions_of
 from pokediff.data.colors import COLOR_ANCHORS, color_name, is_typical
 from pokediff.data.images import parse_color
-from pokediff.data.records import read_records, split_of
+from pokediff.data.records import has_license, read_records, split_of
 from pokediff.errors import PokediffError, one_line_errors
 from pokediff.model.text import BUILTIN_FOLDER
 
@@ -148,12 +148,19 @@ def compose(rng: random.Random, words: Sequence[str], shades: Mapping[str, str])
     return re.sub(r"=\w+", "", marked), re.sub(r"\S+=", "", marked)
 
 
-def corpus(data: Path, words: Sequence[str], shades: Mapping[str, str], composed: int, seed: int) -> dict[str, str]:
+def corpus(
+    data: Sequence[Path],
+    licenses: Sequence[str],
+    words: Sequence[str],
+    shades: Mapping[str, str],
+    composed: int,
+    seed: int,
+) -> dict[str, str]:
     """{text: the same with basic colours}: captions, texts of the training families, words, made-up sentences."""
     rng = random.Random(seed)
     texts = {"": ""}  # the empty prompt is the null condition
-    for record in read_records(data):
-        if split_of(record) == "train":
+    for record in itertools.chain.from_iterable(map(read_records, data)):
+        if split_of(record) == "train" and (not licenses or has_license(record, licenses)):
             several = (
                 *captions_of(record),
                 *captions_of(record, rng.sample(list(COLOR_ANCHORS), 2)),
@@ -296,7 +303,8 @@ def _epoch(ids: Sequence[Sequence[int]], batch_size: int, rng: random.Random) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="a data set folder, for its captions and texts")
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="data set folders: captions and texts")
+    parser.add_argument("--licenses", nargs="*", default=(), help="use rows of these licences only (shell patterns)")
     parser.add_argument(
         "--out", type=Path, default=BUILTIN_FOLDER, help="gets text_encoder/ and tokenizer/ (default: %(default)s)"
     )
@@ -307,7 +315,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     args = parser.parse_args()
     teacher = load_teacher()
-    pairs = corpus(args.data, teacher_words(), survey_shades(), args.composed, args.seed)
+    pairs = corpus(args.data, args.licenses, teacher_words(), survey_shades(), args.composed, args.seed)
     texts, shaded = list(pairs), [text for text, basic in pairs.items() if text != basic]
     print(f"the teacher reads {len(texts):,} texts, {len(shaded):,} of them with shades", flush=True)
     targets = teacher(texts)

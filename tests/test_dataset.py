@@ -22,7 +22,7 @@ from pokediff.data.dataset import (
     warp,
 )
 from pokediff.data.images import fit_square, premultiply, read_image, unpremultiply
-from pokediff.data.records import picture_bytes, read_records, split_of, write_records
+from pokediff.data.records import Record, picture_bytes, read_records, split_of, write_records
 from pokediff.errors import PokediffError
 from pokediff.model.text import load_embeddings
 
@@ -240,6 +240,35 @@ def test_styles_get_their_shares(pictures):
     share = sum(chance for chance, record in zip(chances, pictures.records, strict=True) if record.style == "sprite")
     assert share == pytest.approx(0.75)
     assert draw_chances(pictures.records, None) == pytest.approx(np.full(80, 1 / 80))
+
+
+def test_kinds_weigh_within_a_style():
+    records = [
+        Record(f"{style}-{kind}-{n}.png", style=style, kind=kind)
+        for style, kind, number in (("flat", "animal", 2), ("flat", "object", 6), ("tile", "animal", 5))
+        for n in range(number)
+    ]
+    chances = draw_chances(records, {"flat": 0.4, "tile": 0.6}, {"animal": 3.0})
+    assert chances[:2].sum() == pytest.approx(0.4 * 6 / 12)
+    assert chances[2:8].sum() == pytest.approx(0.4 * 6 / 12)
+    assert chances[8:].sum() == pytest.approx(0.6)
+    assert draw_chances(records, None, {"object": 0.0})[2:8].sum() == 0
+    with pytest.raises(PokediffError, match="no picture"):
+        draw_chances(records, None, {"animal": 0.0, "object": 0.0})
+
+
+def test_pictures_of_other_licences_are_left_out(data, tmp_path):
+    shutil.copytree(data, tmp_path / "d")
+    licenses = ("CC0-1.0", "CC-BY-4.0", "CC-BY-SA-4.0", None)
+    records = [replace(record, license=licenses[n % 4]) for n, record in enumerate(read_records(tmp_path / "d"))]
+    write_records(tmp_path / "d", records)
+    said: list[str] = []
+    kept = load_pictures(tmp_path / "d", 16, report=said.append, licenses=("CC0-1.0", "CC-BY-[0-9]*"))
+    assert {record.license for record in kept.records} == {"CC0-1.0", "CC-BY-4.0"}
+    assert len(kept) == 40
+    assert "licences: 40 of 80 pictures are used" in said
+    with pytest.raises(PokediffError, match=r"no pictures of licence MIT; it has: .*CC-BY-4\.0"):
+        load_pictures(tmp_path / "d", 16, licenses=("MIT",))
 
 
 def test_translate_brings_in_nothing():

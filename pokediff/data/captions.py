@@ -113,7 +113,7 @@ def captions_of(record: Record, colors: Sequence[str] = ()) -> tuple[str, ...]:
 
 def _species_captions(record: Record, colors: Sequence[str]) -> list[str]:
     """From style, colours, shape, types, genus and descriptions, without the name."""
-    style = _style(record)
+    style = style_of(record)
     shapes = SHAPES.get(record.shape, (record.shape.replace("-", " "),)) if record.shape else ()
     types = [kind.lower() for kind in record.types]
     genus = re.sub(r"\s*pok[ée]mon$", "", record.genus or "", flags=re.IGNORECASE).lower()
@@ -142,8 +142,8 @@ def _species_captions(record: Record, colors: Sequence[str]) -> list[str]:
 def _thing_captions(record: Record, colors: Sequence[str]) -> list[str]:
     """From style, colours, name, genus, kind and keywords: "flat emoji of a brown cow", "a cow", "a brown animal"."""
     rng = random.Random(record.file_name)
-    style = _style(record)
-    subject, genus, keywords = _subject(record), _genus(record), _keywords(record)
+    style = style_of(record)
+    subject, genus, keywords = subject_of(record), genus_of(record), _keywords(record)
     noun = record.kind or NOUNS[0]
     thing = subject or genus or noun
     new = [color for color in colors if color not in re.findall(r"\w+", thing)]  # not "a black black cat"
@@ -167,13 +167,13 @@ def _thing_captions(record: Record, colors: Sequence[str]) -> list[str]:
     return made
 
 
-def _style(record: Record) -> str:
+def style_of(record: Record) -> str:
     """The words of the style in a prompt."""
     style = record.style or ""
     return STYLES.get(style, style.replace("-", " "))
 
 
-def _subject(record: Record) -> str:
+def subject_of(record: Record) -> str:
     """What the thing is called, in lower case; "" when it has no name."""
     name = re.sub(r" \d+$|(?<=[a-z]{3})\d+$", "", _plain(record.name))  # "climb2" is the second picture of a thing
     name = name.replace(": ", " with ")  # "woman: red hair"
@@ -184,7 +184,7 @@ def _plain(text: str | None) -> str:
     return (text or "").lower().replace("’", "'").strip()
 
 
-def _genus(record: Record) -> str:
+def genus_of(record: Record) -> str:
     """The words of the genus, each once, in lower case; "" when it describes the style of the source."""
     text = _plain(record.genus)
     if re.search(r"\bstyle\b", text):
@@ -209,7 +209,7 @@ def _keywords(record: Record) -> list[str]:
         elif re.search(r"[.!?]", text) or (len(parts) == 1 and len(text.split()) > 2):
             continue
         found += [part for part in parts if part and len(part.split()) <= 3]
-    subject = set(re.findall(r"\w+", _subject(record)))
+    subject = set(re.findall(r"\w+", subject_of(record)))
     return [word for word in dict.fromkeys(found) if not subject.issuperset(re.findall(r"\w+", word))]
 
 

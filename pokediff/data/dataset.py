@@ -10,7 +10,7 @@ import hashlib
 import math
 import os
 import tempfile
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ from pokediff.config import DatasetConfig
 from pokediff.data.captions import STYLES, captions_of, shared_captions
 from pokediff.data.colors import measured_colors
 from pokediff.data.images import BadImage, fit_square, read_image, unpremultiply
-from pokediff.data.records import Record, Split, picture_bytes, read_records, split_of
+from pokediff.data.records import Record, Split, has_license, picture_bytes, read_records, split_of
 from pokediff.errors import PokediffError
 from pokediff.model.text import (
     TextEncoder,
@@ -127,9 +127,10 @@ def load_pictures(
     report: Callable[[str], Any] = print,
     progress: Progress = no_progress,
     limit: int | None = None,
+    licenses: Sequence[str] | None = None,
 ) -> Pictures:
-    """Decode one data set, or several as one (of these styles only, if given), at image_size px; with `limit`, about
-    that many pictures, spread evenly over each split.
+    """Decode one data set, or several as one (of these styles and licences only, if given), at image_size px; with
+    `limit`, about that many pictures, spread evenly over each split. `licenses` are shell patterns ("CC-BY-[0-9]*").
 
     `report` gets a line that says where the captions come from, one for every broken picture, which is skipped, and
     one for styles of `captions.STYLES` that do not occur. Raises PokediffError when more than BROKEN_SHARE are
@@ -138,6 +139,8 @@ def load_pictures(
     folders = folder_list(folders)
     name = " and ".join(map(str, folders))
     records = [record for folder in folders for record in read_records(folder, report)]
+    if licenses is not None:
+        records = _of_licenses(records, licenses, name, report)
     if styles is not None:
         records = _of_styles(records, set(styles), name, report)
     if limit is not None and limit < len(records):
@@ -171,6 +174,18 @@ def load_pictures(
         raise PokediffError(f"{len(broken)} of {len(records)} pictures in {name} are broken, the first is {broken[0]}")
     kept_records, captions_of_all = zip(*kept, strict=True)
     return Pictures(kept_records, Rows(store, np.arange(len(kept))), captions_of_all, digest.hexdigest())
+
+
+def _of_licenses(
+    records: list[Record], patterns: Sequence[str], name: str, report: Callable[[str], Any]
+) -> list[Record]:
+    """The records whose licence one of the shell patterns matches; a picture without a licence is left out."""
+    kept = [record for record in records if has_license(record, patterns)]
+    if not kept:
+        it_has = ", ".join(sorted({record.license or "(none)" for record in records}))
+        raise PokediffError(f"{name} has no pictures of licence {', '.join(patterns)}; it has: {it_has}")
+    report(f"licences: {len(kept)} of {len(records)} pictures are used")
+    return kept
 
 
 def _of_styles(records: list[Record], wanted: set[str], name: str, report: Callable[[str], Any]) -> list[Record]:
@@ -320,7 +335,7 @@ class TrainingBatches(torch.utils.data.Dataset):
         self.batch_size, self.caption_dropout, self.seed = batch_size, caption_dropout, seed
         self.augment_dim = augment_dim
         self.mine = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
-        self.chances = np.cumsum(draw_chances(pictures.records, config.styles))
+        self.chances = np.cumsum(draw_chances(pictures.records, config.styles, config.kinds))
 
     def __getitem__(self, step: int) -> Batch:
         rng = np.random.default_rng([self.seed, step])
@@ -356,13 +371,26 @@ class TrainingBatches(torch.utils.data.Dataset):
         return Batch(torch.from_numpy(np.stack(pixels)), self.vectors.table[rows], augment)
 
 
-def draw_chances(records: Sequence[Record], shares: Mapping[str, float] | None) -> np.ndarray:
-    """(N,) sampling probabilities of pictures: equal, or so that each style has its fraction of the batches."""
-    if shares is None:
-        return np.full(len(records), 1 / len(records))
-    count = Counter(record.style for record in records)
-    chances = np.array([shares[record.style or ""] / count[record.style] for record in records])
-    return chances / chances.sum()
+def draw_chances(
+    records: Sequence[Record], shares: Mapping[str, float] | None, kinds: Mapping[str, float] | None = None
+) -> np.ndarray:
+    """(N,) sampling probabilities of pictures: proportional to the weights of their kinds (1 where `kinds` has none),
+    and with `shares` so that each style has its fraction of the batches.
+    """
+    weights = np.array([(kinds or {}).get(record.kind or "", 1.0) for record in records])
+    if shares is not None:
+        total: dict[str | None, float] = defaultdict(float)
+        for record, weight in zip(records, weights, strict=True):
+            total[record.style] += weight
+        weights = np.array(
+            [
+                shares[record.style or ""] * weight / (total[record.style] or 1)
+                for record, weight in zip(records, weights, strict=True)
+            ]
+        )
+    if not weights.sum() > 0:
+        raise PokediffError("dataset.kinds leaves no picture with a positive weight")
+    return weights / weights.sum()
 
 
 def translate(pixels: np.ndarray, right: int, down: int) -> np.ndarray:

@@ -9,6 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -165,6 +166,11 @@ def read_records(folder: str | Path, report: Callable[[str], Any] = lambda _: No
 def picture_bytes(record: Record) -> bytes:
     """The file of a record's picture. Raises OSError when it cannot be read."""
     return layouts.picture_bytes(Path(record.root), record.file_name)
+
+
+def has_license(record: Record, patterns: Iterable[str]) -> bool:
+    """Is its licence one of these shell patterns ("CC0-1.0", "CC-BY-[0-9]*")? A picture without one has none."""
+    return any(fnmatchcase(record.license or "", pattern) for pattern in patterns)
 
 
 def _named_by_file(record: Record) -> Record:

@@ -71,8 +71,11 @@ class ClipTextEncoder:
         return cls(model.float(), tokenizer, name)
 
     @classmethod
-    def builtin(cls, _details: str) -> ClipTextEncoder:
-        return cls.from_folder(BUILTIN_FOLDER, "builtin")
+    def builtin(cls, checkpoint: str) -> ClipTextEncoder:
+        """`builtin`: the encoder of the default checkpoint; `builtin:creatures`: that of another shipped one."""
+        if not checkpoint:
+            return cls.from_folder(BUILTIN_FOLDER, "builtin")
+        return cls.from_folder(shipped("checkpoints", checkpoint), f"builtin:{checkpoint}")
 
     @classmethod
     def from_hub(cls, repository: str) -> ClipTextEncoder:
@@ -170,7 +173,7 @@ ENCODERS: dict[str, Callable[[str], TextEncoder]] = {
 
 
 def load_text_encoder(name: str) -> TextEncoder:
-    """An encoder by its name: "builtin", "clip:REPOSITORY", "open_clip:ARCHITECTURE:TAG".
+    """An encoder by its name: "builtin", "builtin:CHECKPOINT", "clip:REPOSITORY", "open_clip:ARCHITECTURE:TAG".
 
     Raises PokediffError, in one line that names the alternative, for an unknown kind and files that cannot be reached.
     """

@@ -85,7 +85,7 @@ def prepare(run: Run, name: str, state: Path | None = None) -> Stage:
     config, stage, accelerator = run.config, run.config.stages[name], run.accelerator
     dataset = replace(config.dataset, styles=stage.styles or config.dataset.styles)
     pictures = load_pictures(
-        config.data, stage.image_size, dataset.styles, report=run.say, progress=run.bar, limit=run.sample
+        config.data, stage.image_size, dataset.styles, run.say, run.bar, limit=run.sample, licenses=dataset.licenses
     )
     training, validation = pictures.split("train"), pictures.split("validation").spread(VALIDATION_PICTURES)
     training = training.with_shared_captions()
@@ -199,7 +199,7 @@ def with_denoiser(run: Run, name: str, denoiser: Any) -> PokeDiffPipeline:
 
 def new_pipeline(cascade: Cascade, schedule: DDPMScheduler, config: TrainConfig) -> PokeDiffPipeline:
     """A pipeline of these denoisers. Only the built-in text encoder is part of it; others are loaded by name."""
-    encoder = load_text_encoder(config.text_encoder) if config.text_encoder == "builtin" else None
+    encoder = load_text_encoder(config.text_encoder) if config.text_encoder.startswith("builtin") else None
     model, tokenizer = (encoder.model, encoder.tokenizer) if isinstance(encoder, ClipTextEncoder) else (None, None)
     sampler = DPMSolverMultistepScheduler.from_config(schedule.config)
     return PokeDiffPipeline(cascade, sampler, model, tokenizer, config.text_encoder, config.pixel_art)

@@ -3,6 +3,7 @@
 A run's folder is a pipeline folder (the newest averaged weights, fp16) with beside it
 
     config.yaml run.json log.jsonl       the configuration, facts of machine and stages, the curves
+    words.json ATTRIBUTION.md            words that the training pictures share, and whose pictures they are
     previews/ tensorboard/               fixed prompts at chosen steps, PNG and GIF; the curves again
     best/                                the weights with the lowest validation loss, as a part of this checkpoint
     state/base-32/step-00012000/         what resuming a stage needs, the newest two
@@ -33,6 +34,7 @@ from torch import nn
 from pokediff import __version__
 from pokediff.config import TrainConfig, dump_yaml, from_values, plain
 from pokediff.data.files import write_whole
+from pokediff.data.vocabulary import FEWEST_PICTURES, Words, attribution, vocabulary
 from pokediff.errors import PokediffError
 from pokediff.model.cascade import LIST, Cascade, write_list
 from pokediff.model.checkpoint import INDEX, write_part_index
@@ -40,6 +42,7 @@ from pokediff.model.checkpoint import INDEX, write_part_index
 if TYPE_CHECKING:
     from pokediff.training.build import Run, Stage
 
+WORDS, ATTRIBUTION = "words.json", "ATTRIBUTION.md"
 KEEP_STATES = 2
 OVERFIT_ROWS, OVERFIT_FACTOR = 3, 1.005  # consecutive validations, and their factor above the lowest loss
 # Settings that a resumed stage cannot change.
@@ -136,6 +139,7 @@ def begin(run: Run, stage: Stage) -> None:
     if step:
         report["stages"][stage.name] = {key: value for key, value in facts.items() if key != "finished"}
     write_facts(run.out, report)
+    describe_pictures(run, stage)
     for state in states(run.out, stage.name):
         if steps_of(state) > step:
             _remove(state)
@@ -232,7 +236,9 @@ def publish(run: Run, stage: Stage) -> None:
     facts = {"steps": progress.step, "images_seen": progress.images_seen, "validation_loss": progress.validation_loss}
     report.setdefault("stages", {}).setdefault(stage.name, {}).update({**stage.facts, **facts})
     write_facts(run.out, report)
-    write_whole(run.out / "README.md", model_card(run.config, report["stages"]))
+    attributed = (run.out / ATTRIBUTION).is_file()
+    card = model_card(run.config, report["stages"], read_words(run.out), attributed)
+    write_whole(run.out / "README.md", card)
 
 
 def publish_denoiser(stage: Stage, folder: Path, base: str | None) -> None:
@@ -271,8 +277,13 @@ def _replace(folder: Path, save: Callable[[Path], Any]) -> None:
     shutil.rmtree(temporary)
 
 
-def model_card(config: TrainConfig, stages: dict[str, dict[str, Any]]) -> str:
-    """The model card (README.md) of a checkpoint: training data and measured losses."""
+def model_card(config: TrainConfig, stages: dict[str, dict[str, Any]], words: Words, attributed: bool) -> str:
+    """The model card (README.md) of a checkpoint: training data, measured losses, known words. `attributed`: whether
+    ATTRIBUTION.md lies beside it.
+    """
+    rights = "Whose pictures those were, and what that allows, is for its user to check."
+    if attributed:
+        rights = f"Whose pictures those were, and under which licences, is listed in {ATTRIBUTION}."
     styles = ", ".join(config.dataset.styles) if config.dataset.styles else "all"
     rows = "\n".join(
         f"| {name} | {facts['parameters'] / 1e6:.1f} M | {facts['training_pictures']} | {facts['steps']} | "
@@ -304,8 +315,17 @@ pipe("a blue water turtle", seed=7).images[0].save("turtle.png")
 Styles: {styles}. Text encoder: {config.text_encoder}. Data are split by family; validation and test families were not
 trained on. The loss is that of v, of the averaged weights.
 
-A model may resemble its training pictures. Whose pictures those were, and what that allows, is for its user to check.
+{word_list(words)}
+A model may resemble its training pictures. {rights}
 """
+
+
+def word_list(words: Words) -> str:
+    """A paragraph for each group of words, for a model card."""
+    if not words:
+        return ""
+    groups = "\n\n".join(f"**{group}**: {', '.join(known)}" for group, known in words.items())
+    return f"Words that at least {FEWEST_PICTURES} training pictures share, the most frequent first:\n\n{groups}\n"
 
 
 # ------------------------------------------------------------------------------------------------- facts and curves
@@ -330,6 +350,24 @@ def describe(run: Run) -> None:
     }
     write_whole(run.out / "config.yaml", dump_yaml(config))
     write_facts(run.out, facts)
+
+
+def describe_pictures(run: Run, stage: Stage) -> None:
+    """Write words.json and, where the data set names authors or licences, ATTRIBUTION.md. Later stages may use fewer
+    pictures, so only the first stage writes them.
+    """
+    if stage.name != next(iter(run.config.stages)):
+        return
+    records = stage.batches.pictures.records
+    write_whole(run.out / WORDS, json.dumps(vocabulary(records), indent=1, ensure_ascii=False) + "\n")
+    if text := attribution(records):
+        write_whole(run.out / ATTRIBUTION, text)
+
+
+def read_words(folder: Path) -> Words:
+    """words.json of a checkpoint, {} where there is none."""
+    path = folder / WORDS
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def read_facts(out: Path) -> dict[str, Any]:

@@ -1,0 +1,71 @@
+"""What a model can know: the words that enough of its training pictures share, and whose pictures they are."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+from pokediff.data.captions import SHAPES, genus_of, style_of, subject_of
+from pokediff.data.records import Record
+
+FEWEST_PICTURES = 30  # a word of fewer pictures is hardly learnt
+PLURALS = {"person": "people"}  # of the kinds
+NO_WORDS = frozenset("a an and as at by for from in into its lot no non not of off on or out the to up with".split())
+
+Words = dict[str, dict[str, int]]
+
+
+def vocabulary(records: Sequence[Record], fewest: int = FEWEST_PICTURES) -> Words:
+    """The words of prompts by group, each with the number of pictures that have it, the most frequent first; only those
+    of at least `fewest` pictures.
+
+    Groups: styles, colors, bodies, types, genera (of species), and one for each kind of thing: animals, monsters,
+    people, faces, plants, objects. A word of a name belongs to the kind of most of its pictures.
+    """
+    groups: dict[str, Counter[str]] = defaultdict(Counter)
+    kinds: dict[str, Counter[str]] = defaultdict(Counter)
+    for record in records:
+        groups["styles"].update(filter(None, [style_of(record)]))
+        groups["colors"].update(set(record.colors))
+        if record.is_species:
+            groups["bodies"].update(SHAPES.get(record.shape or "", ())[:1])
+            groups["types"].update(kind.lower() for kind in set(record.types))
+            groups["genera"].update(_words(re.sub(r"pok[ée]mon", "", genus_of(record))))
+        else:
+            for word in _words(subject_of(record)):
+                kinds[word][record.kind or "thing"] += 1
+    for word, of_kinds in kinds.items():
+        kind = of_kinds.most_common(1)[0][0]
+        groups[PLURALS.get(kind, f"{kind}s")][word] = of_kinds.total()
+    known = {group: {word: n for word, n in count.most_common() if n >= fewest} for group, count in groups.items()}
+    return {group: words for group, words in known.items() if words}
+
+
+def _words(text: str) -> set[str]:
+    return {word for word in re.findall(r"[a-zà-ÿ]{2,}", text.lower()) if word not in NO_WORDS}
+
+
+def attribution(records: Sequence[Record]) -> str:
+    """ATTRIBUTION.md: author, licence, origin and number of the pictures, the largest share first; "" when no row says
+    any of the three.
+    """
+    rows = Counter((r.author or "unknown", r.license or "unknown", r.source_url or r.source or "") for r in records)
+    if all(row == ("unknown", "unknown", "") for row in rows):
+        return ""
+    lines = "\n".join(
+        f"| {_cell(author)} | {_cell(license)} | {_cell(origin)} | {number} |"
+        for (author, license, origin), number in sorted(rows.items(), key=lambda item: (-item[1], item[0]))
+    )
+    return f"""# Attribution
+
+The {len(records):,} pictures that this model was trained on, from the rows of its data set.
+
+| author | licence | origin | pictures |
+| --- | --- | --- | --- |
+{lines}
+"""
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pokediff.data.records import Record, has_license
+from pokediff.data.vocabulary import attribution, vocabulary
+
+
+def things(number: int, **fields) -> list[Record]:
+    return [Record(f"{fields['name']}-{fields.get('style')}-{index}.png", **fields) for index in range(number)]
+
+
+def test_words_of_things_belong_to_the_kind_of_most_of_their_pictures():
+    records = [
+        *things(20, name="red fox", kind="animal", style="emoji-flat", colors=("red",)),
+        *things(10, name="fox face", kind="face", style="emoji-flat", colors=("orange", "white")),
+        *things(30, name="woman with a hat", kind="person", style="pixel-tile"),
+        *things(29, name="newt", kind="animal", style="pixel-tile"),
+    ]
+    words = vocabulary(records)
+    assert words["animals"] == {"fox": 30}  # red: 20 pictures, newt: 29
+    assert words["people"] == {"woman": 30, "hat": 30}
+    assert words["styles"] == {"pixel tile": 59, "flat emoji": 30}
+    assert "colors" not in words
+    assert "faces" not in words
+    assert vocabulary(records, fewest=10)["colors"] == {"red": 20, "orange": 10, "white": 10}
+
+
+def test_species_have_bodies_types_and_genera_and_no_names():
+    records = [
+        Record(f"{n}.png", dex=n, name="Foo", shape="wings", types=("Fire", "Flying"), genus="Flame Pokémon")
+        for n in range(1, 31)
+    ]
+    words = vocabulary(records)
+    assert words == {"bodies": {"winged": 30}, "types": {"fire": 30, "flying": 30}, "genera": {"flame": 30}}
+    assert "foo" not in json.dumps(words).lower()
+
+
+def test_attribution_names_author_licence_and_origin_once_each():
+    records = [
+        *things(3, name="fox", author="Ann | Bob", license="CC-BY-4.0", source_url="example.org/foxes"),
+        *things(1, name="owl", author=None, license="CC0-1.0", source="owls"),
+    ]
+    rows = [line for line in attribution(records).splitlines() if line.startswith("|")][2:]
+    assert rows == [
+        "| Ann \\| Bob | CC-BY-4.0 | example.org/foxes | 3 |",
+        "| unknown | CC0-1.0 | owls | 1 |",
+    ]
+    assert attribution(things(2, name="fox")) == ""
+
+
+@pytest.mark.parametrize(
+    ("license", "kept"),
+    [("CC0-1.0", True), ("CC-BY-4.0", True), ("CC-BY-SA-4.0", False), ("GPL-2.0-only", False), (None, False)],
+)
+def test_share_alike_is_not_attribution_alone(license, kept):
+    assert has_license(Record("a.png", license=license), ("CC0-1.0", "CC-BY-[0-9]*")) is kept
