@@ -66,6 +66,7 @@ class ModelConfig:
     below: float | None = None  # of a refiner or upscaler: it is trained and used only below this sigma
     steps: int = 15  # default number of sampler steps
     guidance_scale: float | None = None  # default guidance scale; None: never guided
+    high_noise_guidance: float = 1.0  # above sigma 10, where shapes are decided, guidance is this many times as strong
 
     def __post_init__(self) -> None:
         _require(1 <= len(self.widths) <= 5, "model.widths", "must have one to five levels")
@@ -80,7 +81,7 @@ class ModelConfig:
         _require(0 <= self.dropout < 1, "model.dropout", "must be in [0, 1)")
         _require(self.below is None or self.below > 0, "model.below", "must be positive")
         _require((self.guidance_scale or 0) >= 0, "model.guidance_scale", "must not be negative")
-        _positive(self, "model", "head_dim", "embedding_dim", "upscale", "sigma_data", "steps")
+        _positive(self, "model", "head_dim", "embedding_dim", "upscale", "sigma_data", "steps", "high_noise_guidance")
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,21 @@ class DistillConfig:
 
 
 @dataclass(frozen=True)
+class PerceptualConfig:
+    """LPIPS between predicted and true x0, added to the loss: it asks for edges where the squared error blurs."""
+
+    __pydantic_config__ = STRICT
+
+    lpips: str  # squeeze:FILE.safetensors
+    weight: float = 0.1
+    share: float = 0.5  # fraction of each batch that it is computed for
+
+    def __post_init__(self) -> None:
+        _positive(self, "perceptual", "weight")
+        _require(0 < self.share <= 1, "perceptual.share", "must be above 0 and at most 1")
+
+
+@dataclass(frozen=True)
 class StageConfig:
     """One denoiser of the cascade and its training."""
 
@@ -146,6 +162,7 @@ class StageConfig:
     start_from: str | None = None  # FOLDER or FOLDER:DENOISER whose weights to start from, where shapes agree
     # conditioning augmentation of an upscaler: largest sigma of the noise on its small picture (Ho et al. 2022)
     low_res_noise: float = 0.25
+    perceptual: PerceptualConfig | None = None  # a perceptual loss beside the error of x0
     distill: DistillConfig | None = None  # distil another denoiser into fewer steps
     fast: bool = False  # a few-step denoiser, used with --fast
 
@@ -170,6 +187,7 @@ class StageConfig:
         _require(patch % self.model.upscale == 0, "model.upscale", f"must divide the patch, {patch}")
         _require(self.model.upscale == 1 or self.model.below is not None, "model.upscale", "needs model.below")
         _require(not (self.distill and self.model.upscale > 1), "distill", "is not implemented for upscalers")
+        _require(not (self.distill and self.perceptual), "distill", "excludes perceptual")
         _require(self.styles != {}, "styles", "must name a style, or be left out")
         _require(0 <= self.ema_decay < 1, "ema_decay", "must be in [0, 1)")
         _positive(self, "", "batch_size", "max_steps", "learning_rate", "max_grad_norm")

@@ -15,7 +15,7 @@ from conftest import COLORS, fit, gaussian_denoiser, make_denoiser, pipeline_of
 from pokediff.config import Sampling
 from pokediff.data.images import to_model
 from pokediff.errors import PokediffError
-from pokediff.model.cascade import Cascade, guided, in_fours
+from pokediff.model.cascade import HIGH_NOISE, Cascade, guidance_at, guided, in_fours
 from pokediff.model.checkpoint import INDEX, write_part_index
 from pokediff.model.denoiser import Denoiser
 from pokediff.model.pipeline import PokeDiffPipeline
@@ -158,6 +158,25 @@ def test_guidance_moves_x0_away_from_the_negative_and_runs_the_denoiser_once_or_
     guided(counter, 1.0, x, timestep, text, negative)
     guided(counter, 2.0, x, timestep, text, negative)
     assert counter.calls == [(300.0, 2), (300.0, 4)]
+
+
+def test_guidance_is_stronger_where_shapes_are_decided():
+    part = denoiser(16, guidance_scale=2.0, high_noise_guidance=4.0)
+    assert [guidance_at(part, sigma) for sigma in (0.1, HIGH_NOISE, 10.1, 90)] == [2, 2, 5, 5]
+    assert [guidance_at(part, 50, scale) for scale in (1.0, 1.5, 0.0)] == [1, 3, 0]
+    assert guidance_at(denoiser(16, guidance_scale=2.0), 50) == 2
+    assert guidance_at(denoiser(16, below=1.0, high_noise_guidance=4.0), 0.5, 3.0) == 1  # never guided
+
+
+def test_guidance_scales_of_single_rows():
+    part = denoiser(16)
+    x, text, negative = torch.randn(2, 4, 16, 16), torch.randn(2, 8), torch.randn(2, 8)
+    timestep = torch.tensor(300.0)
+    with torch.no_grad():
+        both = guided(part, torch.tensor([1.0, 5.0])[:, None, None, None], x, timestep, text, negative)
+        for row, scale in enumerate((1.0, 5.0)):
+            alone = guided(part, scale, x, timestep, text, negative)[row]
+            torch.testing.assert_close(both[row], alone, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("number", [1, 3, 4, 9])

@@ -21,6 +21,7 @@ from pokediff.model.denoiser import Denoiser
 
 DEFAULT_SIZE = 64  # px, of a cascade that has it
 LIST = "config.json"
+HIGH_NOISE = 10.0  # sigma above which shapes are decided
 
 
 class Cascade(ModelMixin):
@@ -133,9 +134,24 @@ def write_list(folder: Path, names: list[str]) -> None:
     (folder / LIST).write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
 
 
+def guidance_at(denoiser: Any, sigma: float, scale: float | None = None) -> float:
+    """The guidance scale of a denoiser at a noise level; `scale` None: its default.
+
+    Guidance, scale - 1, is `high_noise_guidance` times as strong above HIGH_NOISE. There it decides the shape, below it
+    sharpens and saturates: strong guidance everywhere costs quality, at high noise alone it is free (docs/LOG.md;
+    compare Kynkäänniemi et al., "Applying Guidance in a Limited Interval", 2024).
+    """
+    config = denoiser.config
+    if config.guidance_scale is None:
+        return 1.0
+    scale = config.guidance_scale if scale is None else scale
+    stronger = scale > 1 and sigma > HIGH_NOISE
+    return 1 + (scale - 1) * (config.get("high_noise_guidance", 1.0) if stronger else 1.0)
+
+
 def guided(
     denoiser: Callable[..., torch.Tensor],
-    scale: float,
+    scale: float | torch.Tensor,
     x: torch.Tensor,
     timestep: torch.Tensor,
     text: torch.Tensor,
@@ -145,9 +161,10 @@ def guided(
 ) -> torch.Tensor:
     """x0 of `text` moved away from x0 of `negative` (Ho & Salimans, "Classifier-Free Diffusion Guidance", 2022).
 
-    text and negative (B, D), the rest as in `Denoiser.forward`; with scale 1 the denoiser runs once.
+    text and negative (B, D), the rest as in `Denoiser.forward`; `scale` is a number, or (B, 1, 1, 1). With the number 1
+    the denoiser runs once.
     """
-    if scale == 1:
+    if isinstance(scale, float | int) and scale == 1:
         return denoiser(x, timestep, text, augment, low_res)
 
     def twice(values: torch.Tensor | None) -> torch.Tensor | None:

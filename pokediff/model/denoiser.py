@@ -40,6 +40,7 @@ class Denoiser(ModelMixin, ConfigMixin):
         steps: default number of sampler steps at its size.
         guidance_scale: default guidance scale; None: no guidance, for a refiner or upscaler of a picture that follows
             the prompt.
+        high_noise_guidance: factor of guidance above sigma HIGH_NOISE, see `cascade.guidance_at`.
         fast: a few-step denoiser, used with `Sampling.fast`.
         upscale: f > 1 enlarges a picture f times; f divides the patch.
         patch: p in px, folded into channels by the stem; None: image_size / 16.
@@ -74,6 +75,7 @@ class Denoiser(ModelMixin, ConfigMixin):
         below: float | None = None,
         steps: int = 15,
         guidance_scale: float | None = None,
+        high_noise_guidance: float = 1.0,
         fast: bool = False,
         noise_range: tuple[float, float, float] = (0.006, 100.0, 1.0),
         num_train_timesteps: int = 1000,

@@ -64,11 +64,15 @@ def denoising_loss(
     noise: torch.Tensor,
     timesteps: torch.Tensor,
     *condition: torch.Tensor | None,
+    perceptual: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """(B,) mean squared error of x0, weighted 1 + 1 / sigma^2: the error of v (Salimans & Ho 2022, appendix D).
 
     x0 and noise (B, C, H, W), timesteps (B,); `condition` are the denoiser's other inputs: text, augment, low_res.
+    `perceptual` of the predicted and the true x0, (B,), is added as it is.
     """
     noisy = schedule.add_noise(x0, noise, timesteps).contiguous(memory_format=torch.channels_last)
-    error = (denoiser(noisy, timesteps, *condition) - x0).square().mean(dim=(1, 2, 3))
-    return error / (1 - schedule.alphas_cumprod.to(error.device)[timesteps])  # 1 - a = sigma^2 / (1 + sigma^2)
+    predicted = denoiser(noisy, timesteps, *condition)
+    error = (predicted - x0).square().mean(dim=(1, 2, 3))
+    loss = error / (1 - schedule.alphas_cumprod.to(error.device)[timesteps])  # 1 - a = sigma^2 / (1 + sigma^2)
+    return loss if perceptual is None else loss + perceptual(predicted, x0)

@@ -26,7 +26,7 @@ from pokediff.config import Precision, Sampler, Sampling
 from pokediff.data.images import CHANNELS, Channels, from_model
 from pokediff.errors import PokediffError
 from pokediff.model import interface
-from pokediff.model.cascade import Cascade, guided, in_fours
+from pokediff.model.cascade import Cascade, guidance_at, guided, in_fours
 from pokediff.model.checkpoint import CheckpointPipeline, quiet
 from pokediff.model.denoiser import Denoiser, has_bf16
 from pokediff.model.interface import PokeDiffPipelineOutput
@@ -273,8 +273,8 @@ class PokeDiffPipeline(CheckpointPipeline):
         """x0 (B, C, S, S), float32 in [-1, 1], of the denoiser `name`, guided where it wants to be."""
         denoiser, scale = self.cascade[name], 1.0
         low, high = sampling.guidance_interval or (0.0, math.inf)
-        if denoiser.config.guidance_scale is not None and low <= sigma <= high:
-            scale = denoiser.config.guidance_scale if sampling.guidance_scale is None else sampling.guidance_scale
+        if low <= sigma <= high:
+            scale = guidance_at(denoiser, sigma, sampling.guidance_scale)
         small = low_res if denoiser.config.upscale > 1 else None
         given = [values.to(denoiser.dtype) for values in (x, text, negative, small) if values is not None]
 

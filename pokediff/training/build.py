@@ -26,7 +26,7 @@ from pokediff.model.pipeline import PokeDiffPipeline
 from pokediff.model.text import ClipTextEncoder, load_text_encoder
 from pokediff.training.clock import Limit
 from pokediff.training.distillation import Distillation
-from pokediff.training.objectives import Batch, Objective, denoising, validation_batches
+from pokediff.training.objectives import Batch, Objective, PerceptualLoss, denoising, validation_batches
 from pokediff.training.runs import Progress, load_state
 
 VALIDATION_PICTURES = 512
@@ -219,7 +219,8 @@ def make_objective(run: Run, name: str) -> Objective:
     """The objective of the stage: denoising loss or distillation."""
     stage = run.config.stages[name]
     if stage.distill is None:
-        return denoising(run.schedule)
+        perceptual = PerceptualLoss(stage.perceptual, run.accelerator.device) if stage.perceptual else None
+        return denoising(run.schedule, perceptual)
     if run.pipeline is None:
         raise PokediffError(f"{name}: distill needs a cascade with the teacher {stage.distill.teacher}")
     cascade = copy.deepcopy(run.pipeline.cascade).to(run.accelerator.device)

@@ -25,7 +25,7 @@ from pokediff.config import (
 )
 from pokediff.data.images import CHANNELS
 from pokediff.errors import PokediffError
-from pokediff.model.cascade import Cascade, guided
+from pokediff.model.cascade import Cascade, guidance_at, guided
 from pokediff.model.denoiser import has_bf16
 from pokediff.model.pipeline import PokeDiffPipeline
 from pokediff.training.objectives import Batch
@@ -88,13 +88,17 @@ class Distillation:
     def teacher_x0(self, z: torch.Tensor, index: torch.Tensor, batch: Batch) -> torch.Tensor:
         """x0 of the teacher's cascade, guided, in [-1, 1]; each row by the denoiser for its noise."""
         alpha, std = self._at(index)
-        names = [self.cascade.expert(self.size, sigma) for sigma in (std / alpha).flatten().tolist()]
+        sigmas = (std / alpha).flatten().tolist()
+        names = [self.cascade.expert(self.size, sigma) for sigma in sigmas]
+        own = zip(names, sigmas, strict=True)
+        scales = [guidance_at(self.cascade[name], sigma, self.config.guidance_scale) for name, sigma in own]
         x0 = torch.empty_like(z)
         with torch.autocast(z.device.type, torch.bfloat16, enabled=self.half):
             for name in sorted(set(names)):
                 rows = torch.tensor([other == name for other in names], device=z.device)
                 denoiser = self.cascade[name]
-                scale = 1.0 if denoiser.config.guidance_scale is None else self.config.guidance_scale
+                scale: Any = z.new_tensor(scales)[rows][:, None, None, None]
+                scale = 1.0 if (scale == 1).all() else scale
                 text = batch.text[rows]
                 augment = None if batch.augment is None else batch.augment[rows]
                 negative = denoiser.null_text.expand_as(text)
