@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 
 from pokediff.data.captions import SHAPES, genus_of, style_of, subject_of
+from pokediff.data.files import write_whole
 from pokediff.data.records import Record
 
+WORDS, ATTRIBUTION = "words.json", "ATTRIBUTION.md"  # files of a checkpoint
 FEWEST_PICTURES = 30  # a word of fewer pictures is hardly learnt
 PLURALS = {"person": "people"}  # of the kinds
 NO_WORDS = frozenset("a an and as at by for from in into its lot no non not of off on or out the to up with".split())
@@ -20,18 +24,18 @@ def vocabulary(records: Sequence[Record], fewest: int = FEWEST_PICTURES) -> Word
     """The words of prompts by group, each with the number of pictures that have it, the most frequent first; only those
     of at least `fewest` pictures.
 
-    Groups: styles, colors, bodies, types, genera (of species), and one for each kind of thing: animals, monsters,
+    Groups: styles, colours, bodies, types, things (of species), and one for each kind of thing: animals, monsters,
     people, faces, plants, objects. A word of a name belongs to the kind of most of its pictures.
     """
     groups: dict[str, Counter[str]] = defaultdict(Counter)
     kinds: dict[str, Counter[str]] = defaultdict(Counter)
     for record in records:
         groups["styles"].update(filter(None, [style_of(record)]))
-        groups["colors"].update(set(record.colors))
+        groups["colours"].update(set(record.colors))
         if record.is_species:
             groups["bodies"].update(SHAPES.get(record.shape or "", ())[:1])
             groups["types"].update(kind.lower() for kind in set(record.types))
-            groups["genera"].update(_words(re.sub(r"pok[ée]mon", "", genus_of(record))))
+            groups["things"].update(_words(re.sub(r"pok[ée]mon", "", genus_of(record))))
         else:
             for word in _words(subject_of(record)):
                 kinds[word][record.kind or "thing"] += 1
@@ -40,6 +44,22 @@ def vocabulary(records: Sequence[Record], fewest: int = FEWEST_PICTURES) -> Word
         groups[PLURALS.get(kind, f"{kind}s")][word] = of_kinds.total()
     known = {group: {word: n for word, n in count.most_common() if n >= fewest} for group, count in groups.items()}
     return {group: words for group, words in known.items() if words}
+
+
+def write_words(folder: Path, records: Sequence[Record]) -> None:
+    """Write words.json into a checkpoint."""
+    write_whole(folder / WORDS, json.dumps(vocabulary(records), indent=1, ensure_ascii=False) + "\n")
+
+
+def read_words(folder: str | Path) -> Words:
+    """words.json of a checkpoint, {} where there is none."""
+    path = Path(folder) / WORDS
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def word_list(words: Words) -> str:
+    """A line of Markdown for each group of words."""
+    return "\n\n".join(f"**{group}**: {', '.join(known)}" for group, known in words.items())
 
 
 def _words(text: str) -> set[str]:

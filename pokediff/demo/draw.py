@@ -13,6 +13,7 @@ import gradio as gr
 from pokediff.config import SampleConfig
 from pokediff.data.captions import SHAPES, STYLES
 from pokediff.data.colors import COLOR_ANCHORS
+from pokediff.data.vocabulary import read_words
 from pokediff.demo import show
 from pokediff.demo.controls import (
     AT_ONCE,
@@ -37,14 +38,15 @@ from pokediff.demo.studio import LIMITS, Studio
 from pokediff.drawing.sample import Frame
 from pokediff.model.pipeline import Evaluation
 
-WORDS = {  # of the captions; a click puts them into the prompt
-    "Style": tuple(dict.fromkeys(STYLES[name] for name in ("artwork", "home", "dream-world", "sprite-gen5"))),
-    "Colour": tuple(COLOR_ANCHORS),
-    "Type": (
+MOST_CHIPS = 24  # of a group
+WORDS = {  # for a checkpoint without words.json
+    "styles": tuple(dict.fromkeys(STYLES[name] for name in ("artwork", "home", "dream-world", "sprite-gen5"))),
+    "colours": tuple(COLOR_ANCHORS),
+    "types": (
         *("fire", "water", "grass", "electric", "ice", "rock", "ground", "bug", "flying"),
         *("ghost", "dragon", "dark", "steel", "fairy", "poison", "psychic", "fighting", "normal"),
     ),
-    "Body": tuple(dict.fromkeys(names[0] for names in SHAPES.values())),
+    "bodies": tuple(dict.fromkeys(names[0] for names in SHAPES.values())),
 }
 OUTPUTS = ("film", "status", "scrub", "files", "near", "seed")
 
@@ -57,7 +59,7 @@ def draw_tab(studio: Studio, downloads: Downloads) -> None:
                 go = gr.Button("Draw", variant="primary", elem_id="draw")
                 stop = gr.Button("Stop", variant="stop", elem_id="stop")
             gr.Examples([[example] for example in EXAMPLES], prompt, label="Examples")
-            word_buttons(prompt)
+            chips = word_buttons(studio, prompt)
             inputs = {"prompt": prompt, **settings_controls(studio)}
         with gr.Column(scale=6):
             film = gr.HTML(show.empty("The picture appears here."), elem_id="film")
@@ -71,19 +73,32 @@ def draw_tab(studio: Studio, downloads: Downloads) -> None:
     handle = streamed(draw, studio, downloads, names=tuple(inputs))
     outputs = [film, status, scrub, files, near, inputs["seed"]]
     drawing = gr.on([go.click, prompt.submit], handle, list(inputs.values()), outputs, show_progress_on=film, **QUEUED)
+    show_chips = partial(_visible, tuple(chips))
+    inputs["checkpoint"].change(show_chips, inputs["checkpoint"], list(chips.values()), **AT_ONCE)
     stop.click(lambda: "Stopped.", None, status, cancels=[drawing], **AT_ONCE)
     replay.click(None, None, None, js="() => window.pokediff.play()", **AT_ONCE)
     scrub.change(None, scrub, None, js="(step) => window.pokediff.show(step - 1)", **AT_ONCE)
 
 
-def word_buttons(prompt: gr.Textbox) -> None:
-    """Buttons that put words into the prompt and take them out, in the browser."""
-    for group, words in WORDS.items():
-        with gr.Accordion(f"{group} words", open=group == "Style"), gr.Row(elem_classes="chips"):
-            for word in words:
-                chip = gr.Button(word, size="sm", min_width=60)
-                script = f"(p) => window.pokediff.toggle(p, {json.dumps(word)}, {json.dumps(words)})"
-                chip.click(None, prompt, prompt, js=script, **AT_ONCE)
+def word_buttons(studio: Studio, prompt: gr.Textbox) -> dict[str, gr.Column]:
+    """Buttons that put the words of a checkpoint into the prompt and take them out, in the browser; a column for each
+    checkpoint, of which that of the selected one is visible.
+    """
+    columns = {}
+    for name, folder in studio.checkpoints.items():
+        known = {group: tuple(words)[:MOST_CHIPS] for group, words in read_words(folder).items()} or WORDS
+        with gr.Column(visible=name == studio.first) as columns[name]:
+            for group, words in known.items():
+                with gr.Accordion(group.capitalize(), open=group == "styles"), gr.Row(elem_classes="chips"):
+                    for word in words:
+                        chip = gr.Button(word, size="sm", min_width=60)
+                        script = f"(p) => window.pokediff.toggle(p, {json.dumps(word)}, {json.dumps(words)})"
+                        chip.click(None, prompt, prompt, js=script, **AT_ONCE)
+    return columns
+
+
+def _visible(names: Sequence[str], checkpoint: str) -> list[gr.Column]:
+    return [gr.Column(visible=name == checkpoint) for name in names]
 
 
 def settings_controls(studio: Studio) -> Controls:

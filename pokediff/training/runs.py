@@ -34,7 +34,15 @@ from torch import nn
 from pokediff import __version__
 from pokediff.config import TrainConfig, dump_yaml, from_values, plain
 from pokediff.data.files import write_whole
-from pokediff.data.vocabulary import FEWEST_PICTURES, Words, attribution, vocabulary
+from pokediff.data.vocabulary import (
+    ATTRIBUTION,
+    FEWEST_PICTURES,
+    Words,
+    attribution,
+    read_words,
+    word_list,
+    write_words,
+)
 from pokediff.errors import PokediffError
 from pokediff.model.cascade import LIST, Cascade, write_list
 from pokediff.model.checkpoint import INDEX, write_part_index
@@ -42,7 +50,6 @@ from pokediff.model.checkpoint import INDEX, write_part_index
 if TYPE_CHECKING:
     from pokediff.training.build import Run, Stage
 
-WORDS, ATTRIBUTION = "words.json", "ATTRIBUTION.md"
 KEEP_STATES = 2
 OVERFIT_ROWS, OVERFIT_FACTOR = 3, 1.005  # consecutive validations, and their factor above the lowest loss
 # Settings that a resumed stage cannot change.
@@ -281,6 +288,8 @@ def model_card(config: TrainConfig, stages: dict[str, dict[str, Any]], words: Wo
     """The model card (README.md) of a checkpoint: training data, measured losses, known words. `attributed`: whether
     ATTRIBUTION.md lies beside it.
     """
+    known = f"Words that at least {FEWEST_PICTURES} training pictures share, the most frequent first:\n\n"
+    known = f"{known}{word_list(words)}\n" if words else ""
     rights = "Whose pictures those were, and what that allows, is for its user to check."
     if attributed:
         rights = f"Whose pictures those were, and under which licences, is listed in {ATTRIBUTION}."
@@ -315,17 +324,9 @@ pipe("a blue water turtle", seed=7).images[0].save("turtle.png")
 Styles: {styles}. Text encoder: {config.text_encoder}. Data are split by family; validation and test families were not
 trained on. The loss is that of v, of the averaged weights.
 
-{word_list(words)}
+{known}
 A model may resemble its training pictures. {rights}
 """
-
-
-def word_list(words: Words) -> str:
-    """A paragraph for each group of words, for a model card."""
-    if not words:
-        return ""
-    groups = "\n\n".join(f"**{group}**: {', '.join(known)}" for group, known in words.items())
-    return f"Words that at least {FEWEST_PICTURES} training pictures share, the most frequent first:\n\n{groups}\n"
 
 
 # ------------------------------------------------------------------------------------------------- facts and curves
@@ -359,15 +360,9 @@ def describe_pictures(run: Run, stage: Stage) -> None:
     if stage.name != next(iter(run.config.stages)):
         return
     records = stage.batches.pictures.records
-    write_whole(run.out / WORDS, json.dumps(vocabulary(records), indent=1, ensure_ascii=False) + "\n")
+    write_words(run.out, records)
     if text := attribution(records):
         write_whole(run.out / ATTRIBUTION, text)
-
-
-def read_words(folder: Path) -> Words:
-    """words.json of a checkpoint, {} where there is none."""
-    path = folder / WORDS
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def read_facts(out: Path) -> dict[str, Any]:
