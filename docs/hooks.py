@@ -9,7 +9,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
-OUTSIDE = re.compile(r"(\]\()\.\./((?:reports|benchmarks)/[^)#\s]+)")
+OUTSIDE = re.compile(r"(\]\()\.\./((?:reports|benchmarks|checkpoints)/[^)#\s]+)")
 
 
 def on_files(files: Files, config: Any) -> Files:
