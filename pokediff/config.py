@@ -385,17 +385,35 @@ def _positive(config: Any, path: str, *names: str) -> None:
 
 
 def load_yaml(path: str | Path, kind: type[T]) -> T:
-    """A configuration of `kind` from a YAML file. Raises PokediffError with the path of the key that is wrong."""
+    """A configuration of `kind` from a YAML file. `extends: FILE`, relative to it, names a file to start from.
+
+    Raises PokediffError with the path of the key that is wrong.
+    """
+    return from_values(_read_yaml(Path(path), ()), kind, str(path))
+
+
+def _read_yaml(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
+    """The values of a file, laid over those of the one that it extends."""
     import yaml
 
-    path = Path(path)
     if not path.is_file():
         raise PokediffError(f"{path} not found")
+    if path.resolve() in extending:
+        raise PokediffError(f"{path} extends itself")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise PokediffError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
-    return from_values(values, kind, str(path))
+    if not isinstance(values, dict) or (name := values.pop("extends", None)) is None:
+        return values
+    return _merged(_read_yaml(path.parent / str(name), (*extending, path.resolve())), values)
+
+
+def _merged(below: Any, above: Any) -> Any:
+    """`above` over `below`: mappings key by key, anything else replaced."""
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    return below | {key: _merged(below.get(key), value) for key, value in above.items()}
 
 
 def from_values(values: Any, kind: type[T], where: str) -> T:

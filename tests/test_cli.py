@@ -300,6 +300,8 @@ def test_a_configuration_survives_yaml(tmp_path):
         ("dataset:\n  styles: {artwork: 0}", "styles.artwork must be positive"),
         ("a: [", "not YAML"),
         ("- 1", "c.yaml"),
+        ("extends: none.yaml", "none.yaml not found"),
+        ("extends: c.yaml", "extends itself"),
     ],
 )
 def test_a_bad_configuration_is_named_by_its_key(tmp_path, text, words):
@@ -309,6 +311,14 @@ def test_a_bad_configuration_is_named_by_its_key(tmp_path, text, words):
         load_yaml(path, TrainConfig)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_configuration_extends_another(tmp_path):
+    (tmp_path / "a.yaml").write_text("seed: 3\nstages:\n  b: {max_steps: 5, batch_size: 8}\n  c: {max_steps: 6}\n")
+    (tmp_path / "d.yaml").write_text("extends: a.yaml\nprecision: fp32\nstages:\n  b: {max_steps: 9}\n")
+    config = load_yaml(tmp_path / "d.yaml", TrainConfig)
+    assert (config.seed, config.precision, list(config.stages)) == (3, "fp32", ["b", "c"])
+    assert [(stage.max_steps, stage.batch_size) for stage in config.stages.values()] == [(9, 8), (6, 32)]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)

@@ -245,10 +245,8 @@ def measure_styles(report: Report, grid: Sequence[prompts.ColorPrompt], drawn: n
             finished = np.stack([finish(picture, PIXEL_COLORS, hard_alpha=True) for picture in drawn[mine]])
             for name, measure in (("colours", looks.palette_size), ("length of runs of one colour", looks.run_length)):
                 value = None if true is None else float(measure(true).mean())
-                for words, pictures in ((phrase, drawn[mine]), (f"{phrase}, as `sample` saves it", finished)):
-                    report.add(
-                        "Pixel art", f"{name}, {words}", mean_estimate(measure(pictures)), len(pictures), real=value
-                    )
+                for words, shown in ((phrase, drawn[mine]), (f"{phrase}, as `sample` saves it", finished)):
+                    report.add("Pixel art", f"{name}, {words}", mean_estimate(measure(shown)), len(shown), real=value)
     report.tables["styles"] = rows
 
 
