@@ -151,6 +151,22 @@ class PerceptualConfig:
 
 
 @dataclass(frozen=True)
+class CriticConfig:
+    """A critic that is trained along and asks for likely pictures."""
+
+    __pydantic_config__ = STRICT
+
+    features: str  # squeeze:FILE.safetensors, the frozen network that it looks through
+    weight: float = 0.3  # norm of its gradient at x0, relative to that of the other losses
+    learning_rate: float = 2e-4
+    share: float = 0.5  # fraction of each batch that it sees
+
+    def __post_init__(self) -> None:
+        _positive(self, "critic", "weight", "learning_rate")
+        _require(0 < self.share <= 1, "critic.share", "must be above 0 and at most 1")
+
+
+@dataclass(frozen=True)
 class StageConfig:
     """One denoiser of the cascade and its training."""
 
@@ -163,6 +179,7 @@ class StageConfig:
     # conditioning augmentation of an upscaler: largest sigma of the noise on its small picture (Ho et al. 2022)
     low_res_noise: float = 0.25
     perceptual: PerceptualConfig | None = None  # a perceptual loss beside the error of x0
+    critic: CriticConfig | None = None  # an adversarial loss beside it
     distill: DistillConfig | None = None  # distil another denoiser into fewer steps
     fast: bool = False  # a few-step denoiser, used with --fast
 
@@ -187,7 +204,8 @@ class StageConfig:
         _require(patch % self.model.upscale == 0, "model.upscale", f"must divide the patch, {patch}")
         _require(self.model.upscale == 1 or self.model.below is not None, "model.upscale", "needs model.below")
         _require(not (self.distill and self.model.upscale > 1), "distill", "is not implemented for upscalers")
-        _require(not (self.distill and self.perceptual), "distill", "excludes perceptual")
+        other = self.perceptual or self.critic
+        _require(not (self.distill and other), "distill", "excludes perceptual and critic")
         _require(self.styles != {}, "styles", "must name a style, or be left out")
         _require(0 <= self.ema_decay < 1, "ema_decay", "must be in [0, 1)")
         _positive(self, "", "batch_size", "max_steps", "learning_rate", "max_grad_norm")

@@ -2,23 +2,35 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from pokediff.config import DiffusionConfig, PerceptualConfig
+from pokediff.config import CriticConfig, DiffusionConfig, PerceptualConfig
 from pokediff.errors import PokediffError
 from pokediff.model.diffusion import make_noise_schedule
-from pokediff.training.objectives import Batch, PerceptualLoss, denoising
+from pokediff.training.objectives import Batch, denoising
+from pokediff.training.perceptual import AdversarialLoss, PerceptualLoss, on_plain_color
 
 
 @pytest.fixture(scope="module")
-def perceptual(tmp_path_factory) -> PerceptualLoss:
-    """LPIPS with an untrained SqueezeNet, for half of a batch."""
+def squeeze(tmp_path_factory) -> str:
+    """An untrained SqueezeNet."""
     from torchvision.models import squeezenet1_1
 
     torch.manual_seed(0)
     file = tmp_path_factory.mktemp("lpips") / "squeeze.safetensors"
     save_file(squeezenet1_1().state_dict(), file)
-    return PerceptualLoss(PerceptualConfig(f"squeeze:{file}", weight=0.2), torch.device("cpu"))
+    return f"squeeze:{file}"
+
+
+@pytest.fixture(scope="module")
+def perceptual(squeeze) -> PerceptualLoss:
+    """LPIPS for half of a batch."""
+    return PerceptualLoss(PerceptualConfig(squeeze, weight=0.2), torch.device("cpu"))
+
+
+def make_critic(squeeze: str, **changes) -> AdversarialLoss:
+    return AdversarialLoss(CriticConfig(squeeze, **changes), Accelerator(cpu=True))
 
 
 def pictures(number: int = 4) -> torch.Tensor:
@@ -57,7 +69,7 @@ def test_it_is_part_of_the_training_loss_and_not_of_the_validation_loss(perceptu
     def denoiser(noisy: torch.Tensor, *_: torch.Tensor | None) -> torch.Tensor:
         return 0.5 * noisy
 
-    plain, with_lpips = denoising(schedule), denoising(schedule, perceptual)
+    plain, with_lpips = denoising(schedule), denoising(schedule, [perceptual])
     torch.manual_seed(0)
     assert (with_lpips(denoiser, batch)[:2] > plain(denoiser, batch)[:2]).all()
     with torch.inference_mode():
@@ -67,3 +79,59 @@ def test_it_is_part_of_the_training_loss_and_not_of_the_validation_loss(perceptu
 def test_a_network_that_is_not_there_is_one_line():
     with pytest.raises(PokediffError, match="does not exist"):
         PerceptualLoss(PerceptualConfig("squeeze:none.safetensors"), torch.device("cpu"))
+
+
+def blurred(x0: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.avg_pool2d(x0, 5, 1, 2)
+
+
+@pytest.mark.slow
+def test_a_critic_learns_to_tell_blurred_pictures_and_its_gradient_makes_them_likelier(squeeze):
+    critic = make_critic(squeeze, share=1.0, learning_rate=1e-3)
+    x0 = pictures(8)
+    for step in range(60):
+        torch.manual_seed(step)
+        predicted = blurred(x0).requires_grad_()
+        error = (predicted - x0).square().mean(dim=(1, 2, 3))
+        value = critic(predicted, x0, error)
+    assert critic.margin > 0.02  # the network is untrained
+    assert value.tolist() == [0] * 8  # a gradient, not a loss
+    (direction,) = torch.autograd.grad(value.sum(), predicted)
+    before, after = predicted.detach(), predicted.detach() - 0.02 * direction / direction.abs().max()
+    assert score(critic, after) > score(critic, before)
+
+
+def score(critic: AdversarialLoss, shown: torch.Tensor) -> float:
+    """The critic's mean score of pictures on grey."""
+    with torch.no_grad():
+        return float(critic.critic(critic.scale(on_plain_color(shown, torch.full((len(shown), 3, 1, 1), 0.5)))).mean())
+
+
+def test_the_critic_s_gradient_has_its_share_of_the_other_s(squeeze):
+    critic = make_critic(squeeze, weight=0.5, share=1.0)
+    critic.updates = 10_000
+    x0 = pictures()
+    predicted = blurred(x0).requires_grad_()
+    error = (predicted - x0).square().mean(dim=(1, 2, 3))
+    (others,) = torch.autograd.grad(error.sum(), predicted, retain_graph=True)
+    (own,) = torch.autograd.grad(critic(predicted, x0, error).sum(), predicted)
+    assert float(own.norm() / others.norm()) == pytest.approx(0.5, rel=1e-3)
+
+
+def test_a_resumed_critic_goes_on_as_if_it_had_not_stopped(squeeze):
+    def steps(critic: AdversarialLoss, numbers: range) -> None:
+        for step in numbers:
+            torch.manual_seed(step)
+            x0 = pictures()
+            predicted = blurred(x0).requires_grad_()
+            critic(predicted, x0, (predicted - x0).square().mean(dim=(1, 2, 3)))
+
+    whole, first, second = (make_critic(squeeze) for _ in range(3))
+    steps(whole, range(4))
+    steps(first, range(2))
+    second.load_state_dict({key: value.clone() for key, value in first.state_dict().items()})
+    steps(second, range(2, 4))
+    ours, theirs = whole.state_dict(), second.state_dict()
+    assert ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        torch.testing.assert_close(theirs[key], value, rtol=0, atol=0)

@@ -6,7 +6,7 @@ x = alpha x0 + std noise with alpha^2 + std^2 = 1, and sigma = std / alpha. Time
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin
@@ -57,6 +57,10 @@ def same_noise(one: SchedulerMixin, other: SchedulerMixin) -> bool:
     return ours.shape == theirs.shape and torch.allclose(ours, theirs, atol=1e-4)
 
 
+# (predicted x0, true x0, loss so far (B,)) to another loss (B,)
+Extra = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
 def denoising_loss(
     schedule: DDPMScheduler,
     denoiser: Callable[..., torch.Tensor],
@@ -64,15 +68,17 @@ def denoising_loss(
     noise: torch.Tensor,
     timesteps: torch.Tensor,
     *condition: torch.Tensor | None,
-    perceptual: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    extras: Sequence[Extra] = (),
 ) -> torch.Tensor:
     """(B,) mean squared error of x0, weighted 1 + 1 / sigma^2: the error of v (Salimans & Ho 2022, appendix D).
 
     x0 and noise (B, C, H, W), timesteps (B,); `condition` are the denoiser's other inputs: text, augment, low_res.
-    `perceptual` of the predicted and the true x0, (B,), is added as it is.
+    What each of `extras` gives for the predicted x0, the true one and the loss so far is added.
     """
     noisy = schedule.add_noise(x0, noise, timesteps).contiguous(memory_format=torch.channels_last)
     predicted = denoiser(noisy, timesteps, *condition)
     error = (predicted - x0).square().mean(dim=(1, 2, 3))
     loss = error / (1 - schedule.alphas_cumprod.to(error.device)[timesteps])  # 1 - a = sigma^2 / (1 + sigma^2)
-    return loss if perceptual is None else loss + perceptual(predicted, x0)
+    for extra in extras:
+        loss = loss + extra(predicted, x0, loss)
+    return loss

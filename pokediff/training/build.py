@@ -26,7 +26,8 @@ from pokediff.model.pipeline import PokeDiffPipeline
 from pokediff.model.text import ClipTextEncoder, load_text_encoder
 from pokediff.training.clock import Limit
 from pokediff.training.distillation import Distillation
-from pokediff.training.objectives import Batch, Objective, PerceptualLoss, denoising, validation_batches
+from pokediff.training.objectives import Batch, Objective, denoising, validation_batches
+from pokediff.training.perceptual import AdversarialLoss, PerceptualLoss
 from pokediff.training.runs import Progress, load_state
 
 VALIDATION_PICTURES = 512
@@ -71,6 +72,7 @@ class Stage:
     objective: Objective
     pipeline: PokeDiffPipeline  # the cascade so far, with the averaged weights of this stage
     facts: dict[str, Any]  # numbers of parameters, pictures and GFLOP, for log and model card
+    critic: AdversarialLoss | None = None
     metrics: ValidationMetrics | None = None
     progress: Progress = field(default_factory=Progress)
 
@@ -111,6 +113,7 @@ def prepare(run: Run, name: str, state: Path | None = None) -> Stage:
         start_weights(run, name, denoiser)
     denoiser.null_text.copy_(vectors.table[0])
     denoiser = denoiser.to(accelerator.device, memory_format=torch.channels_last).train()
+    critic = AdversarialLoss(stage.critic, accelerator, config.seed) if stage.critic else None
     average = AveragedModel(denoiser, multi_avg_fn=ema_with_warmup(stage.ema_decay)).eval()
     facts = {
         "data_sha256": pictures.digest,
@@ -128,9 +131,10 @@ def prepare(run: Run, name: str, state: Path | None = None) -> Stage:
         denoiser,
         average,
         make_optimizer(denoiser, stage),
-        make_objective(run, name),
+        make_objective(run, name, critic),
         with_denoiser(run, name, average.module),
         facts,
+        critic,
     )
     if config.metrics.every and run.main and not run.silent:
         prepared.metrics = ValidationMetrics(config.metrics, training, validation)
@@ -215,12 +219,12 @@ def make_optimizer(denoiser: Denoiser, stage: StageConfig) -> torch.optim.Optimi
     return torch.optim.AdamW(groups, lr=stage.learning_rate, betas=(0.9, 0.99), fused=True)
 
 
-def make_objective(run: Run, name: str) -> Objective:
-    """The objective of the stage: denoising loss or distillation."""
+def make_objective(run: Run, name: str, critic: AdversarialLoss | None = None) -> Objective:
+    """The objective of the stage: denoising loss, with LPIPS and a critic if it has them, or distillation."""
     stage = run.config.stages[name]
     if stage.distill is None:
         perceptual = PerceptualLoss(stage.perceptual, run.accelerator.device) if stage.perceptual else None
-        return denoising(run.schedule, perceptual)
+        return denoising(run.schedule, [extra for extra in (perceptual, critic) if extra is not None])
     if run.pipeline is None:
         raise PokediffError(f"{name}: distill needs a cascade with the teacher {stage.distill.teacher}")
     cascade = copy.deepcopy(run.pipeline.cascade).to(run.accelerator.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,13 +13,10 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
 
-from pokediff.config import PerceptualConfig, StageConfig, TrainConfig
+from pokediff.config import StageConfig, TrainConfig
 from pokediff.data import dataset
 from pokediff.data.images import to_model
-from pokediff.evaluation.features import Lpips
-from pokediff.model.diffusion import cosine_timestep, denoising_loss
-
-SEEN_SIDE = 128  # px, for the perceptual loss
+from pokediff.model.diffusion import Extra, cosine_timestep, denoising_loss
 
 
 @dataclass(frozen=True)
@@ -41,49 +38,17 @@ class Batch:
 Objective = Callable[[Any, Batch], torch.Tensor]  # (denoiser, batch) to (B,) losses
 
 
-def denoising(schedule: DDPMScheduler, perceptual: PerceptualLoss | None = None) -> Objective:
-    """The error of x0 (`diffusion.denoising_loss`). Validation, without gradients, leaves out the perceptual loss, so
-    that runs with and without it compare.
+def denoising(schedule: DDPMScheduler, extras: Sequence[Extra] = ()) -> Objective:
+    """The error of x0 (`diffusion.denoising_loss`). Validation, without gradients, leaves out the other losses, so that
+    runs with and without them compare.
     """
 
     def objective(denoiser: Any, batch: Batch) -> torch.Tensor:
         condition = (batch.text, batch.augment, batch.low_res)
-        extra = perceptual if torch.is_grad_enabled() else None
-        return denoising_loss(schedule, denoiser, batch.x0, batch.noise, batch.timesteps, *condition, perceptual=extra)
+        used = extras if torch.is_grad_enabled() else ()
+        return denoising_loss(schedule, denoiser, batch.x0, batch.noise, batch.timesteps, *condition, extras=used)
 
     return objective
-
-
-class PerceptualLoss:
-    """LPIPS (Zhang et al. 2018) of predicted and true x0, for pictures with transparency.
-
-    Both lie on the same plain colour, another one for each picture, so that errors of alpha count, too, and colours
-    under alpha 0 do not. A squared error blurs edges whose place it does not know; this one does not (PixelGen,
-    Ma et al. 2026, uses it beside the squared error).
-    """
-
-    def __init__(self, config: PerceptualConfig, device: torch.device) -> None:
-        """Raises PokediffError when the network cannot be loaded."""
-        self.config = config
-        network = Lpips(config.lpips).network.requires_grad_(False).to(device)
-        self.network = network.to(memory_format=torch.channels_last)  # twice as fast on a CPU
-
-    def __call__(self, predicted: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
-        """(B,) weighted distances of (B, C, S, S) in [-1, 1]; 0 for the last pictures, beyond the share."""
-        number = math.ceil(self.config.share * len(x0))
-        color = torch.rand(number, 3, 1, 1, device=x0.device)
-        distance = self.network(*(self._shown(pictures[:number], color) for pictures in (predicted, x0))).flatten()
-        return F.pad(distance.float() * self.config.weight / self.config.share, (0, len(x0) - number))
-
-    @staticmethod
-    def _shown(pictures: torch.Tensor, color: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S', S') in [-1, 1] on colours (B, 3, 1, 1), of at least SEEN_SIDE px: below it sees little."""
-        if pictures.shape[1] == 4:
-            half = (pictures + 1) / 2
-            pictures = 2 * (half[:, :3] + (1 - half[:, 3:]) * color) - 1
-        side = max(SEEN_SIDE, pictures.shape[-1])
-        pictures = pictures.expand(-1, 3, -1, -1).clamp(-1, 1).contiguous(memory_format=torch.channels_last)
-        return F.interpolate(pictures, size=(side, side), mode="bilinear", align_corners=False)
 
 
 def trained_timesteps(config: TrainConfig, stage: StageConfig) -> int:

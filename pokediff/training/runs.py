@@ -170,7 +170,8 @@ def save_state(run: Run, stage: Stage) -> None:
         for moment, value in values.items()
     }
     weights = {"denoiser": stage.denoiser.state_dict(), "average": stage.average.module.state_dict()}
-    for part, tensors in {**weights, "optimizer": moments}.items():
+    parts = {**weights, "optimizer": moments, **({"critic": stage.critic.state_dict()} if stage.critic else {})}
+    for part, tensors in parts.items():
         whole = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
         save_file(whole, temporary / f"{part}.safetensors")
     facts = {
@@ -221,6 +222,8 @@ def load_state(run: Run, stage: Stage, folder: Path) -> None:
         like = parameters[number] if value.ndim else value
         state.setdefault(number, {})[moment] = torch.empty_like(like).copy_(value)
     stage.optimizer.load_state_dict({"state": state, "param_groups": stage.optimizer.state_dict()["param_groups"]})
+    if stage.critic and (folder / "critic.safetensors").is_file():  # a critic may begin at any step
+        stage.critic.load_state_dict(load_file(folder / "critic.safetensors"))
     stage.progress = Progress(**facts["progress"])
 
 
