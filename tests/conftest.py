@@ -217,3 +217,14 @@ def features(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("weights") / "random.safetensors"
     save_file(tensors, path)
     return f"mobilenet_v2:{path}"
+
+
+@pytest.fixture(scope="session")
+def squeeze(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An untrained SqueezeNet, for LPIPS and the critic."""
+    from torchvision.models import squeezenet1_1
+
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("lpips") / "squeeze.safetensors"
+    save_file(squeezenet1_1().state_dict(), file)
+    return f"squeeze:{file}"

@@ -3,24 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import save_file
 
 from pokediff.config import CriticConfig, DiffusionConfig, PerceptualConfig
 from pokediff.errors import PokediffError
 from pokediff.model.diffusion import make_noise_schedule
 from pokediff.training.objectives import Batch, denoising
 from pokediff.training.perceptual import AdversarialLoss, PerceptualLoss, on_plain_color
-
-
-@pytest.fixture(scope="module")
-def squeeze(tmp_path_factory) -> str:
-    """An untrained SqueezeNet."""
-    from torchvision.models import squeezenet1_1
-
-    torch.manual_seed(0)
-    file = tmp_path_factory.mktemp("lpips") / "squeeze.safetensors"
-    save_file(squeezenet1_1().state_dict(), file)
-    return f"squeeze:{file}"
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,16 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import REFINER, tiny_config, tiny_stage, with_stage
 
-from pokediff.config import ModelConfig, StageConfig, TrainConfig, ValidationMetricsConfig, dump_yaml, load_yaml
+from pokediff.config import (
+    CriticConfig,
+    ModelConfig,
+    PerceptualConfig,
+    StageConfig,
+    TrainConfig,
+    ValidationMetricsConfig,
+    dump_yaml,
+    load_yaml,
+)
 from pokediff.data.dataset import load_pictures
 from pokediff.data.images import unpremultiply
 from pokediff.errors import PokediffError
@@ -129,6 +138,21 @@ def test_resuming_equals_never_having_stopped(finished, data, tmp_path):
         for run in (tmp_path / "run", finished)
     ]
     assert [row["loss"] for row in losses[0]] == [row["loss"] for row in losses[1]]
+
+
+@pytest.mark.slow
+def test_lpips_and_a_critic_resume_to_the_same_bits(squeeze, data, tmp_path):
+    losses = dict(perceptual=PerceptualConfig(squeeze), critic=CriticConfig(squeeze), max_steps=4, checkpoint_every=2)
+    configs = [with_stage(tiny_config(data, tmp_path / name), **losses) for name in ("whole", "parts")]
+    train(configs[0])
+    train(with_stage(configs[1], max_steps=2))
+    train(configs[1], resume="auto")
+    whole, parts = (newest_state(tmp_path / name) for name in ("whole", "parts"))
+    assert_same_state(parts, whole, rtol=0, atol=0)
+    ours, theirs = (load_file(state / "critic.safetensors") for state in (whole, parts))
+    assert ours["updates"] == 4
+    for key, value in ours.items():
+        torch.testing.assert_close(theirs[key], value, rtol=0, atol=0)
 
 
 def test_resuming_finished_work_does_nothing_but_say_so(finished, data):
