@@ -48,7 +48,7 @@ def test_attribution_names_author_licence_and_origin_once_each():
         "| Ann \\| Bob | CC-BY-4.0 | example.org/foxes | 3 |",
         "| unknown | CC0-1.0 | owls | 1 |",
     ]
-    assert attribution(things(2, name="fox")) == ""
+    assert attribution(things(2, name="fox", source_url="example.org/foxes")) == ""
 
 
 @pytest.mark.parametrize(

@@ -67,11 +67,11 @@ def _words(text: str) -> set[str]:
 
 
 def attribution(records: Sequence[Record]) -> str:
-    """ATTRIBUTION.md: author, licence, origin and number of the pictures, the largest share first; "" when no row says
-    any of the three.
+    """ATTRIBUTION.md: author, licence, origin and number of the pictures, the largest share first; "" when no row names
+    an author or a licence.
     """
     rows = Counter((r.author or "unknown", r.license or "unknown", r.source_url or r.source or "") for r in records)
-    if all(row == ("unknown", "unknown", "") for row in rows):
+    if all(row[:2] == ("unknown", "unknown") for row in rows):
         return ""
     lines = "\n".join(
         f"| {_cell(author)} | {_cell(license)} | {_cell(origin)} | {number} |"
