@@ -46,6 +46,8 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", help="its training data")
     parser.add_argument("--config", type=Path, help="its configuration (default: that of its recipe in configs/)")
     args = parser.parse_args()
+    if args.count and not args.data:
+        parser.error("--count needs --data")
     if args.count:
         config = args.config or ROOT / "configs" / {"pokediff": "pokemon.yaml"}.get(
             args.count.name, f"{args.count.name}.yaml"

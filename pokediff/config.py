@@ -327,8 +327,7 @@ class SampleConfig:
         _positive(self, "", "num_images_per_prompt", "batch_size")
         _require(1 <= self.enlarge <= 64, "enlarge", "must be 1 to 64")
         _require(self.save_frames >= 0, "save_frames", "must not be negative")
-        post = self.palette is not None or self.hard_alpha is not None
-        _require(not (self.raw and post), "raw", "excludes palette and hard_alpha")
+        _require(not (self.raw and (self.palette or self.hard_alpha)), "raw", "excludes palette and hard_alpha")
         _require(self.seed is None or 0 <= self.seed < 2**63, "seed", "must be a whole number from 0")
         _require(0 < self.strength <= 1, "strength", "must be above 0 and at most 1")
         _require(0 <= self.variation <= 1, "variation", "must be in [0, 1]")

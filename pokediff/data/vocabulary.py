@@ -37,12 +37,15 @@ def vocabulary(records: Sequence[Record], fewest: int = FEWEST_PICTURES) -> Word
             groups["types"].update(kind.lower() for kind in set(record.types))
             groups["things"].update(_words(re.sub(r"pok[ée]mon", "", genus_of(record))))
         else:
-            for word in _words(subject_of(record)):
+            for word in _words(subject_of(record) or genus_of(record)):
                 kinds[word][record.kind or "thing"] += 1
     for word, of_kinds in kinds.items():
         kind = of_kinds.most_common(1)[0][0]
         groups[PLURALS.get(kind, f"{kind}s")][word] = of_kinds.total()
-    known = {group: {word: n for word, n in count.most_common() if n >= fewest} for group, count in groups.items()}
+    known = {}
+    for group, count in groups.items():
+        ordered = sorted(count.items(), key=lambda item: (-item[1], item[0]))
+        known[group] = {word: number for word, number in ordered if number >= fewest}
     return {group: words for group, words in known.items() if words}
 
 
@@ -79,7 +82,7 @@ def attribution(records: Sequence[Record]) -> str:
     )
     return f"""# Attribution
 
-The {len(records):,} pictures that this model was trained on, from the rows of its data set.
+The {len(records):,} pictures of this training, from the rows of its data set.
 
 | author | licence | origin | pictures |
 | --- | --- | --- | --- |

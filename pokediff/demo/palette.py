@@ -63,9 +63,10 @@ def draw(
         size = studio.resolved(settings["checkpoint"], size=settings["size"]).size
         before = unpremultiply(fit_square(read_picture(upload), size or 0))
     else:
-        for frame in studio.draw(studio.settings(prompt=(prompt,), **settings)):
+        for frame in studio.draw(studio.settings(prompt=(prompt,), raw=True, **settings)):
             before = frame.x0[0]
             yield SKIP, SKIP
+        before = finish(before)
     after = finish(before, palette, hard, clean=False)
     yield show.before_and_after(before, after), offered([downloads.write_picture(after, factor=8)])
 

@@ -17,6 +17,7 @@ from pokediff.demo import uploads
 from pokediff.demo.studio import Studio
 from pokediff.drawing.sheets import checkpoint_folder
 from pokediff.errors import PokediffError
+from pokediff.model.checkpoint import INDEX
 from pokediff.paths import shipped
 
 SHIPPED = ("pokediff", "creatures")  # the default checkpoints, as far as they exist
@@ -78,7 +79,7 @@ def prepare(config: DemoConfig, folder: Path) -> tuple[Any, dict[str, Any]]:
 
     Image.MAX_IMAGE_PIXELS = uploads.MAX_PIXELS // 2  # Pillow refuses twice that, also where Gradio calls it
     patches.forbid_downloads()
-    offered = [name for name in SHIPPED if shipped("checkpoints", name).is_dir()]
+    offered = [name for name in SHIPPED if (shipped("checkpoints", name) / INDEX).is_file()]
     studio = Studio([checkpoint_folder(name) for name in config.checkpoint or offered], config.data, config.size)
     page = make_page(studio, Downloads(folder), Path(config.reports), Path(config.runs))
     page.queue(max_size=config.queue, api_open=False, status_update_rate=1)

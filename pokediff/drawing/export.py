@@ -1,7 +1,8 @@
 """export(checkpoint, out): a checkpoint as ONNX, for a machine or a language without PyTorch.
 
     cascade/config.json             names of the denoisers, in their order
-    cascade/<name>/config.json      size, range of noise, default steps and guidance scale
+    cascade/<name>/config.json      size, range of noise, default steps and guidance scale; above sigma 10 a client must
+                                    multiply (guidance scale - 1) by high_noise_guidance
     cascade/<name>/model.onnx       inputs:  x (B, C, S, S) noisy pictures of unit variance,
                                              timestep (B,) 0 to num_train_timesteps - 1,
                                              text (B, D) unit vectors,
@@ -32,6 +33,7 @@ from torch import nn
 
 from pokediff.config import Sampling
 from pokediff.data.images import premultiply
+from pokediff.data.vocabulary import ATTRIBUTION, WORDS
 from pokediff.errors import PokediffError
 from pokediff.model.cascade import LIST, Cascade, write_list
 from pokediff.model.checkpoint import INDEX, base_of, checked_index, find_folder, read_index
@@ -130,7 +132,7 @@ def copy_components(folder: Path, out: Path) -> None:
     for name in ("scheduler", "tokenizer", "text_encoder"):
         if (folder / name).is_dir():
             shutil.copytree(folder / name, out / name, dirs_exist_ok=True)
-    for name in (INDEX, "README.md"):
+    for name in (INDEX, "README.md", WORDS, ATTRIBUTION):
         if (folder / name).is_file():
             out.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, out / name)

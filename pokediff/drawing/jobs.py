@@ -24,6 +24,11 @@ class Job:
     to: tuple[str, int] | None = None
     share: float = 0.0  # of `to`, 0 to 1
 
+    @property
+    def nearest_prompt(self) -> str:
+        """The prompt that an interpolation is nearer to."""
+        return self.to[0] if self.to is not None and self.share >= 0.5 else self.prompt
+
     def facts(self) -> dict[str, Any]:
         """Its row in sample.json."""
         facts: dict[str, Any] = {"prompt": self.prompt, "seed": self.seed}

@@ -103,7 +103,7 @@ def draw(
     for step in pipeline.denoise(text, seeds, config.sampling, noise=noise, **init):
         if step.denoiser is None:
             pictures = from_model(step.x0)
-            finished = [finishing(picture, job.prompt) for picture, job in zip(pictures, jobs, strict=True)]
+            finished = [finishing(picture, job.nearest_prompt) for picture, job in zip(pictures, jobs, strict=True)]
             yield Frame(pictures, np.stack(finished), 0.0)
         elif every:
             yield Frame(from_model(step.x), from_model(step.x0), step.sigma)

@@ -129,7 +129,13 @@ class Drawer:
         return Generated(pixels, tuple(prompts), earlier.get("seconds_per_image"))
 
 
-def denoisers_used(pipeline: PokeDiffPipeline, sampling: Sampling) -> dict[str, dict[str, int]]:
-    """The denoisers that draw with `sampling`, by name: the size of each, in px, and how often it is evaluated."""
+def denoisers_used(pipeline: PokeDiffPipeline, sampling: Sampling) -> dict[str, dict[str, Any]]:
+    """The denoisers that draw with `sampling`, by name: the size of each, in px, how often it is evaluated, and its
+    factor of guidance at high noise.
+    """
     count = Counter((row.denoiser, row.size) for row in pipeline.evaluations(sampling))
-    return {name: {"size": size, "evaluations": number} for (name, size), number in count.items()}
+    factors = {name: pipeline.cascade[name].config.get("high_noise_guidance", 1.0) for name, _ in count}
+    return {
+        name: {"size": size, "evaluations": number, "high_noise_guidance": factors[name]}
+        for (name, size), number in count.items()
+    }

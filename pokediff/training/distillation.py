@@ -123,7 +123,7 @@ def distillation_recipe(checkpoint: str | Path, steps: int, data: tuple[str, ...
     scale = config.guidance_scale or 1.0
     stage = StageConfig(
         image_size=config.image_size,
-        model=replace(own, steps=steps, guidance_scale=1.0),
+        model=replace(own, steps=steps, guidance_scale=1.0, high_noise_guidance=1.0),
         distill=DistillConfig(teacher, max(2, 16 // steps), scale),
         fast=True,
         max_steps=1800,

@@ -131,8 +131,11 @@ class AdversarialLoss:
         """One step of the critic: real pictures above 1, predicted ones below -1."""
         is_real, is_fake = self.critic(torch.cat([real, fake])).chunk(2)
         hinge = F.relu(1 - is_real).mean() + F.relu(1 + is_fake).mean()
-        for parameter, gradient in zip(self.learnt, torch.autograd.grad(hinge, self.learnt), strict=True):
-            parameter.grad = self.accelerator.reduce(gradient, "mean")
+        gradients = [self.accelerator.reduce(one, "mean") for one in torch.autograd.grad(hinge, self.learnt)]
+        if not all(bool(torch.isfinite(one).all()) for one in gradients):
+            return  # the same on all processes; the denoiser's step will be skipped, too
+        for parameter, gradient in zip(self.learnt, gradients, strict=True):
+            parameter.grad = gradient
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1
@@ -173,7 +176,8 @@ class RandomAugmentation:
         brightness, contrast = 0.4 * self.light[:, 0], 1 + 0.6 * self.light[:, 1]
         middle = x.mean(dim=(1, 2, 3), keepdim=True)
         x = (x - middle) * contrast + middle + brightness
-        grid = F.affine_grid(self._shifted(x), list(x.shape), align_corners=False)
+        with torch.autocast(x.device.type, enabled=False):  # bf16 would round the places
+            grid = F.affine_grid(self._shifted(x), list(x.shape), align_corners=False)
         x = F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
         place = torch.linspace(0, 1, x.shape[-1], device=x.device)
         across, down = ((place[None] - self.hole[:, axis, None]).abs() < 0.15 for axis in (0, 1))

@@ -296,6 +296,9 @@ def model_card(config: TrainConfig, stages: dict[str, dict[str, Any]], words: Wo
     rights = "Whose pictures those were, and what that allows, is for its user to check."
     if attributed:
         rights = f"Whose pictures those were, and under which licences, is listed in {ATTRIBUTION}."
+    sources = {config.base, config.start_from, *(stage.start_from for stage in config.stages.values())} - {None}
+    if sources:
+        rights += f" Weights start from {', '.join(sorted(map(str, sources)))}, trained on pictures of its own."
     styles = ", ".join(config.dataset.styles) if config.dataset.styles else "all"
     rows = "\n".join(
         f"| {name} | {facts['parameters'] / 1e6:.1f} M | {facts['training_pictures']} | {facts['steps']} | "
