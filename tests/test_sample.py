@@ -263,7 +263,7 @@ def test_sample_json_draws_the_same_pictures_again(settings, tmp_path):
 
 def test_resolved_settings_are_stored(settings):
     stored = facts(sample(settings(precision="auto", num_inference_steps=None)))["settings"]
-    assert stored["hard_alpha"] is False
+    assert stored["hard_alpha"] is None  # by the prompt of each picture
     assert stored["sampling"]["precision"] in ("bf16", "fp32")
     assert stored["sampling"]["num_inference_steps"] == 6
     assert stored["sampling"]["guidance_scale"] == 1.5
