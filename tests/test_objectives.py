@@ -9,6 +9,7 @@ from pokediff.errors import PokediffError
 from pokediff.model.diffusion import make_noise_schedule
 from pokediff.training.objectives import Batch, denoising
 from pokediff.training.perceptual import AdversarialLoss, PerceptualLoss, on_plain_color
+from pokediff.training.runs import load_moments, moments
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def test_a_critic_learns_to_tell_blurred_pictures_and_its_gradient_makes_them_li
         predicted = blurred(x0).requires_grad_()
         error = (predicted - x0).square().mean(dim=(1, 2, 3))
         value = critic(predicted, x0, error)
-    assert critic.margin > 0.02  # the network is untrained
+    assert critic.critic.margin > 0.02  # the network is untrained
     assert value.tolist() == [0] * 8  # a gradient, not a loss
     (direction,) = torch.autograd.grad(value.sum(), predicted)
     before, after = predicted.detach(), predicted.detach() - 0.02 * direction / direction.abs().max()
@@ -97,7 +98,7 @@ def score(critic: AdversarialLoss, shown: torch.Tensor) -> float:
 
 def test_the_critic_s_gradient_has_its_share_of_the_other_s(squeeze):
     critic = make_critic(squeeze, weight=0.5, share=1.0)
-    critic.updates = 10_000
+    critic.critic.updates.fill_(10_000)
     x0 = pictures()
     predicted = blurred(x0).requires_grad_()
     error = (predicted - x0).square().mean(dim=(1, 2, 3))
@@ -117,9 +118,13 @@ def test_a_resumed_critic_goes_on_as_if_it_had_not_stopped(squeeze):
     whole, first, second = (make_critic(squeeze) for _ in range(3))
     steps(whole, range(4))
     steps(first, range(2))
-    second.load_state_dict({key: value.clone() for key, value in first.state_dict().items()})
+    second.critic.load_state_dict(first.critic.state_dict())
+    load_moments(second.optimizer, moments(first.optimizer))
     steps(second, range(2, 4))
-    ours, theirs = whole.state_dict(), second.state_dict()
-    assert ours.keys() == theirs.keys()
-    for key, value in ours.items():
-        torch.testing.assert_close(theirs[key], value, rtol=0, atol=0)
+    for ours, theirs in (
+        (whole.critic.state_dict(), second.critic.state_dict()),
+        (moments(whole.optimizer), moments(second.optimizer)),
+    ):
+        assert ours.keys() == theirs.keys()
+        for key, value in ours.items():
+            torch.testing.assert_close(theirs[key], value, rtol=0, atol=0)

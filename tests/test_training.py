@@ -149,10 +149,12 @@ def test_lpips_and_a_critic_resume_to_the_same_bits(squeeze, data, tmp_path):
     train(configs[1], resume="auto")
     whole, parts = (newest_state(tmp_path / name) for name in ("whole", "parts"))
     assert_same_state(parts, whole, rtol=0, atol=0)
-    ours, theirs = (load_file(state / "critic.safetensors") for state in (whole, parts))
-    assert ours["updates"] == 4
-    for key, value in ours.items():
-        torch.testing.assert_close(theirs[key], value, rtol=0, atol=0)
+    for part in ("critic", "critic-optimizer"):
+        ours, theirs = (load_file(state / f"{part}.safetensors") for state in (whole, parts))
+        assert ours.keys() == theirs.keys()
+        for key, value in ours.items():
+            torch.testing.assert_close(theirs[key], value, rtol=0, atol=0)
+    assert load_file(whole / "critic.safetensors")["updates"] == 4
 
 
 def test_resuming_finished_work_does_nothing_but_say_so(finished, data):

@@ -80,7 +80,7 @@ def train_stage(run: Run, stage: Stage) -> str:
             stop = agreed(accelerator, next((reason for reason, holds in reasons.items() if holds), ""))
             if stop or progress.step % run.config.log_every == 0:
                 values = {**window.close(accelerator), "lr": learning_rate(config, step)}
-                values |= {"critic_margin": stage.critic.margin} if stage.critic else {}
+                values |= {"critic_margin": float(stage.critic.critic.margin)} if stage.critic else {}
                 window = Window()
                 progress.training_loss = values.get("loss", progress.training_loss)
                 bar.set_postfix(loss=f"{progress.training_loss or math.nan:.4f}", img_s=f"{values['images_per_s']:.0f}")

@@ -65,6 +65,9 @@ class Critic(nn.Module):
     Converge Faster", 2021), whose random projections keep it from relying on a few channels. (B, 3, S, S) to (B,).
     """
 
+    updates: torch.Tensor
+    margin: torch.Tensor  # running mean of the scores of real minus predicted pictures
+
     def __init__(self, body: Any) -> None:
         super().__init__()
         self.body = [body]  # in a list: no part of the state
@@ -79,6 +82,8 @@ class Critic(nn.Module):
             )
             for _ in widths
         )
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("margin", torch.zeros(()))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         taps = self.body[0](x)
@@ -107,8 +112,6 @@ class AdversarialLoss:
         self.critic = Critic(lpips.net).to(accelerator.device)
         self.learnt = [parameter for parameter in self.critic.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.Adam(self.learnt, config.learning_rate, betas=(0.0, 0.99))
-        self.updates = 0
-        self.margin = 0.0  # running mean of the critic's score of real minus predicted pictures
 
     def __call__(self, predicted: torch.Tensor, x0: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
         """(B,) zeros, with the critic's gradient with respect to `predicted`; trains the critic one step."""
@@ -122,7 +125,7 @@ class AdversarialLoss:
 
         (wanted,) = torch.autograd.grad(-self.critic(fake).sum(), leaf)
         (others,) = torch.autograd.grad(loss.sum(), predicted, retain_graph=True)
-        share = self.config.weight * min(1.0, self.updates / RISE)
+        share = self.config.weight * min(1.0, int(self.critic.updates) / RISE)
         wanted = wanted * (share * others[:number].norm() / wanted.norm().clamp(min=1e-12))
         value = (predicted[:number] * wanted).sum(dim=(1, 2, 3))
         return F.pad(value - value.detach(), (0, len(x0) - number))
@@ -138,30 +141,8 @@ class AdversarialLoss:
             parameter.grad = gradient
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.updates += 1
-        self.margin += 0.02 * ((is_real.mean() - is_fake.mean()).item() - self.margin)
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """What resuming needs, as plain tensors."""
-        moments = {
-            f"optimizer.{number}.{name}": torch.as_tensor(value)
-            for number, values in self.optimizer.state_dict()["state"].items()
-            for name, value in values.items()
-        }
-        progress = {"updates": torch.tensor(self.updates), "margin": torch.tensor(self.margin, dtype=torch.float64)}
-        return {**{f"critic.{name}": value for name, value in self.critic.state_dict().items()}, **moments, **progress}
-
-    def load_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Continue from `state_dict()`."""
-        self.updates, self.margin = int(tensors["updates"]), float(tensors["margin"])
-        weights = {key.removeprefix("critic."): v for key, v in tensors.items() if key.startswith("critic.")}
-        self.critic.load_state_dict(weights)
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        for key, value in tensors.items():
-            if key.startswith("optimizer."):
-                _, number, name = key.split(".")
-                state.setdefault(int(number), {})[name] = value.clone()
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        self.critic.updates += 1
+        self.critic.margin.lerp_((is_real.mean() - is_fake.mean()).detach().float(), 0.02)
 
 
 class RandomAugmentation:

@@ -164,13 +164,13 @@ def save_state(run: Run, stage: Stage) -> None:
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    moments = {
-        f"{number}.{moment}": value
-        for number, values in stage.optimizer.state_dict()["state"].items()
-        for moment, value in values.items()
+    parts = {
+        "denoiser": stage.denoiser.state_dict(),
+        "average": stage.average.module.state_dict(),
+        "optimizer": moments(stage.optimizer),
     }
-    weights = {"denoiser": stage.denoiser.state_dict(), "average": stage.average.module.state_dict()}
-    parts = {**weights, "optimizer": moments, **({"critic": stage.critic.state_dict()} if stage.critic else {})}
+    if stage.critic:
+        parts |= {"critic": stage.critic.critic.state_dict(), "critic-optimizer": moments(stage.critic.optimizer)}
     for part, tensors in parts.items():
         whole = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
         save_file(whole, temporary / f"{part}.safetensors")
@@ -213,18 +213,33 @@ def load_state(run: Run, stage: Stage, folder: Path) -> None:
     stage.denoiser.load_state_dict(load_file(folder / "denoiser.safetensors"))
     stage.average.module.load_state_dict(load_file(folder / "average.safetensors"))
     stage.average.n_averaged.fill_(facts["updates"])
-    parameters = [parameter for group in stage.optimizer.param_groups for parameter in group["params"]]
+    load_moments(stage.optimizer, load_file(folder / "optimizer.safetensors"))
+    if stage.critic and (folder / "critic.safetensors").is_file():  # a critic may begin at any step
+        stage.critic.critic.load_state_dict(load_file(folder / "critic.safetensors"))
+        load_moments(stage.critic.optimizer, load_file(folder / "critic-optimizer.safetensors"))
+    stage.progress = Progress(**facts["progress"])
+
+
+def moments(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The state of an optimizer as plain tensors, "<number of the parameter>.<moment>"."""
+    return {
+        f"{number}.{moment}": value
+        for number, values in optimizer.state_dict()["state"].items()
+        for moment, value in values.items()
+    }
+
+
+def load_moments(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Load what `moments` gave."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in load_file(folder / "optimizer.safetensors").items():
+    for key, value in tensors.items():
         number, moment = int(key.split(".")[0]), key.split(".")[1]
         # The fused optimizer walks memory: moments must lie as their parameter does, channels last. And they must be
         # copies: a tensor that lives in a mapped file keeps Windows from deleting it.
         like = parameters[number] if value.ndim else value
         state.setdefault(number, {})[moment] = torch.empty_like(like).copy_(value)
-    stage.optimizer.load_state_dict({"state": state, "param_groups": stage.optimizer.state_dict()["param_groups"]})
-    if stage.critic and (folder / "critic.safetensors").is_file():  # a critic may begin at any step
-        stage.critic.load_state_dict(load_file(folder / "critic.safetensors"))
-    stage.progress = Progress(**facts["progress"])
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 # --------------------------------------------------------------------------------------------------------- pipelines
