@@ -427,10 +427,11 @@ def _read_yaml(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _merged(below: Any, above: Any) -> Any:
-    """`above` over `below`: mappings key by key, anything else replaced."""
+    """`above` over `below`: mappings key by key, anything else replaced; a key with null is removed."""
     if not isinstance(below, dict) or not isinstance(above, dict):
         return above
-    return below | {key: _merged(below.get(key), value) for key, value in above.items()}
+    merged = below | {key: _merged(below.get(key), value) for key, value in above.items()}
+    return {key: value for key, value in merged.items() if value is not None}
 
 
 def from_values(values: Any, kind: type[T], where: str) -> T:

@@ -319,6 +319,9 @@ def test_a_configuration_extends_another(tmp_path):
     config = load_yaml(tmp_path / "d.yaml", TrainConfig)
     assert (config.seed, config.precision, list(config.stages)) == (3, "fp32", ["b", "c"])
     assert [(stage.max_steps, stage.batch_size) for stage in config.stages.values()] == [(9, 8), (6, 32)]
+    (tmp_path / "e.yaml").write_text("extends: d.yaml\nstages:\n  c: null\n  b: {batch_size: null}\n")
+    (stage,) = load_yaml(tmp_path / "e.yaml", TrainConfig).stages.values()
+    assert (stage.max_steps, stage.batch_size) == (9, 32)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
