@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pokediff.config import Sampling
+from pokediff.config import DatasetConfig, Sampling
 from pokediff.data.captions import STYLES
 from pokediff.data.dataset import Pictures, load_pictures
 from pokediff.drawing.sample import load_checkpoint
@@ -47,8 +47,8 @@ def style_classifier(training: Pictures, network: FeatureNet) -> Callable[[np.nd
 def accuracies(
     pipe: PokeDiffPipeline, sampling: Sampling, data: str, network: FeatureNet, number: int
 ) -> dict[str, dict[str, float]]:
-    styles = [style for several in PHRASES.values() for style in several]
-    pictures = load_pictures(data, sampling.size or pipe.image_size, styles, report=lambda _: None)
+    select = DatasetConfig(styles={style: 1.0 for several in PHRASES.values() for style in several})
+    pictures = load_pictures(data, sampling.size or pipe.image_size, select, report=lambda _: None)
     classify, test = style_classifier(pictures.split("train"), network), pictures.split("test")
     result: dict[str, dict[str, float]] = {"real": {}, "drawn": {}}
     for label, phrase in enumerate(PHRASES):

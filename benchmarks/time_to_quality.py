@@ -142,7 +142,8 @@ def measure(name: str, minutes: float, every: float, data: str, out: Path) -> No
     stage = config.stages[STAGE]
     batch_size = stage.batch_size if name == "pokediff" else 16
     dataset = config.dataset if name == "pokediff" else replace(config.dataset, flip=0.5, shift=0.0)  # its own flips
-    pictures = load_pictures(data, stage.image_size, stage.styles or dataset.styles, report=lambda _: None)
+    dataset = replace(dataset, styles=stage.styles or dataset.styles)
+    pictures = load_pictures(data, stage.image_size, dataset, report=lambda _: None)
     train = pictures.split("train").with_shared_captions()
     held_out = pictures.split("validation").spread(256)
     vectors, held_out_vectors = (caption_vectors(data, part, "builtin") for part in (train, held_out))

@@ -1,7 +1,9 @@
 """Write docs/words.md: the words that the shipped checkpoints know, from their words.json.
 
-python benchmarks/words.py                                              # the page
-python benchmarks/words.py --count checkpoints/pokediff --data FOLDER   # first count them in the training data
+    python benchmarks/words.py                                              # the page
+    python benchmarks/words.py --count checkpoints/pokediff --data FOLDER   # first count them in the training data
+
+`pokediff.data.vocabulary` says what counts as a word.
 """
 
 from __future__ import annotations
@@ -21,8 +23,7 @@ SIZE = 32  # px, to which pictures are decoded; their colours are measured befor
 
 def count(checkpoint: Path, data: list[str], config: Path) -> None:
     """Count the words of the training pictures of a configuration, and write them into the checkpoint."""
-    dataset = load_yaml(config, TrainConfig).dataset
-    pictures = load_pictures(data, SIZE, dataset.styles, licenses=dataset.licenses).split("train")
+    pictures = load_pictures(data, SIZE, load_yaml(config, TrainConfig).dataset).split("train")
     write_words(checkpoint, pictures.records)
 
 

@@ -82,15 +82,17 @@ def test_broken_pictures_are_named_skipped_and_bounded(tmp_path):
 
 
 def test_styles_can_be_chosen(data):
-    chosen = load_pictures(data, 16, styles=["sprite"])
+    chosen = load_pictures(data, 16, select=DatasetConfig(styles={"sprite": 1}))
     assert {record.style for record in chosen.records} == {"sprite"}
     said: list[str] = []
-    assert len(load_pictures(data, 16, styles=["sprite", "home"], report=said.append)) == len(chosen)
+    assert len(
+        load_pictures(data, 16, select=DatasetConfig(styles={"sprite": 1, "home": 1}), report=said.append)
+    ) == len(chosen)
     assert said[1:] == [f"{data} has no pictures of style home; it has: artwork, sprite. The rest is used"]
     with pytest.raises(PokediffError, match=r"no pictures of style home; it has: artwork, sprite"):
-        load_pictures(data, 16, styles=["home"])
+        load_pictures(data, 16, select=DatasetConfig(styles={"home": 1}))
     with pytest.raises(PokediffError, match=r"no pictures of style fresco; it has: artwork, sprite"):
-        load_pictures(data, 16, styles=["sprite", "fresco"])
+        load_pictures(data, 16, select=DatasetConfig(styles={"sprite": 1, "fresco": 1}))
 
 
 def test_a_batch_is_a_function_of_seed_and_step(batches):
@@ -252,9 +254,20 @@ def test_kinds_weigh_within_a_style():
     assert chances[:2].sum() == pytest.approx(0.4 * 6 / 12)
     assert chances[2:8].sum() == pytest.approx(0.4 * 6 / 12)
     assert chances[8:].sum() == pytest.approx(0.6)
-    assert draw_chances(records, None, {"object": 0.0})[2:8].sum() == 0
-    with pytest.raises(PokediffError, match="no picture"):
-        draw_chances(records, None, {"animal": 0.0, "object": 0.0})
+    assert draw_chances(records, None, {"object": 0.5})[2:8].sum() == pytest.approx(0.3)
+
+
+def test_kinds_of_weight_0_are_left_out_and_unknown_ones_are_named(data, tmp_path):
+    shutil.copytree(data, tmp_path / "d")
+    records = read_records(tmp_path / "d")
+    write_records(tmp_path / "d", [replace(r, kind=("animal", "object")[n % 2]) for n, r in enumerate(records)])
+    kept = load_pictures(tmp_path / "d", 16, DatasetConfig(kinds={"object": 0.0}))
+    assert {record.kind for record in kept.records} == {"animal"}
+    assert len(kept) == 40
+    with pytest.raises(PokediffError, match="no pictures of kind animl; it has: animal, object"):
+        load_pictures(tmp_path / "d", 16, DatasetConfig(kinds={"animl": 2.0}))
+    with pytest.raises(PokediffError, match="no picture with a positive weight"):
+        load_pictures(tmp_path / "d", 16, DatasetConfig(kinds={"animal": 0.0, "object": 0.0}))
 
 
 def test_pictures_of_other_licences_are_left_out(data, tmp_path):
@@ -263,12 +276,12 @@ def test_pictures_of_other_licences_are_left_out(data, tmp_path):
     records = [replace(record, license=licenses[n % 4]) for n, record in enumerate(read_records(tmp_path / "d"))]
     write_records(tmp_path / "d", records)
     said: list[str] = []
-    kept = load_pictures(tmp_path / "d", 16, report=said.append, licenses=("CC0-1.0", "CC-BY-[0-9]*"))
+    kept = load_pictures(tmp_path / "d", 16, DatasetConfig(licenses=("CC0-1.0", "CC-BY-[0-9]*")), said.append)
     assert {record.license for record in kept.records} == {"CC0-1.0", "CC-BY-4.0"}
     assert len(kept) == 40
     assert "licences: 40 of 80 pictures are used" in said
     with pytest.raises(PokediffError, match=r"no pictures of licence MIT; it has: .*CC-BY-4\.0"):
-        load_pictures(tmp_path / "d", 16, licenses=("MIT",))
+        load_pictures(tmp_path / "d", 16, DatasetConfig(licenses=("MIT",)))
 
 
 def test_translate_brings_in_nothing():

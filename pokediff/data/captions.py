@@ -113,7 +113,7 @@ def captions_of(record: Record, colors: Sequence[str] = ()) -> tuple[str, ...]:
 
 def _species_captions(record: Record, colors: Sequence[str]) -> list[str]:
     """From style, colours, shape, types, genus and descriptions, without the name."""
-    style = style_of(record)
+    style = style_phrase(record.style)
     shapes = SHAPES.get(record.shape, (record.shape.replace("-", " "),)) if record.shape else ()
     types = [kind.lower() for kind in record.types]
     genus = re.sub(r"\s*pok[ée]mon$", "", record.genus or "", flags=re.IGNORECASE).lower()
@@ -142,7 +142,7 @@ def _species_captions(record: Record, colors: Sequence[str]) -> list[str]:
 def _thing_captions(record: Record, colors: Sequence[str]) -> list[str]:
     """From style, colours, name, genus, kind and keywords: "flat emoji of a brown cow", "a cow", "a brown animal"."""
     rng = random.Random(record.file_name)
-    style = style_of(record)
+    style = style_phrase(record.style)
     subject, genus, keywords = subject_of(record), genus_of(record), _keywords(record)
     noun = record.kind or NOUNS[0]
     thing = subject or genus or noun
@@ -167,9 +167,9 @@ def _thing_captions(record: Record, colors: Sequence[str]) -> list[str]:
     return made
 
 
-def style_of(record: Record) -> str:
-    """The words of the style in a prompt."""
-    style = record.style or ""
+def style_phrase(style: str | None) -> str:
+    """The words of a style in a prompt; "" without one."""
+    style = style or ""
     return STYLES.get(style, style.replace("-", " "))
 
 

@@ -10,7 +10,6 @@ import hashlib
 import math
 import os
 import tempfile
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -123,26 +122,23 @@ class Pictures:
 def load_pictures(
     folders: Folders,
     image_size: int,
-    styles: Iterable[str] | None = None,
+    select: DatasetConfig | None = None,
     report: Callable[[str], Any] = print,
     progress: Progress = no_progress,
     limit: int | None = None,
-    licenses: Sequence[str] | None = None,
 ) -> Pictures:
-    """Decode one data set, or several as one (of these styles and licences only, if given), at image_size px; with
-    `limit`, about that many pictures, spread evenly over each split. `licenses` are shell patterns ("CC-BY-[0-9]*").
+    """Decode one data set, or several as one, at image_size px: all pictures, or those of the styles, kinds and
+    licences that `select` uses; with `limit`, about that many, spread evenly over each split.
 
     `report` gets a line that says where the captions come from, one for every broken picture, which is skipped, and
     one for styles of `captions.STYLES` that do not occur. Raises PokediffError when more than BROKEN_SHARE are
-    broken, for an unknown style, or when nothing is left.
+    broken, for an unknown style or kind, or when nothing is left.
     """
     folders = folder_list(folders)
     name = " and ".join(map(str, folders))
     records = [record for folder in folders for record in read_records(folder, report)]
-    if licenses is not None:
-        records = _of_licenses(records, licenses, name, report)
-    if styles is not None:
-        records = _of_styles(records, set(styles), name, report)
+    if select is not None:
+        records = _selected(records, select, name, report)
     if limit is not None and limit < len(records):
         by_split = ([record for record in records if split_of(record) == split] for split in get_args(Split))
         records = [record for part in by_split for record in part[:: -(-len(records) // limit)]]
@@ -176,16 +172,26 @@ def load_pictures(
     return Pictures(kept_records, Rows(store, np.arange(len(kept))), captions_of_all, digest.hexdigest())
 
 
-def _of_licenses(
-    records: list[Record], patterns: Sequence[str], name: str, report: Callable[[str], Any]
-) -> list[Record]:
-    """The records whose licence one of the shell patterns matches; a picture without a licence is left out."""
-    kept = [record for record in records if has_license(record, patterns)]
-    if not kept:
+def _selected(records: list[Record], select: DatasetConfig, name: str, report: Callable[[str], Any]) -> list[Record]:
+    """The records of the licences, styles and kinds that a configuration uses."""
+    if select.licenses is not None:
+        found = len(records)
         it_has = ", ".join(sorted({record.license or "(none)" for record in records}))
-        raise PokediffError(f"{name} has no pictures of licence {', '.join(patterns)}; it has: {it_has}")
-    report(f"licences: {len(kept)} of {len(records)} pictures are used")
-    return kept
+        records = [record for record in records if has_license(record, select.licenses)]
+        if not records:
+            raise PokediffError(f"{name} has no pictures of licence {', '.join(select.licenses)}; it has: {it_has}")
+        report(f"licences: {len(records)} of {found} pictures are used")
+    if select.styles is not None:
+        records = _of_styles(records, set(select.styles), name, report)
+    if select.kinds is not None:
+        kinds = {record.kind or "" for record in records}
+        if unknown := select.kinds.keys() - kinds:
+            it_has = ", ".join(sorted(kind or "(none)" for kind in kinds))
+            raise PokediffError(f"{name} has no pictures of kind {', '.join(sorted(unknown))}; it has: {it_has}")
+        records = [record for record in records if select.kinds.get(record.kind or "", 1.0) > 0]
+        if not records:
+            raise PokediffError(f"{name}: dataset.kinds leaves no picture with a positive weight")
+    return records
 
 
 def _of_styles(records: list[Record], wanted: set[str], name: str, report: Callable[[str], Any]) -> list[Record]:
@@ -374,22 +380,14 @@ class TrainingBatches(torch.utils.data.Dataset):
 def draw_chances(
     records: Sequence[Record], shares: Mapping[str, float] | None, kinds: Mapping[str, float] | None = None
 ) -> np.ndarray:
-    """(N,) sampling probabilities of pictures: proportional to the weights of their kinds (1 where `kinds` has none),
-    and with `shares` so that each style has its fraction of the batches.
+    """(N,) sampling probabilities of pictures: proportional to the weights of their kinds, above 0 (1 where `kinds` has
+    none), and with `shares` so that each style has its fraction of the batches.
     """
     weights = np.array([(kinds or {}).get(record.kind or "", 1.0) for record in records])
     if shares is not None:
-        total: dict[str | None, float] = defaultdict(float)
-        for record, weight in zip(records, weights, strict=True):
-            total[record.style] += weight
-        weights = np.array(
-            [
-                shares[record.style or ""] * weight / (total[record.style] or 1)
-                for record, weight in zip(records, weights, strict=True)
-            ]
-        )
-    if not weights.sum() > 0:
-        raise PokediffError("dataset.kinds leaves no picture with a positive weight")
+        styles = np.array([record.style or "" for record in records])
+        for style in np.unique(styles):
+            weights[styles == style] *= shares[style] / weights[styles == style].sum()
     return weights / weights.sum()
 
 

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from pokediff.data.captions import SHAPES, genus_of, style_of, subject_of
+from pokediff.data.captions import SHAPES, genus_of, style_phrase, subject_of
 from pokediff.data.files import write_whole
 from pokediff.data.records import Record
 
@@ -30,7 +30,7 @@ def vocabulary(records: Sequence[Record], fewest: int = FEWEST_PICTURES) -> Word
     groups: dict[str, Counter[str]] = defaultdict(Counter)
     kinds: dict[str, Counter[str]] = defaultdict(Counter)
     for record in records:
-        groups["styles"].update(filter(None, [style_of(record)]))
+        groups["styles"].update(filter(None, [style_phrase(record.style)]))
         groups["colours"].update(set(record.colors))
         if record.is_species:
             groups["bodies"].update(SHAPES.get(record.shape or "", ())[:1])

@@ -28,7 +28,7 @@ class TrainingPictures:
     """The training pictures of a data set, and the distances of held-out ones to them."""
 
     def __init__(self, data: Path, size: int) -> None:
-        pictures = load_pictures(data, size, None, report=lambda _: None)
+        pictures = load_pictures(data, size, report=lambda _: None)
         training, held_out = pictures.split("train"), pictures.split("test").spread(HELD_OUT)
         self.records, self.pixels = training.records, training.straight()
         self.families = [record.family_key for record in self.records]

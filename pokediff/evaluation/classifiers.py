@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pokediff.data.captions import style_phrase
 from pokediff.data.dataset import translate
 from pokediff.data.images import premultiply
 from pokediff.data.records import Record
-from pokediff.evaluation.prompts import style_phrase
 
 FOLDS = 5
 WEIGHT_DECAY = 1e-3  # of the linear classifier
@@ -159,6 +159,6 @@ def _prepared(pixels: np.ndarray) -> torch.Tensor:
 
 
 LABELS: dict[str, Callable[[Record], str]] = {
-    "style": lambda record: style_phrase(record.style) if record.style else "",
+    "style": lambda record: style_phrase(record.style),
     "kind": lambda record: record.kind or "",
 }

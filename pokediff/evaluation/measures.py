@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from pokediff.config import EvaluateConfig
+from pokediff.data.captions import style_phrase
 from pokediff.data.dataset import Pictures
 from pokediff.data.images import composite
 from pokediff.data.records import write_whole
@@ -241,7 +242,7 @@ def measure_styles(report: Report, grid: Sequence[prompts.ColorPrompt], drawn: n
             theirs = "none" if true is None else f"{measure(true).mean():.3g}"
             row[f"{name} (real)"] = f"{measure(drawn[mine]).mean():.3g} ({theirs})"
         rows.append({**row, "n real": len(pictures)})
-        if is_pixel_prompt(phrase := prompts.style_phrase(style)):
+        if is_pixel_prompt(phrase := style_phrase(style)):
             finished = np.stack([finish(picture, PIXEL_COLORS, hard_alpha=True) for picture in drawn[mine]])
             for name, measure in (("colours", looks.palette_size), ("length of runs of one colour", looks.run_length)):
                 value = None if true is None else float(measure(true).mean())

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pokediff.data.captions import STYLES
+from pokediff.data.captions import style_phrase
 from pokediff.data.colors import COLOR_ANCHORS
 from pokediff.data.records import Record
 
@@ -34,11 +34,6 @@ class ColorPrompt:
     style: str  # as a data set calls it
     color: str
     prompt: str
-
-
-def style_phrase(style: str) -> str:
-    """The words of a style in a prompt."""
-    return STYLES.get(style, style.replace("-", " "))
 
 
 def grid_styles(records: Sequence[Record]) -> tuple[str, ...]:

@@ -14,10 +14,9 @@ from itertools import combinations
 
 import numpy as np
 
-from pokediff.data.captions import with_article
+from pokediff.data.captions import style_phrase, with_article
 from pokediff.data.dataset import Pictures
 from pokediff.data.records import Record
-from pokediff.evaluation.prompts import style_phrase
 
 FEWEST_SOURCES = 5
 CONCEPTS_DRAWN, SEEDS_PER_CONCEPT = 80, 2

@@ -144,8 +144,10 @@ def about(settings: dict[str, Any]) -> list[str]:
     if denoisers := system.get("denoisers"):
         sampling = settings["sampling"]
         used = ", ".join(f"{name} ({row['size']} px, {row['evaluations']} steps)" for name, row in denoisers.items())
+        factor = max(row.get("high_noise_guidance", 1.0) for row in denoisers.values())
+        scale = f"guidance scale {sampling['guidance_scale']}" + (f" ({factor:g} times above sigma 10)" * (factor > 1))
         lines.append(
-            f"Denoisers {used}; sampler {sampling['sampler']}, guidance scale {sampling['guidance_scale']}, seeds from "
+            f"Denoisers {used}; sampler {sampling['sampler']}, {scale}, seeds from "
             f"0; weights sha256 {str(system['weights_sha256'])[:16]}, data sha256 {settings['data_sha256'][:16]}."
         )
     return lines

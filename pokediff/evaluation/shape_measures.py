@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from pokediff.data.captions import style_phrase
 from pokediff.evaluation import copies, recognition
 from pokediff.evaluation.classifiers import LABELS, Judge
 from pokediff.evaluation.distances import mean_estimate, share_estimate
@@ -34,7 +35,7 @@ def measure_recognition(
     found = recognition.ranks(features(drawn), prompted, centres)
     real = recognition.real_ranks(real_features, concepts)
     note = (
-        f"of {total} concepts, {len(set(prompted.tolist()))} drawn as {recognition.style_phrase(concepts.style)}; "
+        f"of {total} concepts, {len(set(prompted.tolist()))} drawn as {style_phrase(concepts.style)}; "
         f"real: {len(real)} real pictures of these, each against the other sources; worthless: chance"
     )
     for k, name in ((1, "the nearest concept is that of the prompt"), (5, "it is among the nearest five")):
@@ -72,7 +73,7 @@ def judged(reference: Reference, styles: Sequence[str], split: str, each: int) -
     `styles`, to be judged; their first captions are the prompts.
     """
     held_out = {record.file_name for record in reference.everything.split(split).records}  # type: ignore[arg-type]
-    of: dict[str, list[int]] = {recognition.style_phrase(style): [] for style in styles}
+    of: dict[str, list[int]] = {style_phrase(style): [] for style in styles}
     for index, record in enumerate(reference.everything.records):
         phrase = LABELS["style"](record)
         if phrase in of and record.file_name in held_out:
@@ -91,7 +92,7 @@ def measure_judge(
 
     drawn: straight RGBA uint8 (N, H, W, 4), one for each of `positions` (see `judged`).
     """
-    phrases = {recognition.style_phrase(style) for style in styles}
+    phrases = {style_phrase(style) for style in styles}
     training = reference.training.where(lambda record: LABELS["style"](record) in phrases)
     try:
         judge = Judge(training.straight(), training.records)

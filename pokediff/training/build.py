@@ -86,9 +86,7 @@ def prepare(run: Run, name: str, state: Path | None = None) -> Stage:
     """Load data and weights of a stage. Raises PokediffError for missing or incompatible ones."""
     config, stage, accelerator = run.config, run.config.stages[name], run.accelerator
     dataset = replace(config.dataset, styles=stage.styles or config.dataset.styles)
-    pictures = load_pictures(
-        config.data, stage.image_size, dataset.styles, run.say, run.bar, limit=run.sample, licenses=dataset.licenses
-    )
+    pictures = load_pictures(config.data, stage.image_size, dataset, run.say, run.bar, limit=run.sample)
     training, validation = pictures.split("train"), pictures.split("validation").spread(VALIDATION_PICTURES)
     training = training.with_shared_captions()
     if not len(training) or not len(validation):
