@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_origin
 
 import tyro
 from tyro.conf import Positional
@@ -28,7 +28,16 @@ from tyro.constructors import (
 )
 
 from pokediff import __version__
-from pokediff.config import DEFAULT_CLIP, DemoConfig, EvaluateConfig, SampleConfig, Sampling, TrainConfig, load_yaml
+from pokediff.config import (
+    DEFAULT_CLIP,
+    BaselineConfig,
+    DemoConfig,
+    EvaluateConfig,
+    SampleConfig,
+    Sampling,
+    TrainConfig,
+    load_yaml,
+)
 from pokediff.errors import PokediffError, one_line_errors
 from pokediff.paths import shipped
 
@@ -37,6 +46,7 @@ ALIASES = {  # of the fields of SampleConfig and Sampling
     "num_inference_steps": ("--steps", "--num-steps"),
     "guidance_scale": ("--cfg",),
 }
+C = TypeVar("C", TrainConfig, BaselineConfig)
 FLAT = ("settings", "sampling")  # fields whose own fields are options without a prefix
 
 
@@ -89,6 +99,14 @@ class DistillOptions:
 
 
 @dataclass(frozen=True)
+class BaselineOptions:
+    """Train one of the older systems that pokediff is compared with (docs/baselines.md)."""
+
+    config: Path | None = None  # a YAML file, or the name of a shipped one (pikapikagen-1)
+    settings: BaselineConfig = field(default_factory=BaselineConfig)
+
+
+@dataclass(frozen=True)
 class SampleOptions:
     """Draw pictures from prompts, with an animation of the denoising."""
 
@@ -128,7 +146,9 @@ class SurveyOptions:
 
     images: tuple[Path, ...] = ()  # folders of pictures with prompts, one for each system
     out: Path = Path("survey")  # folder of survey.html and key.json
-    questions: Literal["rating", "count"] = "rating"  # four criteria from 0 to 5, or yes or no for counting
+    # four criteria from 0 to 5; the same with likeness to --examples; yes or no for counting
+    questions: Literal["rating", "likeness", "count"] = "rating"
+    examples: tuple[Path, ...] = ()  # data sets whose training pictures are shown before the rating
     number: int = 50  # pictures of all systems together
     repeats: int = 5  # pictures that are shown twice, to detect inattentive raters
     seed: int = 0  # seed of the order
@@ -161,10 +181,7 @@ def embed(options: EmbedOptions) -> None:
 def train_defaults(args: list[str]) -> TrainOptions:
     """The configuration of --config, or of the folder; without both, one with the names of all stages."""
     if file := early(args, "--config"):
-        found = shipped("configs", f"{file}.yaml")
-        path = Path(file) if Path(file).exists() or not found.is_file() else found
-        config = load_yaml(path, TrainConfig)
-        return TrainOptions(settings=replace(config, out=config.out or f"checkpoints/{path.stem}"))
+        return TrainOptions(settings=read_config(file, TrainConfig))
     generic = TrainOptions(settings=load_yaml(shipped("configs", "pokemon.yaml"), TrainConfig))
     given = parse(TrainOptions, args, "pokediff train", generic)
     if given.folder is None:
@@ -172,6 +189,14 @@ def train_defaults(args: list[str]) -> TrainOptions:
     from pokediff.training.recipes import recipe_for
 
     return TrainOptions(settings=recipe_for(given.folder, size=given.size))
+
+
+def read_config(file: str, kind: type[C], place: str = "") -> C:
+    """A YAML file, or the shipped one of that name in configs/`place`; its default output is named after it."""
+    found = shipped("configs", f"{place}{file}.yaml")
+    path = Path(file) if Path(file).exists() or not found.is_file() else found
+    config = load_yaml(path, kind)
+    return replace(config, out=config.out or f"checkpoints/{path.stem}")
 
 
 def train(options: TrainOptions) -> None:
@@ -199,6 +224,19 @@ def distill_defaults(args: list[str]) -> DistillOptions:
 
 def distill(options: DistillOptions) -> None:
     train(TrainOptions(settings=options.settings, max_steps=options.max_steps, resume=options.resume))
+
+
+def baseline_defaults(args: list[str]) -> BaselineOptions:
+    file = early(args, "--config")
+    if file is None:
+        raise PokediffError("give --config FILE, such as configs/baselines/pikapikagen-1.yaml")
+    return BaselineOptions(settings=read_config(file, BaselineConfig, "baselines/"))
+
+
+def baseline(options: BaselineOptions) -> None:
+    from pokediff.baselines.training import train_baseline
+
+    train_baseline(options.settings)
 
 
 def sample_defaults(args: list[str]) -> SampleOptions:
@@ -256,7 +294,7 @@ def survey(options: SurveyOptions) -> None:
         print(table_of(collect(options.collect, options.out)))
     else:
         numbers = options.number, options.repeats, options.seed
-        print(make_survey(options.images, options.out, *numbers, questions=options.questions))
+        print(make_survey(options.images, options.out, *numbers, options.questions, options.examples))
 
 
 COMMANDS = {
@@ -266,6 +304,7 @@ COMMANDS = {
     "embed": Command("write the text embeddings of a data set's captions", EmbedOptions, embed),
     "train": Command("train a cascade; `train FOLDER` on your own pictures", TrainOptions, train, train_defaults),
     "distill": Command("add a few-step base to a checkpoint", DistillOptions, distill, distill_defaults),
+    "baseline": Command("train an older system to compare with", BaselineOptions, baseline, baseline_defaults),
     "sample": Command("draw pictures from prompts", SampleOptions, sample, sample_defaults),
     "evaluate": Command("measure a checkpoint or a folder of pictures against test pictures", EvaluateConfig, evaluate),
     "export": Command("write a checkpoint as ONNX, for machines without PyTorch", ExportOptions, export),

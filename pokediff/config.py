@@ -18,6 +18,7 @@ T = TypeVar("T")
 DEFAULT_CLIP = "open_clip:ViT-B-32:laion2b_s34b_b79k"  # text encoder of the scraper's caption embeddings
 Sampler = Literal["ddpm", "ddim", "dpmpp_2m", "unipc", "heun", "euler", "euler_a"]
 Precision = Literal["auto", "bf16", "fp32"]
+LOSSES = ("l1", "bce", "edges", "perceptual", "lpips", "adversarial")  # of a baseline
 STRICT = {"extra": "forbid"}  # for pydantic, which validates YAML and JSON input
 
 
@@ -191,6 +192,7 @@ class StageConfig:
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     ema_decay: float = 0.9995
+    patience: int | None = None  # validations without a lower validation loss after which the stage ends
     validate_every: int = 1000
     preview_every: int = 1000
     checkpoint_every: int = 1000
@@ -208,7 +210,7 @@ class StageConfig:
         _require(not (self.distill and other), "distill", "excludes perceptual and critic")
         _require(self.styles != {}, "styles", "must name a style, or be left out")
         _require(0 <= self.ema_decay < 1, "ema_decay", "must be in [0, 1)")
-        _positive(self, "", "batch_size", "max_steps", "learning_rate", "max_grad_norm")
+        _positive(self, "", "batch_size", "max_steps", "learning_rate", "max_grad_norm", "patience")
         _positive(self, "", "validate_every", "preview_every", "checkpoint_every")
         for name in ("warmup_steps", "decay_steps", "weight_decay", "low_res_noise"):
             _require(getattr(self, name) >= 0, name, "must not be negative")
@@ -267,6 +269,118 @@ class TrainConfig:
         _positive(self, "", "threads", "max_minutes", "log_every")
 
 
+# -------------------------------------------------------------------------------------------------------- baselines
+
+
+@dataclass(frozen=True)
+class AugmentationConfig:
+    """Random changes of the training pictures from one step on."""
+
+    __pydantic_config__ = STRICT
+
+    from_step: int = 0
+    flip: float = 0.0  # probability
+    rotation: float = 0.0  # largest angle, degrees
+    translation: float = 0.0  # largest, as a fraction of the side
+    scale: tuple[float, float] = (1.0, 1.0)
+    brightness: float = 0.0  # largest change, as in torchvision's ColorJitter
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    erase: float = 0.0  # probability that a rectangle is replaced by random numbers
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Sizes of a baseline's network; each system reads those that it has."""
+
+    __pydantic_config__ = STRICT
+
+    width: int = 256  # channels of the first map, 4x4; latent: of the denoiser
+    text_dim: int = 256  # numbers of a token's vector inside the network
+    heads: int = 8  # of attention
+    layers: int = 4  # transformer layers; digits: 0 for a network without attention
+    noise: int = 100  # numbers of noise beside the text
+    stages: int = 1  # pikapikagen: 2 draws a smaller picture first
+    latent: int = 10  # digits: numbers that represent a digit; latent: channels of the 4x4 map
+    joint: bool = True  # latent: the encoder learns from the denoising loss, too
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    __pydantic_config__ = STRICT
+
+    model: str = "stabilityai/stable-diffusion-xl-base-1.0"  # a folder or hub repository of an SDXL pipeline
+    rank: int = 4
+    gradient_accumulation: int = 4  # batches for one optimizer step
+    validation_prompt: str = "A red pokemon with ice cream."
+    validation_images: int = 3
+    hub_model_id: str | None = None  # upload the LoRA to this hub repository at the end
+
+    def __post_init__(self) -> None:
+        _positive(self, "lora", "rank", "gradient_accumulation", "validation_images")
+
+
+@dataclass(frozen=True)
+class BaselineConfig:
+    """One of the older systems, and its training (docs/baselines.md)."""
+
+    __pydantic_config__ = STRICT
+
+    system: Literal["pikapikagenerator", "pikapikagen", "digits", "latent", "sdxl-lora"] = "pikapikagenerator"
+    data: tuple[str, ...] = ("data/bulbapedia",)  # folders of pictures, joined
+    out: str | None = None  # folder of the result (default: checkpoints/<name of the config>)
+    image_size: int = 32  # px: 4 times a power of 2; digits: 28
+    words: str = "builtin"  # where word vectors start from: builtin, builtin:CHECKPOINT or bert:FOLDER
+    seed: int = 0
+    dataset: DatasetConfig = field(default_factory=lambda: DatasetConfig(flip=0.0, shift=0.0))
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    # of the generator: l1, bce, edges (Sobel), perceptual (VGG), lpips, adversarial
+    losses: dict[str, float] = field(default_factory=lambda: {"l1": 1.0})
+    # picture: sees the picture alone; text: the text too; pairs: real pictures with wrong texts count as false, too
+    discriminator: Literal["none", "picture", "text", "pairs"] = "none"
+    features: str | None = None  # of perceptual: vgg19:FILE.safetensors or squeeze:FILE.safetensors
+    lpips: str | None = None  # squeeze:FILE.safetensors
+    augment: tuple[AugmentationConfig, ...] = ()  # phases, by their first step
+
+    max_steps: int = 10_000  # optimizer steps
+    max_minutes: float | None = None  # time limit
+    batch_size: int = 16
+    learning_rate: float = 2e-4
+    discriminator_rate: float = 1.0  # learning rate of the discriminator, times that of the generator
+    betas: tuple[float, float] = (0.5, 0.999)  # of Adam
+    max_grad_norm: float | None = None
+    thaw_step: int | None = None  # from this step on the text encoder is trained, too (default: never)
+    keep: Literal["best", "last"] = "best"  # the weights with the lowest validation loss, or the last ones
+    validate_every: int = 200  # steps
+    plateau: int | None = None  # validations without a lower validation loss after which the learning rate is halved
+    patience: int | None = None  # validations without a lower validation loss after which training stops
+    preview_every: int = 1000  # steps
+    log_every: int = 20  # steps
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the processor has it
+    threads: int | None = None  # CPU threads (default: all cores)
+    preview_prompts: tuple[str, ...] = TrainConfig.preview_prompts
+    wandb: bool = False  # log to Weights & Biases too (pip install wandb)
+
+    def __post_init__(self) -> None:
+        size = self.image_size
+        fits = size % 4 == 0 and (size // 4).bit_count() == 1 and size > 4
+        _require(self.system in ("digits", "sdxl-lora") or fits, "image_size", "must be 4 times a power of 2")
+        _require(bool(self.losses), "losses", "must not be empty")
+        for name, weight in self.losses.items():
+            _require(name in LOSSES, f"losses.{name}", f"is unknown; losses: {', '.join(LOSSES)}")
+            _require(weight > 0, f"losses.{name}", "must be positive: leave it out instead")
+        against = self.discriminator != "none"
+        _require(against == ("adversarial" in self.losses), "losses.adversarial", "and discriminator need each other")
+        _require("perceptual" not in self.losses or bool(self.features), "losses.perceptual", "needs features")
+        _require("lpips" not in self.losses or bool(self.lpips), "losses.lpips", "needs lpips")
+        _require(self.network.stages in (1, 2), "network.stages", "must be 1 or 2")
+        _positive(self, "", "max_steps", "max_minutes", "batch_size", "learning_rate", "discriminator_rate", "patience")
+        _positive(self, "", "plateau", "max_grad_norm", "validate_every", "preview_every", "log_every", "threads")
+
+
 # ---------------------------------------------------------------------------------------------------------- drawing
 
 
@@ -302,6 +416,7 @@ class SampleConfig:
     prompt: tuple[str, ...] = ()  # one or several, each in quotes
     prompts_file: str | None = None  # a text file, one prompt a line; empty lines and lines with # are skipped
     checkpoint: str | None = None  # a folder, the name of a shipped model, or a hub repository (default: pokediff)
+    lora: str | None = None  # LoRA weights of SDXL (`pokediff baseline`); --checkpoint names another SDXL to draw with
     out: str | None = None  # output folder (default: outputs/<first prompt>-<seed>)
     num_images_per_prompt: int = 1  # pictures of each prompt
     seed: int | None = None  # seed of the first picture; the k-th has seed + k (default: random)

@@ -15,14 +15,15 @@ from conftest import COLORS, ROOT, draw_creature, write_data
 
 from pokediff.config import DiffusionConfig, EvaluateConfig, Sampling
 from pokediff.data.dataset import load_pictures
-from pokediff.data.images import encode_png, read_image, unpremultiply
+from pokediff.data.images import encode_png, unpremultiply
 from pokediff.data.records import Record, write_records
 from pokediff.errors import PokediffError
 from pokediff.evaluation import classifiers, model_measures, recognition
-from pokediff.evaluation.evaluate import evaluate
-from pokediff.evaluation.generators import read_generated
+from pokediff.evaluation.evaluate import evaluate, show
+from pokediff.evaluation.generators import Generated, read_generated
+from pokediff.evaluation.prompts import held_out_captions
 from pokediff.evaluation.reference import Reference, check_disjoint
-from pokediff.evaluation.report import compare
+from pokediff.evaluation.report import GENERATED, PAIRS, REAL, Report, compare
 from pokediff.model.diffusion import denoising_loss, make_noise_schedule, schedule_sigmas
 from pokediff.model.pipeline import PokeDiffPipeline
 
@@ -76,12 +77,7 @@ def things(tmp_path_factory):
 def evaluated(tmp_path_factory, tiny_checkpoint, features, things):
     """(config, folder of the report) of a tiny model on drawn data, with a quickly trained judge."""
     folder = tmp_path_factory.mktemp("evaluation")
-    data = write_data(folder / "data", number=320)
-    rng = np.random.default_rng(0)
-    for path in sorted((data / "images").iterdir()):  # no two alike
-        picture = read_image(path.read_bytes())
-        cv2.circle(picture, (20, 26), 4, (*(int(v) for v in rng.integers(0, 256, 3)), 255), -1)
-        path.write_bytes(encode_png(picture))
+    data = write_data(folder / "data", number=320, spotted=True)
     config = EvaluateConfig(
         checkpoint=str(tiny_checkpoint),
         data=(str(data),),
@@ -147,8 +143,33 @@ def test_a_report_names_what_drew(evaluated):
     assert "Denoisers base-32 (32 px, " in (out / "report.md").read_text()
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") >= 8
+    assert page.index(f"<h2>{PAIRS}") < page.index("<table>")
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "https://" not in page
+
+
+def test_real_pictures_stand_above_those_drawn_for_their_captions(data, tmp_path):
+    pictures = load_pictures(data, 16)
+    reference = Reference(pictures, None, pictures.split("test"), pictures.split("train"))
+    texts = held_out_captions(reference.real.captions, 12)
+    drawn = np.zeros((12, 16, 16, 4), np.uint8)
+    drawn[...] = np.arange(1, 13)[:, None, None, None]
+    report = Report({})
+    show(report, Generated(drawn, tuple(texts)), reference, tmp_path)
+    assert list(report.pictures) == [PAIRS]
+    _, both, columns = report.pictures[PAIRS]
+    numbers = [int(picture.max()) - 1 for picture in both[columns:] if picture.any()]
+    assert len(numbers) == len(set(texts[:8])) >= 2  # the first caption of eight pictures, some alike
+    for number, above in zip(numbers, both, strict=False):
+        captions = [
+            several
+            for several, real in zip(reference.real.captions, reference.pixels, strict=True)
+            if (real == above).all()
+        ]
+        assert texts[number] in captions[0]
+    report = Report({})
+    show(report, Generated(drawn, ("something else",) * 12), reference, tmp_path)
+    assert list(report.pictures) == [GENERATED, REAL]
 
 
 @pytest.mark.slow

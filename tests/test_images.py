@@ -21,6 +21,7 @@ from pokediff.data.images import (
     from_model,
     grid,
     is_pixel_art,
+    pairs,
     premultiply,
     read_image,
     save_animation,
@@ -168,6 +169,13 @@ def test_grid_places_pictures_row_by_row():
     assert sheet[2].max() == 0
 
 
+def test_pairs_put_every_real_picture_above_its_drawn_one():
+    real = np.zeros((5, 2, 2, 4), np.uint8)
+    real[...] = np.arange(1, 6)[:, None, None, None]
+    sheet = grid(pairs(real, real + 10, columns=3), columns=3, gap=0)[::2, ::2, 0]  # a number for each picture
+    assert sheet.tolist() == [[1, 2, 3], [11, 12, 13], [4, 5, 0], [14, 15, 0]]
+
+
 @pytest.mark.parametrize("name", ["gif", "png", "apng", "mp4"])
 def test_animations_open_and_hold_their_last_frame(tmp_path, name):
     if name == "mp4":
@@ -227,3 +235,12 @@ def test_faint_alpha_is_kept():
     faint = torch.full((1, 4, 1, 3), -1.0)
     faint[0, 3, 0] = torch.tensor([1, 2, 3]) / 127.5 - 1
     assert from_model(faint)[0, ..., 3].tolist() == [[1, 2, 3]]
+
+
+def test_opaque_pixel_art_is_padded_with_the_colours_of_its_border():
+    digit = np.zeros((28, 28, 4), np.uint8)
+    digit[..., 3] = 255
+    digit[10:20, 10:12, :3] = 255
+    fitted = fit_square(digit, 32)
+    np.testing.assert_array_equal(fitted[2:30, 2:30], digit)
+    assert (fitted[:2] == [0, 0, 0, 255]).all()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import html
 import json
 import re
@@ -8,11 +9,13 @@ import subprocess
 
 import numpy as np
 import pytest
-from conftest import COLORS, draw_creature
+from conftest import COLORS, draw_creature, write_data
 
-from pokediff.data.images import encode_png
+from pokediff.data.dataset import load_pictures
+from pokediff.data.images import encode_png, enlarge, read_image
 from pokediff.errors import PokediffError
 from pokediff.evaluation.survey import (
+    EXAMPLES,
     QUESTIONNAIRES,
     collect,
     inattention,
@@ -23,7 +26,7 @@ from pokediff.evaluation.survey import (
     table_of,
 )
 
-RATING, COUNT = QUESTIONNAIRES["rating"], QUESTIONNAIRES["count"]
+RATING, COUNT, LIKENESS = (QUESTIONNAIRES[name] for name in ("rating", "count", "likeness"))
 
 
 @pytest.fixture
@@ -50,6 +53,14 @@ def made(folders, tmp_path):
 @pytest.fixture
 def counted(folders, tmp_path):
     return make_survey(folders, tmp_path / "count", number=6, repeats=2, questions="count").parent
+
+
+@pytest.fixture
+def liked(folders, tmp_path):
+    """A survey of likeness to drawn training pictures."""
+    examples = [write_data(tmp_path / "known", 40)]
+    options = dict(number=6, repeats=2, questions="likeness", examples=examples)
+    return make_survey(folders, tmp_path / "likeness", **options).parent
 
 
 def answers(made, name: str, rate, form=RATING) -> None:
@@ -104,6 +115,25 @@ def test_faces_and_limbs_are_counted(counted):
     assert row["criterion"] in table_of(result)
 
 
+def test_likeness_begins_with_training_pictures(liked, made, folders, tmp_path):
+    page = (liked / "survey.html").read_text()
+    known = load_pictures(tmp_path / "known", 32).split("train").spread(EXAMPLES).straight()
+    found = re.findall(r'alt="an example" src="data:image/png;base64,(.+?)"', page)
+    assert len(found) == 24
+    for data, picture in zip(found, known, strict=True):
+        np.testing.assert_array_equal(read_image(base64.b64decode(data)), enlarge(picture, 8))
+    assert not re.search(r"https?://|ours|theirs", page)
+    answers(liked, "ann", lambda system, place: 5 if system == "ours" else 1, LIKENESS)
+    table = table_of(collect([liked / "ann.json"], liked))
+    assert "| It looks like the example pictures | 5.00 ± 0.00 (3) | 1.00 ± 0.00 (3) |" in table
+    assert list(json.loads(re.search(r"criteria = (\{.*?\})", page)[1])) == list(LIKENESS.criteria)
+    assert "Begin rating" not in (made / "survey.html").read_text()
+    with pytest.raises(PokediffError, match="another survey"):  # of the same pictures
+        collect([liked / "ann.json"], make_survey(folders, tmp_path / "s", number=6, repeats=2).parent)
+    with pytest.raises(PokediffError, match="--questions likeness needs --examples"):
+        make_survey(folders, tmp_path / "s", questions="likeness")
+
+
 def test_systems_with_the_same_prompts_show_the_same_ones(folders, tmp_path):
     out = make_survey([folders[0], folders[0].parent / "theirs"], tmp_path / "s", number=6, repeats=0).parent
     page = (out / "survey.html").read_text()
@@ -148,13 +178,24 @@ def test_inattention_is_the_difference_of_two_looks():
     assert inattention(rows[:1], RATING) == 0
 
 
-@pytest.mark.slow
-def test_a_rater_goes_through_it_in_a_browser(made):
+def driven(made, script: str) -> dict:
+    """What a script in the page leaves as text between RESULT and END."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("needs a browser: apt-get install chromium")
+    page = (made / "survey.html").read_text().replace("</body>", f"<script>{script}</script></body>")
+    (made / "driven.html").write_text(page)
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={made / 'profile'}"]
+    dom = subprocess.run(
+        [*command, "--dump-dom", (made / "driven.html").as_uri()], capture_output=True, text=True, timeout=120
+    ).stdout
+    return json.loads(html.unescape(re.search(r"RESULT(.*)END", dom)[1]))
+
+
+@pytest.mark.slow
+def test_a_rater_goes_through_it_in_a_browser(made):
     # What a rater does, then the answers in place of the page.
-    script = """<script>
+    script = """
       document.getElementById("rater").value = "Eve"; document.getElementById("go").click();
       let seen = []; for (let step = 0; step < 8; step++) {
         if (!document.getElementById("next").disabled) throw "went on without an answer";
@@ -163,17 +204,28 @@ def test_a_rater_goes_through_it_in_a_browser(made):
         if (step === 2) { document.getElementById("back").click(); document.getElementById("next").click() }
         document.getElementById("next").click() }
       const thanks = !document.getElementById("end").hidden;
-      document.body.textContent = "RESULT" + JSON.stringify({ thanks, seen, answer: JSON.parse(result()) }) + "END";
-    </script></body>"""
-    (made / "driven.html").write_text((made / "survey.html").read_text().replace("</body>", script))
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={made / 'profile'}"]
-    dom = subprocess.run(
-        [*command, "--dump-dom", (made / "driven.html").as_uri()], capture_output=True, text=True, timeout=120
-    ).stdout
-    found = json.loads(html.unescape(re.search(r"RESULT(.*)END", dom)[1]))
+      document.body.textContent = "RESULT" + JSON.stringify({ thanks, seen, answer: JSON.parse(result()) }) + "END";"""
+    found = driven(made, script)
     assert found["thanks"]
     assert all(re.fullmatch(r"a (red|blue) <creature> & \d", prompt) for prompt in found["seen"])
     assert len(found["answer"]["ratings"]) == 8
     assert all(row[name] == 3 for row in found["answer"]["ratings"] for name in RATING.criteria)
     (made / "eve.json").write_text(json.dumps(found["answer"]))
     assert collect([made / "eve.json"], made)["criteria"]["beauty"]["ours"] == {"mean": 3.0, "spread": 0.0, "n": 3}
+
+
+@pytest.mark.slow
+def test_a_rater_sees_the_examples_first_and_again(liked):
+    script = """
+      const screen = () => [...document.querySelectorAll("body > div")].filter(one => !one.hidden).map(one => one.id);
+      const click = id => { document.getElementById(id).click(); return [screen(), $("rate").textContent] };
+      const before = screen(), seen = [click("go"), click("rate")];
+      document.querySelector('input[name=likeness][value="4"]').click();
+      seen.push(click("again"), click("rate"));
+      const kept = document.querySelector("input[name=likeness]:checked").value;
+      document.body.textContent = "RESULT" + JSON.stringify({ before, seen, kept }) + "END";"""
+    found = driven(liked, script)
+    assert found["before"] == ["start"]
+    first, later = "Begin rating", "Continue rating"
+    assert found["seen"] == [[["examples"], first], [["ask"], first], [["examples"], later], [["ask"], later]]
+    assert found["kept"] == "4"

@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from pokediff.config import (
     CriticConfig,
     ModelConfig,
     PerceptualConfig,
+    Sampling,
     StageConfig,
     TrainConfig,
     ValidationMetricsConfig,
@@ -32,14 +34,14 @@ from pokediff.config import (
     load_yaml,
 )
 from pokediff.data.dataset import load_pictures
-from pokediff.data.images import unpremultiply
+from pokediff.data.images import grid, unpremultiply
 from pokediff.errors import PokediffError
 from pokediff.model.pipeline import PokeDiffPipeline
 from pokediff.training import loop
 from pokediff.training.build import ema_with_warmup
 from pokediff.training.loop import learning_rate
 from pokediff.training.objectives import mix
-from pokediff.training.runs import Progress
+from pokediff.training.runs import Progress, log_images
 from pokediff.training.stages import train
 
 
@@ -107,10 +109,49 @@ def test_a_run_leaves_what_it_promises(finished, data):
         assert (sheet.mode, sheet.height) == ("RGBA", 128)  # 16 px pictures, every pixel eight wide
     with Image.open(finished / "previews" / "base-16-00000006.gif") as clip:
         assert 8 < clip.n_frames <= 16  # equal frames are merged
+    with Image.open(finished / "previews" / "base-16-00000006-pairs.png") as sheet:
+        assert (sheet.mode, *sheet.size) == ("RGBA", 560, 560)  # four rows of four pictures, 2 px between them
     card = (finished / "README.md").read_text()
     assert "| 6 | 48 |" in card
     assert not list(finished.rglob("*.tmp*"))
     assert not list(finished.rglob("*.bin")) + list(finished.rglob("*.pt")) + list(finished.rglob("*.pkl"))
+
+
+def test_previews_show_real_pictures_above_drawn_ones(finished, data):
+    """Rows: training pictures and the drawn ones, validation pictures and the drawn ones."""
+    with Image.open(finished / "previews" / "base-16-00000006-pairs.png") as image:
+        sheet = np.asarray(image)[::8, ::8]  # 16 px pictures, every pixel eight wide
+    rows = [sheet[top : top + 16] for top in range(0, 72, 18)]
+    pipe = PokeDiffPipeline.from_pretrained(finished)
+    for split, above, below in (("train", *rows[:2]), ("validation", *rows[2:])):
+        pictures = load_pictures(data, 16).split(split)
+        pictures = (pictures.with_shared_captions() if split == "train" else pictures).spread(4)
+        np.testing.assert_array_equal(above, grid(pictures.straight(), columns=4))
+        captions = [several[0] for several in pictures.captions]
+        drawn = grid(pipe.generate(captions, range(4), Sampling(size=16)), columns=4)
+        assert np.abs(below.astype(int) - drawn.astype(int)).mean() < 1  # the checkpoint is rounded to half precision
+
+
+def test_trackers_get_the_previews(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished / "tensorboard"), {"images": 0})
+    events.Reload()
+    assert set(events.Tags()["images"]) == {"base-16/previews", "base-16/previews-pairs"}
+    (image,) = events.Images("base-16/previews-pairs")
+    assert (image.step, image.width, image.height) == (6, 560, 560)
+
+
+def test_every_tracker_gets_pictures_in_its_own_form():
+    """wandb.log, to which W&B's tracker passes all options, takes no `dataformats`."""
+    trackers = [Mock(), Mock()]
+    for tracker, name in zip(trackers, ("tensorboard", "wandb"), strict=True):
+        tracker.name = name
+    log_images(Mock(trackers=trackers), {"x": np.zeros((2, 3, 3), np.uint8)}, step=7)
+    for tracker, options in zip(trackers, ({"dataformats": "NHWC"}, {}), strict=True):
+        (values,), given = tracker.log_images.call_args
+        assert values["x"].shape == (1, 2, 3, 3)
+        assert given == {"step": 7, **options}
 
 
 def test_the_checkpoint_draws_with_the_averaged_weights(finished):
@@ -309,6 +350,55 @@ def test_training_stops_when_the_model_begins_to_copy(data, tmp_path, monkeypatc
     facts = json.loads((tmp_path / "run" / "run.json").read_text())["stages"]
     # the refiner is trained to its end: it draws what the base draws
     assert [facts[name]["finished"] for name in stages] == ["copies", "steps"]
+
+
+def falling_then_rising(monkeypatch, lowest: int) -> None:
+    """Validation losses with their minimum at step `lowest`."""
+    monkeypatch.setattr(
+        loop, "validate", lambda stage, _: {"validation_loss": 1 + abs(stage.progress.step - lowest) / 100}
+    )
+
+
+@pytest.mark.slow
+def test_a_stage_ends_when_its_patience_does(data, tmp_path, monkeypatch, capsys):
+    falling_then_rising(monkeypatch, lowest=4)
+    changes = dict(max_steps=100, validate_every=2, preview_every=100, checkpoint_every=100)
+    config = tiny_config(data, tmp_path / "run", {"base-16": tiny_stage(**changes, patience=2)}, log_every=5)
+    train(config)
+    assert "ended after 2 validations without a lower validation loss" in capsys.readouterr().out
+    assert newest_state(tmp_path / "run").name == "step-00000009"  # noticed at the step after the validation
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["stages"]["base-16"]["finished"] == "patience"
+    train(config, resume="auto")
+    assert "finished already" in capsys.readouterr().out
+    train(with_stage(config, patience=4), resume="auto")
+    assert newest_state(tmp_path / "run").name == "step-00000013"
+    train(with_stage(config, patience=None, max_steps=14), resume="auto")
+    assert newest_state(tmp_path / "run").name == "step-00000014"
+
+
+@pytest.mark.slow
+def test_a_stopped_run_has_the_patience_of_one_that_was_not(data, tmp_path, monkeypatch):
+    """A stop validates once more, here at step 5, which does not count."""
+    falling_then_rising(monkeypatch, lowest=5)
+    changes = dict(max_steps=5, validate_every=2, preview_every=100, checkpoint_every=100, patience=2)
+    parts, whole = (tiny_config(data, tmp_path / name, {"base-16": tiny_stage(**changes)}) for name in ("a", "b"))
+    train(parts)
+    for config in (parts, whole):
+        train(with_stage(config, max_steps=100), resume="auto")
+    assert newest_state(tmp_path / "b").name == "step-00000009"
+    assert_same_state(newest_state(tmp_path / "a"), newest_state(tmp_path / "b"), rtol=0, atol=0)
+
+
+def test_patience_counts_validations_after_the_lowest():
+    progress = Progress()
+    assert not progress.is_out_of(1, every=10)
+    for step, loss in enumerate([3, 2, 2, math.nan, 4, 1]):
+        progress.step = 10 * step
+        progress.note(None, loss)
+        assert progress.is_out_of(1, every=10) == (step in (2, 3, 4))
+        assert progress.is_out_of(2, every=10) == (step == 4)
+        assert not progress.is_out_of(None, every=10)
+        assert not progress.is_out_of(2, every=20)
 
 
 def test_overfitting_is_seen_in_the_losses():

@@ -99,13 +99,14 @@ def fit_square(rgba: np.ndarray, size: int) -> np.ndarray:
     """Straight RGBA of any shape to a premultiplied uint8 (size, size, 4) square: whole, centred, padded.
 
     Shrinking averages areas. Pixel art is enlarged by a whole factor with NEAREST and padded, so that it keeps its
-    grid; other pictures are enlarged bicubically.
+    grid (an opaque one with the colours of its border); other pictures are enlarged bicubically.
     """
     pixels = premultiply(rgba)
     height, width = pixels.shape[:2]
     side = max(height, width)
     if side < size and is_pixel_art(rgba):
-        return _pad_square(enlarge(pixels, size // side), size)
+        opaque = pixels[..., 3].min() == 255
+        return _pad_square(enlarge(pixels, size // side), size, "edge" if opaque else "constant")
     pixels = _pad_square(pixels, side)
     if side != size:
         method = cv2.INTER_AREA if side > size else cv2.INTER_CUBIC
@@ -115,10 +116,10 @@ def fit_square(rgba: np.ndarray, size: int) -> np.ndarray:
     return pixels
 
 
-def _pad_square(pixels: np.ndarray, side: int) -> np.ndarray:
+def _pad_square(pixels: np.ndarray, side: int, mode: Literal["constant", "edge"] = "constant") -> np.ndarray:
     height, width = pixels.shape[:2]
     top, left = (side - height) // 2, (side - width) // 2
-    return np.pad(pixels, ((top, side - height - top), (left, side - width - left), (0, 0)))
+    return np.pad(pixels, ((top, side - height - top), (left, side - width - left), (0, 0)), mode)
 
 
 def enlarge(rgba: np.ndarray, factor: int) -> np.ndarray:
@@ -184,6 +185,17 @@ def grid(rgba: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarr
         top, left = index // columns * (height + gap), index % columns * (width + gap)
         sheet[top : top + height, left : left + width] = picture
     return sheet
+
+
+def pairs(real: np.ndarray, drawn: np.ndarray, columns: int) -> np.ndarray:
+    """Two arrays (N, H, W, 4) as one for `grid` with as many columns: rows of `real`, below each its row of `drawn`.
+
+    Transparent pictures fill up the last two rows, so the result is (2M, H, W, 4), M a multiple of `columns`.
+    """
+    unfilled = np.stack([real, drawn])  # (2, N, H, W, 4)
+    both = np.pad(unfilled, ((0, 0), (0, -len(real) % columns), *[(0, 0)] * 3))  # (2, M, H, W, 4)
+    rows = both.reshape(2, -1, columns, *real.shape[1:]).swapaxes(0, 1)  # (M / columns, 2, columns, H, W, 4)
+    return rows.reshape(-1, *real.shape[1:])
 
 
 def can_write_mp4() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from pathlib import Path
@@ -23,7 +24,10 @@ def reports_tab(page: gr.Blocks, reports: Path, runs: Path) -> None:
     choice = gr.CheckboxGroup(names, label="Reports", info="Several are shown side by side.", value=names[:1])
     table = gr.HTML(elem_id="report")
     run = gr.Dropdown(
-        found(runs, "log.jsonl"), label="Training run", info="Its curves and latest previews.", value=None
+        found(runs, "log.jsonl"),
+        label="Training run",
+        info="Its curves and latest previews; in pairs, a real picture above the drawn one.",
+        value=None,
     )
     curves = gr.HTML(elem_id="run")
     gr.on([choice.change, reload.click, page.load], streamed(show_reports, reports), choice, table, **AT_ONCE)
@@ -108,8 +112,9 @@ def run_curves(folder: Path) -> str:
     axes.legend()
     steps = ", ".join(f"{stage} {step:,} steps" for stage, step in last.items())
     lines = [f"<p>{escape(folder.name)}: {escape(steps)}</p>", figure(report.plot_uri(plot), "loss by step")]
-    latest = {path.stem.rpartition("-")[0]: path for path in sorted((folder / "previews").glob("*.png"))}
-    for path in latest.values():  # of each stage
+    files = sorted((folder / "previews").glob("*.png"), key=lambda path: path.stem)
+    latest = {re.sub(r"\d+(?=(-pairs)?$)", "", path.stem): path for path in files}
+    for path in latest.values():  # of each stage: prompts, and pairs
         data = base64.b64encode(path.read_bytes()).decode()
         lines.append(figure(f"data:image/png;base64,{data}", f"previews, {path.stem}"))
     return "".join(lines)

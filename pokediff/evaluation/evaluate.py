@@ -15,16 +15,18 @@ from tqdm import tqdm
 
 from pokediff.config import EvaluateConfig, plain
 from pokediff.data.dataset import load_pictures
+from pokediff.data.images import pairs
 from pokediff.errors import PokediffError
 from pokediff.evaluation import measures, model_measures, prompts, recognition, shape_measures, survey
 from pokediff.evaluation.features import FeatureNet, load_features
 from pokediff.evaluation.generators import Drawer, Generated, ImageGenerator, denoisers_used, read_generated
 from pokediff.evaluation.reference import Reference, load_reference
-from pokediff.evaluation.report import Report, write_report
+from pokediff.evaluation.report import GENERATED, PAIRS, REAL, Report, write_report
 from pokediff.model.denoiser import Denoiser
 from pokediff.model.pipeline import PokeDiffPipeline, quiet
 
 JUDGED = 20  # pictures of each style for the second judge
+SHOWN = 64  # generated pictures on the page, or pairs
 
 
 def evaluate(config: EvaluateConfig, generator: ImageGenerator | None = None) -> Path:
@@ -66,8 +68,8 @@ def evaluate(config: EvaluateConfig, generator: ImageGenerator | None = None) ->
         measures.measure_copies(report, generated, reference)
         measures.measure_clip(report, generated, config)
         measures.measure_reconstruction(report, generated, reference, config)
-        if drawer and isinstance(pipeline := drawer.generator, PokeDiffPipeline):
-            measure_pipeline(report, pipeline, drawer, generated, reference)
+        if drawer:
+            measure_model(report, drawer, generated, reference)
         show(report, generated, reference, out)
         write_report(out, report)
     return out
@@ -175,21 +177,33 @@ def measure_prompts(
     measures.measure_variety(report, drawn["one-prompt"].pixels, reference.pixels, config)
 
 
-def measure_pipeline(
-    report: Report, pipeline: PokeDiffPipeline, drawer: Drawer, generated: Generated, reference: Reference
-) -> None:
-    if isinstance(pipeline.base, Denoiser):  # not an exported one
-        model_measures.measure_loss(report, pipeline, reference.real, reference.same_style, drawer.sampling)
-    model_measures.measure_cost(report, pipeline, generated, drawer.sampling, drawer.batch_size)
+def measure_model(report: Report, drawer: Drawer, generated: Generated, reference: Reference) -> None:
+    """Loss and cost, as far as the generator has them."""
+    model = drawer.generator
+    if isinstance(model, PokeDiffPipeline):
+        if isinstance(model.base, Denoiser):  # not an exported one
+            model_measures.measure_loss(report, model, reference.real, reference.same_style, drawer.sampling)
+        model_measures.measure_cost(report, model, generated, drawer.sampling, drawer.batch_size)
 
 
 def show(report: Report, generated: Generated, reference: Reference, out: Path) -> None:
-    """Pictures of both sides, and what people counted (OUT/survey)."""
-    rows = np.linspace(0, len(generated.pixels) - 1, min(64, len(generated.pixels))).astype(int)
-    words = "One picture for each of these held-out captions, not selected."
-    report.pictures["Generated pictures"] = (words, generated.pixels[rows], 16)
-    report.pictures["Real held-out pictures"] = ("Of the same families.", reference.real.spread(64).straight(), 16)
+    """Real pictures above those that were drawn for their captions, and what people counted (OUT/survey)."""
+    # of each real picture, the first one drawn for a caption of it
+    below = {real: drawn for drawn, real in reversed(reference.captioned(generated.prompts))}
+    if below:
+        above, rows = _spread(np.array(sorted(below.items()))).T
+        both = pairs(reference.pixels[above], generated.pixels[rows], 16)
+        report.pictures[PAIRS] = ("Below each held-out picture the one drawn for its caption, not selected.", both, 16)
+    else:  # other prompts
+        rows = _spread(np.arange(len(generated.pixels)))
+        report.pictures[GENERATED] = ("Not selected.", generated.pixels[rows], 16)
+        report.pictures[REAL] = ("Held out, for other captions.", reference.real.spread(SHOWN).straight(), 16)
     report.tables["captions of the pictures shown"] = [{"caption": generated.prompts[i]} for i in rows[:16]]
     counted = out / "survey" / survey.RESULT
     if counted.is_file():
         report.tables["counted by eye"] = survey.rows_of(json.loads(counted.read_text(encoding="utf-8")))
+
+
+def _spread(rows: np.ndarray) -> np.ndarray:
+    """At most SHOWN rows, evenly spaced."""
+    return rows[np.linspace(0, len(rows) - 1, min(SHOWN, len(rows))).astype(int)]

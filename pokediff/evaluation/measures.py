@@ -304,32 +304,42 @@ def measure_clip(report: Report, generated: Generated, config: EvaluateConfig) -
         report.add(PROMPT, f"retrieval R@{k}", value, len(own), worthless=k / len(texts), note=note)
 
 
-def measure_reconstruction(report: Report, generated: Generated, reference: Reference, config: EvaluateConfig) -> None:
-    """Distance to the very picture whose caption was the prompt, for systems that regress it."""
+def reconstruction_errors(fake: np.ndarray, true: np.ndarray, background: str) -> dict[str, np.ndarray]:
+    """L1 and L2 in [0, 1], PSNR and SSIM of pairs, straight RGBA uint8 (N, S, S, 4), on a background; each (N,).
+
+    Raises PokediffError without torchmetrics.
+    """
     import torch
 
-    section, names = "Reconstruction", "L1, L2, PSNR, SSIM"
-    place = {caption: index for index, several in enumerate(reference.real.captions) for caption in several}
-    found = [(i, place[prompt]) for i, prompt in enumerate(generated.prompts) if prompt in place]
-    if not found:
-        report.skip(section, names, "no prompt is a caption of the reference")
-        return
     try:
         from torchmetrics.functional.image import structural_similarity_index_measure as ssim
     except ImportError:
-        report.skip(section, names, 'pip install "pokediff[eval]"')
-        return
-    fake, true = generated.pixels[[i for i, _ in found]], reference.pixels[[j for _, j in found]]
-    on_background = (composite(rgba, config.background) for rgba in (fake, true))
+        raise PokediffError('SSIM needs torchmetrics: pip install "pokediff[eval]"') from None
+    on_background = (composite(rgba, background) for rgba in (fake, true))
     x, y = (torch.from_numpy(rgb).permute(0, 3, 1, 2).double() / 255 for rgb in on_background)
     squared = ((x - y) ** 2).mean((1, 2, 3))
     pairs = zip(x.split(16), y.split(16), strict=True)  # SSIM holds ten blurred copies: 500 of 128 px take 40 GB
-    values = {
+    return {
         "L1": (x - y).abs().mean((1, 2, 3)).numpy(),
         "L2": squared.numpy(),
         "PSNR, dB": -10 * squared.clamp(min=1e-10).log10().numpy(),
         "SSIM": torch.cat([torch.as_tensor(ssim(*pair, data_range=1.0, reduction="none")) for pair in pairs]).numpy(),
     }
+
+
+def measure_reconstruction(report: Report, generated: Generated, reference: Reference, config: EvaluateConfig) -> None:
+    """Distance to the very picture whose caption was the prompt, for systems that regress it."""
+    section, names = "Reconstruction", "L1, L2, PSNR, SSIM"
+    found = reference.captioned(generated.prompts)
+    if not found:
+        report.skip(section, names, "no prompt is a caption of the reference")
+        return
+    fake, true = generated.pixels[[i for i, _ in found]], reference.pixels[[j for _, j in found]]
+    try:
+        values = reconstruction_errors(fake, true, config.background)
+    except PokediffError as error:
+        report.skip(section, names, str(error))
+        return
     if config.lpips is not None:
         try:
             values["LPIPS"] = Lpips(config.lpips)(fake, true, config.background)

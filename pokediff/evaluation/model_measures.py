@@ -22,7 +22,7 @@ from pokediff.model.pipeline import PokeDiffPipeline
 
 NOISE_LEVELS = 10
 PICTURES = 256  # of each set
-LOSS = "Loss by noise level"
+LOSS, COST = "Loss by noise level", "Cost"
 
 
 def measure_loss(
@@ -96,9 +96,8 @@ def measure_cost(
     report: Report, pipeline: PokeDiffPipeline, generated: Generated, sampling: Sampling, batch_size: int
 ) -> None:
     """What a picture costs on this machine."""
-    section = "Cost"
-    note = f"median, in batches of {batch_size}, on {pipeline.device}, when they were drawn"
-    report.add(section, "seconds a picture", generated.seconds_per_image, len(generated.pixels), note=note)
+    section = COST
+    measure_speed(report, generated, batch_size, pipeline.device)
     for name, part in denoisers_used(pipeline, sampling).items():
         denoiser = pipeline.cascade[name]
         guided = denoiser.config.guidance_scale is not None and sampling.guidance_scale != 1
@@ -107,6 +106,11 @@ def measure_cost(
         report.add(section, f"parameters of {name}, M", sum(p.numel() for p in denoiser.parameters()) / 1e6, 1)
         report.add(section, f"GFLOP an evaluation of {name}", flops_per_image(denoiser) / 1e9, 1)
     report.add(section, "peak memory, MB", peak_memory_mb(), 1, note="of the whole process, feature networks included")
+
+
+def measure_speed(report: Report, generated: Generated, batch_size: int, device: torch.device) -> None:
+    note = f"median, in batches of {batch_size}, on {device}, when they were drawn"
+    report.add(COST, "seconds a picture", generated.seconds_per_image, len(generated.pixels), note=note)
 
 
 def peak_memory_mb() -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -45,6 +46,11 @@ class Reference:
     def families(self) -> np.ndarray:
         """(N,) of the held-out pictures."""
         return np.array([record.family_key for record in self.real.records])
+
+    def captioned(self, prompts: Sequence[str]) -> list[tuple[int, int]]:
+        """(position of the prompt, position in `real` of a picture that has it as a caption), for prompts with one."""
+        place = {caption: index for index, several in enumerate(self.real.captions) for caption in several}
+        return [(index, place[prompt]) for index, prompt in enumerate(prompts) if prompt in place]
 
     @cached_property
     def halves(self) -> list[tuple[np.ndarray, np.ndarray]]:

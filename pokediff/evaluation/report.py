@@ -19,6 +19,7 @@ from pokediff.errors import PokediffError
 from pokediff.evaluation.distances import Estimate
 
 SHOWN_SIDE = 64  # px of a picture on the page
+PAIRS, GENERATED, REAL = "Real pictures above generated ones", "Generated pictures", "Real held-out pictures"
 TICKS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)  # of the axis of sigma
 INTRODUCTION = (
     "Beside each figure: its 95 % interval in brackets, the figure of real pictures (real) and that of a trivial "
@@ -218,7 +219,7 @@ img.plot { image-rendering: auto; max-width: 34rem }
 def html(title: str, data: dict[str, Any], pictures: dict[str, tuple[str, np.ndarray, int]]) -> str:
     """One self-contained file: pictures and plots are inside it."""
     images = [(name, words, sheet_uri(rgba, columns)) for name, (words, rgba, columns) in pictures.items()]
-    first = [image for image in images if image[0] in ("Generated pictures", "Real held-out pictures")]
+    first = [image for image in images if image[0] in (PAIRS, GENERATED, REAL)]
     return _page(
         title=title,
         about=about(data["settings"]),

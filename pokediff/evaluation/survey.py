@@ -3,9 +3,10 @@
     pokediff survey --images outputs/a outputs/b --out survey/        # survey/survey.html and survey/key.json
     pokediff survey --out survey/ --collect answers/*.json            # survey/result.json
 
-Two questionnaires: "rating", four criteria from 0 to 5 for several people, and "count", yes or no, for counting faces
-and limbs. The page holds numbers only; key.json, which raters do not receive, lists the system of each picture. Some
-pictures are shown twice, to detect inattentive raters.
+Three questionnaires: "rating" and "likeness", four criteria from 0 to 5 for several people, and "count", yes or no, for
+counting faces and limbs. Training pictures may be shown first; "likeness" compares with them. The page holds numbers
+only; key.json, which raters do not receive, lists the system of each picture. Some pictures are shown twice, to detect
+inattentive raters.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pokediff.data.dataset import load_pictures
 from pokediff.data.images import encode_png, enlarge
 from pokediff.data.records import read_text, write_whole
 from pokediff.errors import PokediffError
@@ -27,9 +29,11 @@ from pokediff.evaluation.distances import share_estimate
 from pokediff.evaluation.generators import read_generated
 from pokediff.evaluation.report import to_json
 
-Questions = Literal["rating", "count"]
+Questions = Literal["rating", "count", "likeness"]
 RESULT, KEY = "result.json", "key.json"
 SHOWN_SIDE = 256  # px
+EXAMPLES = 24  # training pictures before the rating
+SAMPLE = 256  # pictures that are loaded to choose them from
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,16 @@ QUESTIONNAIRES: dict[Questions, Questionnaire] = {
         best=1,
         careless=0.4,
     ),
+    "likeness": Questionnaire(
+        {
+            "clearness": "It is clear: no blur",
+            "prompt": "It matches the description",
+            "likeness": "It looks like the example pictures",
+            "artefacts": "It has no artefacts",
+        },
+        best=5,
+        careless=1.5,
+    ),
 }
 
 
@@ -70,22 +84,24 @@ def make_survey(
     repeats: int = 5,
     seed: int = 0,
     questions: Questions = "rating",
+    examples: Sequence[Path] = (),
 ) -> Path:
     """Write OUT/survey.html and OUT/key.json: `number` pictures, equally many of each system, `repeats` of them twice.
 
-    Folders with the same prompts show the same ones. Raises PokediffError when a folder has no pictures with prompts,
-    or two have the same name.
+    Folders with the same prompts show the same ones. `examples` are data sets whose training pictures are shown first.
+    Raises PokediffError when a folder has no pictures with prompts, two have the same name, or examples are missing.
     """
     names = system_names(folders)
+    if questions == "likeness" and not examples:
+        raise PokediffError("--questions likeness needs --examples: the data set that the pictures should look like")
     rng = np.random.default_rng(seed)
     share = -(-number // len(folders))
+    systems = [read_generated(folder) for folder in folders]
     items: list[dict[str, Any]] = []
-    for name, folder in zip(names, folders, strict=True):
-        generated = read_generated(folder)
+    for name, generated in zip(names, systems, strict=True):
         order = np.random.default_rng(seed).permutation(len(generated.pixels))
         for index in order[:share]:
-            picture = enlarge(generated.pixels[index], max(1, SHOWN_SIDE // generated.pixels.shape[1]))
-            items.append({"system": name, "prompt": generated.prompts[index], "png": encode_png(picture)})
+            items.append({"system": name, "prompt": generated.prompts[index], "png": _png(generated.pixels[index])})
     items = [items[i] for i in rng.permutation(len(items))][:number]
     shown = list(range(len(items)))
     for again in rng.permutation(len(items))[:repeats]:
@@ -95,12 +111,29 @@ def make_survey(
         {"id": index, "prompt": item["prompt"], "png": base64.b64encode(item["png"]).decode()}
         for index, item in enumerate(items)
     ]
-    identity = hashlib.sha256(b"".join(item["png"] for item in items)).hexdigest()[:16]
+    first = example_pictures(examples, max(one.pixels.shape[1] for one in systems)) if examples else []
+    identity = hashlib.sha256(questions.encode() + b"".join(item["png"] for item in items)).hexdigest()[:16]
     key = {"survey": identity, "questions": questions, "systems": [item["system"] for item in items]}
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / KEY, json.dumps(key, indent=1) + "\n")
-    write_whole(out / "survey.html", page(identity, pictures, shown, QUESTIONNAIRES[questions]))
+    write_whole(out / "survey.html", page(identity, pictures, shown, QUESTIONNAIRES[questions], first))
     return out / "survey.html"
+
+
+def example_pictures(folders: Sequence[Path], size: int) -> list[str]:
+    """At most EXAMPLES training pictures of data sets, spread evenly, at `size` px, at most SHOWN_SIDE: PNG as base64.
+
+    Raises PokediffError when they have none.
+    """
+    pictures = load_pictures(folders, min(size, SHOWN_SIDE), limit=SAMPLE).split("train").spread(EXAMPLES)
+    if not len(pictures):
+        raise PokediffError(f"--examples {' '.join(map(str, folders))}: no training pictures")
+    return [base64.b64encode(_png(picture)).decode() for picture in pictures.straight()]
+
+
+def _png(picture: np.ndarray) -> bytes:
+    """A picture (S, S, 4) as PNG, enlarged by a whole factor to about SHOWN_SIDE."""
+    return encode_png(enlarge(picture, max(1, SHOWN_SIDE // picture.shape[0])))
 
 
 def system_names(folders: Sequence[Path]) -> list[str]:
@@ -243,8 +276,11 @@ def _json(path: Path) -> Any:
 
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Creatures</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
-body { font: 17px/1.5 system-ui, sans-serif; max-width: 34rem; margin: 1.5rem auto; padding: 0 1rem; color: #222 }
-img { image-rendering: pixelated; width: 256px; height: 256px; display: block; margin: 1rem auto; background: #fff }
+body { font: 17px/1.5 system-ui, sans-serif; margin: 1.5rem auto; padding: 0 1rem; color: #222 }
+body > div { max-width: 34rem; margin: auto } img { image-rendering: pixelated; background: #fff }
+img { width: 256px; height: 256px } #picture { display: block; margin: 1rem auto }
+#examples { max-width: 66rem } #examples div { display: flex; flex-wrap: wrap; gap: .5rem }
+@media (max-width: 36rem) { #examples img { width: 128px; height: 128px } }
 #prompt { text-align: center; font-style: italic } .row { margin: .6rem 0 } .row span { display: block }
 label { display: inline-block; min-width: 2.6rem; padding: .4rem 0; text-align: center; cursor: pointer }
 button, input { font: inherit; padding: .4rem .8rem } button:disabled { opacity: .4 } #bar { color: #666 }
@@ -253,9 +289,14 @@ button, input { font: inherit; padding: .4rem .8rem } button:disabled { opacity:
 of it.{% else %}from 0 (not at all) to {{ best }} (very much) how true the sentences are of it.{% endif %} There is no
 right answer. You may close the page and continue later; at the end it saves a file for you to send back.</p>
 <p><input id="rater" placeholder="your name, if you like"> <button id="go">Begin</button></p></div>
+{% if examples %}<div id="examples" hidden><h1>Examples</h1>
+<p>The programs learnt from pictures like these. Look at them before you rate; you can return to them at any time.</p>
+<div>{% for png in examples %}<img alt="an example" src="data:image/png;base64,{{ png }}">{% endfor %}</div>
+<p><button id="rate">Begin rating</button></p></div>{% endif %}
 <div id="ask" hidden><p id="bar"></p><img id="picture" alt="the picture to rate"><p id="prompt"></p>
 <div id="rows"></div>
-<p><button id="back">Back</button> <button id="next">Next</button></p></div>
+<p><button id="back">Back</button> <button id="next">Next</button>
+{% if examples %}<button id="again">Examples</button>{% endif %}</p></div>
 <div id="end" hidden><h1>Thank you</h1><p><button id="save">Save my answers</button></p></div>
 <script>
 const survey = {{ identity|tojson }}, pictures = {{ pictures|tojson }}, order = {{ order|tojson }};
@@ -263,7 +304,7 @@ const criteria = {{ criteria|tojson }}, best = {{ best|tojson }}, $ = id => docu
 let state = { rater: "", at: 0, ratings: [] };
 try { state = JSON.parse(localStorage.getItem(survey)) || state } catch {}
 const keep = () => { try { localStorage.setItem(survey, JSON.stringify(state)) } catch {} };
-const show = id => ["start", "ask", "end"].forEach(name => $(name).hidden = name !== id);
+const show = id => document.querySelectorAll("body > div").forEach(screen => screen.hidden = screen.id !== id);
 const answer = () => { const row = { id: order[state.at] };
   for (const name in criteria) { const box = document.querySelector(`input[name=${name}]:checked`);
     if (box) row[name] = +box.value } return row };
@@ -286,7 +327,10 @@ function draw() {
 $("rows").onchange = () => { state.ratings[state.at] = answer(); keep(); $("next").disabled = !complete(answer()) };
 $("next").onclick = () => { state.ratings[state.at] = answer(); state.at++; draw() };
 $("back").onclick = () => { state.at--; draw() };
-$("go").onclick = () => { state.rater = $("rater").value; draw() };
+$("go").onclick = () => { state.rater = $("rater").value; if ($("examples")) show("examples"); else draw() };
+if ($("examples")) { $("rate").onclick = draw;
+  $("again").onclick = () => { $("rate").textContent = "Continue rating"; show("examples") } }
+$("picture").onload = () => $("picture").style.imageRendering = $("picture").naturalWidth > 256 ? "auto" : "";
 const result = () => JSON.stringify({ survey, rater: state.rater, ratings: state.ratings });
 $("save").onclick = () => { const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob([result()], { type: "application/json" }));
@@ -296,9 +340,17 @@ if (state.ratings.length) draw();
 """
 
 
-def page(identity: str, pictures: Sequence[dict[str, Any]], order: Sequence[int], form: Questionnaire) -> str:
+def page(
+    identity: str,
+    pictures: Sequence[dict[str, Any]],
+    order: Sequence[int],
+    form: Questionnaire,
+    examples: Sequence[str] = (),
+) -> str:
     """The survey as one self-contained file."""
     from jinja2 import Environment
 
-    template = Environment(autoescape=True).from_string(PAGE)
-    return template.render(identity=identity, pictures=pictures, order=order, criteria=form.criteria, best=form.best)
+    environment = Environment(autoescape=True)
+    environment.policies["json.dumps_kwargs"] = {}  # not sort_keys: the criteria stay in their order
+    values = dict(identity=identity, pictures=pictures, order=order, examples=examples)
+    return environment.from_string(PAGE).render(**values, criteria=form.criteria, best=form.best)

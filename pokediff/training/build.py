@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from pokediff.config import Sampling, StageConfig, TrainConfig, plain
-from pokediff.data.dataset import AUGMENT_LABELS, TrainingBatches, caption_vectors, load_pictures
+from pokediff.data.dataset import AUGMENT_LABELS, Pictures, TrainingBatches, caption_vectors, load_pictures
 from pokediff.data.images import CHANNELS
 from pokediff.errors import PokediffError
 from pokediff.evaluation.validation_metrics import ValidationMetrics
@@ -31,6 +31,7 @@ from pokediff.training.perceptual import AdversarialLoss, PerceptualLoss
 from pokediff.training.runs import Progress, load_state
 
 VALIDATION_PICTURES = 512
+PREVIEW_PAIRS = 4  # training pictures and validation pictures whose captions previews draw
 
 
 @dataclass
@@ -71,6 +72,7 @@ class Stage:
     optimizer: torch.optim.Optimizer
     objective: Objective
     pipeline: PokeDiffPipeline  # the cascade so far, with the averaged weights of this stage
+    shown: tuple[Pictures, Pictures]  # training and validation pictures, of the previews
     facts: dict[str, Any]  # numbers of parameters, pictures and GFLOP, for log and model card
     critic: AdversarialLoss | None = None
     metrics: ValidationMetrics | None = None
@@ -131,6 +133,7 @@ def prepare(run: Run, name: str, state: Path | None = None) -> Stage:
         make_optimizer(denoiser, stage),
         make_objective(run, name, critic),
         with_denoiser(run, name, average.module),
+        (training.spread(PREVIEW_PAIRS), validation.spread(PREVIEW_PAIRS)),
         facts,
         critic,
     )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-STOPS = ("", "time", "signal", "copies", "steps")  # reasons to stop a stage, by ascending priority
+STOPS = ("", "time", "signal", "patience", "copies", "steps")  # reasons to stop a stage, by ascending priority
 
 
 class Window:

@@ -13,13 +13,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
 from pokediff.config import StageConfig
 from pokediff.data.files import write_whole
-from pokediff.data.images import composite, encode_png, enlarge, from_model, grid, save_animation
+from pokediff.data.images import composite, encode_png, enlarge, from_model, grid, pairs, save_animation, to_model
 from pokediff.errors import PokediffError
 from pokediff.evaluation.validation_metrics import COPYING
 from pokediff.model.denoiser import compile_network
@@ -32,8 +33,8 @@ BAD_STEPS = 3  # non-finite steps in a row that end the run
 
 
 def train_stage(run: Run, stage: Stage) -> str:
-    """Train until max_steps, copying (of a base, with early_stop), the time limit, or a signal. Returns why it stops:
-    one of clock.STOPS, the same on all processes.
+    """Train until max_steps, copying (of a base, with early_stop), the end of `patience`, the time limit, or a signal.
+    Returns why it stops: one of clock.STOPS, the same on all processes.
 
     Raises PokediffError for a loss that stays non-finite; the last state is intact.
     """
@@ -74,6 +75,7 @@ def train_stage(run: Run, stage: Stage) -> str:
             reasons = {
                 "steps": progress.step == config.max_steps,
                 "copies": run.config.metrics.early_stop and progress.copying_since is not None,
+                "patience": progress.is_out_of(config.patience, config.validate_every),
                 "signal": interrupted(),
                 "time": run.limit.reached(),
             }
@@ -96,6 +98,8 @@ def train_stage(run: Run, stage: Stage) -> str:
     accelerator.wait_for_everyone()
     loss_text = runs.loss_text(progress.validation_loss)
     run.say(f"{stage.name}: {progress.step} steps, {progress.images_seen:,} pictures, validation loss {loss_text}")
+    if stop == "patience":
+        run.say(f"{stage.name}: ended after {config.patience} validations without a lower validation loss")
     return stop
 
 
@@ -190,15 +194,32 @@ def validate(stage: Stage, accelerator: Accelerator) -> dict[str, float]:
 
 
 def preview(run: Run, stage: Stage) -> None:
-    """Draw the preview prompts from the averaged weights: a sheet (PNG) and the denoising (GIF)."""
+    """Draw from the averaged weights: a sheet of the preview prompts (PNG), their denoising (GIF), a sheet of pairs."""
     folder, size = run.out / "previews", stage.config.image_size
     folder.mkdir(exist_ok=True)
     prompts = list(run.config.preview_prompts)
     states = stage.pipeline.denoise(prompts, range(len(prompts)), stage.sampling)
     sheets = [grid(enlarge(from_model(state.x0), size // state.x0.shape[-1]), columns=4) for state in states]
     factor, name = max(1, 128 // size), f"{stage.name}-{stage.progress.step:08}"
-    write_whole(folder / f"{name}.png", encode_png(enlarge(sheets[-1], factor)))
     save_animation(folder / f"{name}.gif", [composite(enlarge(sheet, factor)) for sheet in sheets])
+    images = {}
+    for kind, sheet in (("", sheets[-1]), ("-pairs", preview_pairs(run, stage))):
+        write_whole(folder / f"{name}{kind}.png", encode_png(enlarge(sheet, factor)))
+        images[f"{stage.name}/previews{kind}"] = composite(enlarge(sheet, factor))
+    runs.log_images(run.accelerator, images, stage.progress.step)
+
+
+def preview_pairs(run: Run, stage: Stage) -> np.ndarray:
+    """Pictures above those drawn for their first captions: training pictures in the first two rows, validation
+    pictures in the last two. A straight RGBA sheet.
+    """
+    rows = []
+    for pictures in stage.shown:
+        captions = [several[0] for several in pictures.captions]
+        drawn = stage.pipeline.generate(captions, range(len(captions)), stage.sampling)
+        real = from_model(to_model(torch.from_numpy(pictures.pixels[:]), run.config.dataset.channels))
+        rows.append(pairs(real, drawn, columns=4))
+    return grid(np.concatenate(rows), columns=4)
 
 
 def seconds_per_step(run: Run, stage: Stage) -> float:

@@ -4,7 +4,8 @@ A run's folder is a pipeline folder (the newest averaged weights, fp16) with bes
 
     config.yaml run.json log.jsonl       the configuration, facts of machine and stages, the curves
     words.json ATTRIBUTION.md            words that the training pictures share, and whose pictures they are
-    previews/ tensorboard/               fixed prompts at chosen steps, PNG and GIF; the curves again
+    previews/ tensorboard/               fixed prompts at chosen steps, PNG and GIF, and pairs of real and drawn
+                                         pictures, PNG; curves and previews again
     best/                                the weights with the lowest validation loss, as a part of this checkpoint
     state/base-32/step-00012000/         what resuming a stage needs, the newest two
 
@@ -26,7 +27,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker, is_wandb_available
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -66,7 +69,8 @@ class Progress:
     images_seen: int = 0
     validation_loss: float | None = None
     best_score: float | None = None  # the lowest validation loss, or kernel distance, so far
-    losses: list[tuple[int, float, float]] = field(default_factory=list)  # step, training loss, validation loss
+    # step, training loss (None before the first log line), validation loss
+    losses: list[tuple[int, float | None, float]] = field(default_factory=list)
     copying_since: int | None = None  # the step at which the metrics first found copies
     training_loss: float | None = None  # of the last log line
 
@@ -80,17 +84,27 @@ class Progress:
     def note(self, training_loss: float | None, validation_loss: float) -> None:
         """Record the two losses of this step."""
         self.validation_loss = validation_loss if math.isfinite(validation_loss) else None
-        if training_loss is not None and self.validation_loss is not None:
+        if self.validation_loss is not None:
             self.losses.append((self.step, training_loss, self.validation_loss))
 
     def overfitting_since(self) -> int | None:
         """The step of the lowest validation loss, when it has been clearly higher since and training loss lower."""
-        if len(self.losses) < OVERFIT_ROWS + 1:
+        rows = [(step, training, validation) for step, training, validation in self.losses if training is not None]
+        if len(rows) < OVERFIT_ROWS + 1:
             return None
-        step, training, validation = min(self.losses[:-OVERFIT_ROWS], key=lambda row: row[2])
-        late = self.losses[-OVERFIT_ROWS:]
+        step, training, validation = min(rows[:-OVERFIT_ROWS], key=lambda row: row[2])
+        late = rows[-OVERFIT_ROWS:]
         rising = all(row[2] > OVERFIT_FACTOR * validation for row in late)
         return step if rising and sum(row[1] for row in late) < len(late) * training else None
+
+    def is_out_of(self, patience: int | None, every: int) -> bool:
+        """Whether `patience` validations followed that of the lowest validation loss.
+
+        Only those at multiples of `every` steps count: a run that is stopped and resumed validates once more, and must
+        end at the same step as one that is not.
+        """
+        losses = [validation for step, _, validation in self.losses if step % every == 0]
+        return patience is not None and losses != [] and len(losses) - 1 - losses.index(min(losses)) >= patience
 
 
 def loss_text(loss: float | None) -> str:
@@ -132,10 +146,12 @@ def steps_of(state: Path | None) -> int:
 
 
 def is_finished(out: Path, name: str, config: TrainConfig) -> bool:
-    """Whether a stage was trained for its `max_steps`, or stopped because it copied."""
-    facts = read_facts(out).get("stages", {}).get(name, {})
+    """Whether a stage was trained for its `max_steps`, or stopped because it copied or its `patience` ended."""
+    facts, patience = read_facts(out).get("stages", {}).get(name, {}), config.stages[name].patience
     if facts.get("finished") == "copies":
         return config.metrics.early_stop
+    if facts.get("finished") == "patience" and patience is not None and patience <= facts["patience"]:
+        return True
     return bool(facts.get("finished")) and facts["steps"] >= config.stages[name].max_steps
 
 
@@ -405,15 +421,15 @@ def _commit() -> str | None:
         return None
 
 
-def start_trackers(run: Run) -> None:
-    """TensorBoard and, with wandb, Weights & Biases, beside log.jsonl."""
-    trackers: list[GeneralTracker] = [TensorBoardTracker("tensorboard", logging_dir=run.out)]
-    if run.config.wandb:
+def start_trackers(accelerator: Accelerator, out: Path, wandb: bool) -> None:
+    """TensorBoard and, with wandb, Weights & Biases, beside log.jsonl of the folder `out`."""
+    trackers: list[GeneralTracker] = [TensorBoardTracker("tensorboard", logging_dir=out)]
+    if wandb:
         if not is_wandb_available():
             raise PokediffError("wandb is not installed: pip install wandb")
-        trackers.append(WandBTracker("pokediff", name=run.out.name, dir=str(run.out)))
-    run.accelerator.log_with = trackers
-    run.accelerator.init_trackers("pokediff")
+        trackers.append(WandBTracker("pokediff", name=out.name, dir=str(out)))
+    accelerator.log_with = trackers
+    accelerator.init_trackers("pokediff")
 
 
 def log(run: Run, stage: Stage, values: dict[str, Any]) -> None:
@@ -423,6 +439,13 @@ def log(run: Run, stage: Stage, values: dict[str, Any]) -> None:
     if run.main:
         with (run.out / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": stage.name, "step": step, **values}) + "\n")
+
+
+def log_images(accelerator: Accelerator, images: dict[str, np.ndarray], step: int) -> None:
+    """Give the trackers opaque pictures, uint8 (H, W, 3), by name."""
+    for tracker in accelerator.trackers:
+        options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images({name: image[None] for name, image in images.items()}, step=step, **options)
 
 
 def _kept(line: str, stage: str, step: int) -> bool:

@@ -67,7 +67,7 @@ def train(config: TrainConfig, resume: str = "never", only: Sequence[str] = (), 
         config = full = run.config = fitted(config, out, seconds, states)
     if run.main:
         runs.describe(run)
-        runs.start_trackers(run)
+        runs.start_trackers(run.accelerator, run.out, config.wandb)
     left = times(full, {name: seconds[name] for name in unfinished()}, states)
     run.say(timetable(full, left, seconds, run.accelerator.mixed_precision))
     train_stages(run, names, left, states)
@@ -199,7 +199,8 @@ def train_one(run: Run, name: str, state: Path | None) -> str:
         report = runs.read_facts(run.out)
         facts = report["stages"][name]
         facts["seconds"] = round(facts.get("seconds", 0) + time.monotonic() - began)
-        facts["finished"] = stop if stop in ("steps", "copies") else None
+        facts["finished"] = stop if stop in ("steps", "copies", "patience") else None
+        facts["patience"] = stage.config.patience
         runs.write_facts(run.out, report)
     # Rounded as in the checkpoint, so that a resumed run uses the same weights.
     stage.average.module.half().float()
