@@ -75,7 +75,7 @@ def test_version(capsys):
         ("scrape", ["--base-url", "--no-forms", "--contact"]),
         ("demo", ["--port", "--size"]),
         ("compare", ["FOLDER ..."]),
-        ("survey", ["--collect"]),
+        ("survey", ["--collect", "--examples"]),
     ],
 )
 def test_help_is_plain(capsys, command, words):
@@ -114,6 +114,7 @@ def test_help_is_plain(capsys, command, words):
         (("scrape", "--out", "x", "--base-url", "nonsense"), "is not a URL"),
         (("embed", "x", "--text-encoder", "magic"), "x not found"),
         (("evaluate", "--number", "1"), "number must be at least 2"),
+        (("survey", "--images", "x", "--questions", "likeness"), "--questions likeness needs --examples"),
     ],
 )
 def test_mistakes_are_answered_in_a_line(capsys, monkeypatch, tmp_path, args, words):
@@ -324,7 +325,7 @@ def test_a_configuration_extends_another(tmp_path):
     assert (stage.max_steps, stage.batch_size) == (9, 32)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configurations_are_valid(path: Path):
     assert load_yaml(path, TrainConfig).stages
 

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -25,13 +26,19 @@ from typing import Any
 import numpy as np
 import pytest
 import requests
+import torch
 from conftest import ROOT, make_denoiser
 from PIL import Image
 
-from pokediff.config import DemoConfig
+from pokediff.baselines.generator import save_baseline
+from pokediff.baselines.systems import SYSTEMS
+from pokediff.config import BaselineConfig, DemoConfig, NetworkConfig
 from pokediff.data.images import can_write_mp4, encode_png
 from pokediff.demo import uploads
+from pokediff.demo.controls import DEFAULT_SAMPLER
 from pokediff.demo.downloads import Downloads, labelled_sheet
+from pokediff.demo.draw import summary
+from pokediff.demo.inside import show_schedule, show_words
 from pokediff.demo.studio import LIMITS, Studio
 from pokediff.drawing.sample import read_settings, sample
 from pokediff.errors import PokediffError
@@ -256,6 +263,27 @@ def test_old_drawings_are_deleted(downloads):
     assert new.exists()
 
 
+def test_a_baseline_draws_at_once_and_shows_what_it_attends_to(tmp_path):
+    network = NetworkConfig(width=16, text_dim=32, heads=4, layers=1, noise=8)
+    config = BaselineConfig(system="pikapikagen", network=network)
+    torch.manual_seed(0)
+    save_baseline(tmp_path / "gan", config, SYSTEMS[config.system](config, "builtin"))
+    studio = Studio([tmp_path / "gan"])
+    own = studio.resolved()
+    assert (own.size, own.num_inference_steps) == (32, None)
+    chosen = {"seed": 3, "size": 32, "num_inference_steps": 0, "guidance_scale": 1.0}  # of the hidden sliders
+    settings = studio.settings(prompt=("a blue turtle",), **chosen)
+    (frame,) = studio.draw(settings)
+    assert frame.x0.shape == (1, 32, 32, 4)
+    assert summary(settings, studio.evaluations(settings)) == "Done: seed 3."
+    (shown,) = show_words(studio, "a blue turtle", **chosen)
+    assert "attention to each word of a blue turtle" in shown
+    with pytest.raises(PokediffError, match="has no time steps"):
+        list(show_schedule(studio, "a blue turtle", DEFAULT_SAMPLER, None, None, **chosen))
+    with pytest.raises(PokediffError, match="has no time steps: it draws at once; leave out num_inference_steps"):
+        studio.settings(prompt=("a blue turtle",), num_inference_steps=5)
+
+
 def test_denoisers_run_in_one_thread(studio):
     names = {studio.in_thread(lambda: threading.current_thread().name) for _ in range(3)}
     assert len(names) == 1
@@ -381,13 +409,13 @@ def test_reports_and_training_runs_are_shown_or_refused_in_a_sentence(server, tm
     rows = [{"stage": stage, "step": 20, "loss": 0.5} for stage in ("base-32", "upscaler-64")]
     (tmp_path / "one" / "log.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"stage": "ups')
     (tmp_path / "one" / "previews").mkdir()
-    for name in ("base-32-00000010", "base-32-00000020", "upscaler-64-00000020"):
+    for name in ("base-32-00000010", "base-32-00000010-pairs", "base-32-00000020", "base-32-00000020-pairs",
+                 "upscaler-64-00000020"):  # fmt: skip
         (tmp_path / "one" / "previews" / f"{name}.png").write_bytes(png_of(8, 8))
     (curves,) = reports.show_run(tmp_path, "one")
     assert "base-32 20 steps, upscaler-64 20 steps" in curves
-    assert "previews, base-32-00000020" in curves
-    assert "previews, upscaler-64-00000020" in curves
-    assert "base-32-00000010" not in curves
+    shown = re.findall(r"<figcaption>previews, (.+?)</figcaption>", curves)
+    assert shown == ["base-32-00000020", "base-32-00000020-pairs", "upscaler-64-00000020"]
     assert "Choose a training run" in next(reports.show_run(tmp_path, "two"))
 
 

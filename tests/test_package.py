@@ -31,6 +31,7 @@ DISTRIBUTIONS = {  # where the name to import is not the name to install
     "yaml": "pyyaml",
 }
 EXTRAS = {  # what a part of the package may import beside the hard requirements
+    "pokediff/baselines": ["lora", "eval"],
     "pokediff/demo": ["demo", "eval", "mp4"],
     "pokediff/evaluation": ["eval"],
     "pokediff/drawing/export.py": ["onnx"],

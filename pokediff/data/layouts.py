@@ -4,6 +4,7 @@
 | --- | --- |
 | metadata.jsonl, .csv, .json or .parquet, in the folder or in each subfolder (Hugging Face ImageFolder) | its columns |
 | parquet files that hold pictures, as `datasets` writes them | their other columns |
+| MNIST's idx files (idx.py) | its labels |
 | x.png with x.txt, x.caption or x.png.txt (kohya) | one a line |
 | a folder per class, or kohya's 10_name | the folder's name |
 | pictures alone | none: records.py takes the words of the file names |
@@ -28,6 +29,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pokediff.data.files import read_text
+from pokediff.data.idx import IDX_ROW, idx_files, idx_picture, read_idx_rows
 from pokediff.errors import PokediffError
 
 # Picture formats that Pillow reads.
@@ -79,6 +81,8 @@ def read_listing(folder: Path) -> Listing:
     if not tables:
         parquet = [file for file in files if file.suffix.lower() == ".parquet"]
         tables = parquet if not pictures or _hold_pictures(folder, parquet) else []
+    if not tables and not pictures and (idx := idx_files(files)):
+        return Listing(tuple(row for file in idx for row in read_idx_rows(folder, file)), _names(idx), ())
     if not tables and not pictures:
         raise PokediffError(f"{folder} holds neither a {METADATA[0]} nor pictures (docs/data.md)")
     if not tables:
@@ -92,10 +96,12 @@ def read_listing(folder: Path) -> Listing:
 
 
 def picture_bytes(folder: Path, file_name: str) -> bytes:
-    """The picture file of a row: a file of the folder, or a row of a parquet file ("train.parquet#17").
+    """The picture file of a row: a file of the folder, or a row of a parquet or idx file ("train.parquet#17").
 
     Raises OSError when it cannot be read.
     """
+    if match := IDX_ROW.fullmatch(file_name):
+        return idx_picture(folder, match[1], int(match[2]))
     match = PARQUET_ROW.fullmatch(file_name)
     if not match:
         return (folder / file_name).read_bytes()

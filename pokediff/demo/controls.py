@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from pokediff.config import SampleConfig
+from pokediff.config import SampleConfig, Sampling
 from pokediff.demo import show
 from pokediff.demo.downloads import Downloads
 from pokediff.demo.studio import LIMITS, Studio
@@ -152,16 +152,15 @@ def sampling_controls(studio: Studio) -> Controls:
             _size_choices(pipeline.sizes), value=own.size, label="Size", visible=len(pipeline.sizes) > 1,
             info="A seed gives the same creature at every size.",
         )  # fmt: skip
-        fast = gr.Checkbox(
-            False, label="Fast", info="Few-step denoisers, slightly worse.", visible=pipeline.cascade.has_fast
-        )
+        fast = gr.Checkbox(False, label="Fast", info="Few-step denoisers, slightly worse.", visible=pipeline.has_fast)
     with gr.Row():
         steps = gr.Slider(
-            1, LIMITS.steps, own.num_inference_steps, step=1, label="Steps",
+            int(_has_steps(own)), LIMITS.steps, own.num_inference_steps or 0, step=1, label="Steps",
+            visible=_has_steps(own),
             info="At the smallest size; an upscaler adds its own.",
         )  # fmt: skip
         guidance = gr.Slider(
-            1, LIMITS.guidance, _guidance_of(own), step=0.1, label="Guidance scale",
+            1, LIMITS.guidance, _guidance_of(own), step=0.1, label="Guidance scale", visible=_has_steps(own),
             info="Classifier-free guidance; 1: off. High values reduce diversity.",
         )  # fmt: skip
     checkpoint.change(streamed(_choose, studio), checkpoint, [size, fast, steps, guidance], **AT_ONCE)
@@ -178,8 +177,10 @@ def sampling_controls(studio: Studio) -> Controls:
 def _choose(studio: Studio, checkpoint: str) -> Iterator[tuple[Any, ...]]:
     pipeline, own = studio.pipeline(checkpoint), studio.resolved(checkpoint)
     size = gr.Radio(_size_choices(pipeline.sizes), value=own.size, visible=len(pipeline.sizes) > 1)
-    fast = gr.Checkbox(False, visible=pipeline.cascade.has_fast)
-    yield size, fast, own.num_inference_steps, _guidance_of(own)
+    fast = gr.Checkbox(False, visible=pipeline.has_fast)
+    shown = _has_steps(own)
+    steps = gr.Slider(minimum=int(shown), value=own.num_inference_steps or 0, visible=shown)
+    yield size, fast, steps, gr.Slider(value=_guidance_of(own), visible=shown)
 
 
 def _suit(studio: Studio, checkpoint: str, size: int, fast: bool) -> Iterator[tuple[Any, ...]]:
@@ -189,6 +190,11 @@ def _suit(studio: Studio, checkpoint: str, size: int, fast: bool) -> Iterator[tu
 
 def _size_choices(sizes: Sequence[int]) -> list[tuple[str, int]]:
     return [(f"{size} px", size) for size in sizes]
+
+
+def _has_steps(own: Sampling) -> bool:
+    """Not of a baseline that draws at once: its sliders are hidden, and its number of steps is 0."""
+    return own.num_inference_steps is not None
 
 
 def _guidance_of(sampling: Any) -> float:

@@ -19,8 +19,8 @@ from pokediff.config import SampleConfig
 from pokediff.data.images import can_write_mp4, composite, encode_png, enlarge
 from pokediff.data.records import write_whole
 from pokediff.drawing.jobs import Job, make_jobs
+from pokediff.drawing.sample import Model
 from pokediff.drawing.sheets import FACTS, Frame, write_drawing
-from pokediff.model.pipeline import PokeDiffPipeline
 from pokediff.paths import shipped
 
 KEEP_MINUTES = 60
@@ -46,7 +46,7 @@ class Downloads:
 
     def write(
         self,
-        pipeline: PokeDiffPipeline,
+        pipeline: Model,
         config: SampleConfig,
         frames: Sequence[Frame],
         jobs: Sequence[Job] | None = None,
@@ -61,9 +61,7 @@ class Downloads:
         write_drawing(out, config, pipeline, jobs, [(frames[-1].x0, frames)])
         return sorted((path for path in out.iterdir() if path.is_file()), key=lambda path: (path.name == FACTS, path))
 
-    def write_zip(
-        self, pipeline: PokeDiffPipeline, config: SampleConfig, jobs: Sequence[Job], pictures: np.ndarray
-    ) -> Path:
+    def write_zip(self, pipeline: Model, config: SampleConfig, jobs: Sequence[Job], pictures: np.ndarray) -> Path:
         """One ZIP of finished pictures (N, S, S, 4), a labelled sheet, and sample.json with the prompt of each."""
         files = self.write(pipeline, config, [Frame(pictures, pictures, 0.0)], jobs)
         archive = files[0].with_name("pictures.zip")

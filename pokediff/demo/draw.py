@@ -184,5 +184,7 @@ def step_words(evaluations: Sequence[Evaluation]) -> list[str]:
 def summary(config: SampleConfig, evaluations: Sequence[Evaluation]) -> str:
     """One sentence about a finished drawing: seed, steps, guidance scale."""
     steps = Counter(one.size for one in evaluations)
+    if not steps:
+        return f"Done: seed {config.seed}."
     words = " and ".join(f"{number} steps at {size} px" for size, number in steps.items())
     return f"Done: seed {config.seed}, {words}, guidance scale {config.sampling.guidance_scale or 1:g}."

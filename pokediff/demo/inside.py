@@ -10,6 +10,7 @@ import cv2
 import gradio as gr
 import numpy as np
 
+from pokediff.baselines.attention import attention_plot
 from pokediff.demo import show
 from pokediff.demo.controls import (
     SKIP,
@@ -36,7 +37,8 @@ def inside_tab(studio: Studio) -> None:
     with gr.Accordion("What each word changes"):
         gr.Markdown(
             "After drawing, x0 is predicted again without each word; the maps show where it changes. "
-            "The denoisers receive the text as one pooled vector, so there are no cross-attention maps."
+            "The denoisers receive the text as one pooled vector, so there are no cross-attention maps. "
+            "Of a baseline, the weights of its attention to each word are shown."
         )
         attribute = gr.Button("Leave out each word", variant="primary", elem_id="words")
         found = gr.HTML(elem_id="words-result")
@@ -57,8 +59,13 @@ def inside_tab(studio: Studio) -> None:
 
 
 def show_words(studio: Studio, prompt: str, **settings: Any) -> Iterator[Any]:
-    """Updates of the table of words."""
-    for found in studio.influence(studio.settings(prompt=(prompt,), **settings)):
+    """Updates of the table of words; for a baseline, what it attends to."""
+    config = studio.settings(prompt=(prompt,), **settings)
+    if (attention := studio.attention(config)) is not None:
+        words = f"attention to each word of {escape(prompt)}"
+        yield f'<div class="wide"><img src="{plot_uri(attention_plot(attention))}" alt="{words}"></div>'
+        return
+    for found in studio.influence(config):
         yield SKIP if found is None else influence_table(found)
 
 
@@ -67,7 +74,7 @@ def show_schedule(
 ) -> Iterator[str]:
     """An update of the plot."""
     config = studio.settings(prompt=(prompt or "a picture",), sampler=sampler_of(sampler), **settings)
-    pipeline = studio.pipeline_of(config)
+    pipeline = studio.cascade_of(config)
     interval = interval_of(low, high) or (0.0, np.inf)
     plot = schedule_plot(studio.evaluations(config), guided_denoisers(pipeline), interval)
     yield plot + denoiser_table(pipeline)

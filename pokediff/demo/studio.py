@@ -14,12 +14,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from pokediff.baselines.generator import Attention, Baseline
+from pokediff.baselines.interface import DrawsAtOnce
 from pokediff.config import SampleConfig, Sampling, from_values
 from pokediff.data.images import parse_color
 from pokediff.demo.neighbours import Neighbour, TrainingPictures
 from pokediff.drawing import sample as sampling
 from pokediff.drawing.attribution import Influence, watch_words
-from pokediff.drawing.sample import Frame, Job
+from pokediff.drawing.sample import Frame, Job, Model
 from pokediff.errors import PokediffError
 from pokediff.model.pipeline import Evaluation, PokeDiffPipeline, quiet
 from pokediff.model.samplers import SAMPLERS
@@ -77,7 +79,7 @@ class Studio:
         self.first, self.size = next(iter(self.checkpoints)), size
         # Denoisers run in this thread alone: torch keeps a pool of helper threads for every thread that calls it.
         self._thread = ThreadPoolExecutor(1, "denoisers")
-        self._pipelines: dict[str, PokeDiffPipeline] = {}
+        self._pipelines: dict[str, Model] = {}
         self.pipeline(self.first).resolved(Sampling(size=size))  # raises for a size that it does not draw
         self.data = Path(data) if data and Path(data).is_dir() else None
         self.training: TrainingPictures | None = None
@@ -97,19 +99,26 @@ class Studio:
         while (item := self.in_thread(lambda: next(iterator, end))) is not end:
             yield item
 
-    def pipeline(self, name: str) -> PokeDiffPipeline:
+    def pipeline(self, name: str) -> Model:
         """The checkpoint of that name, loaded once. Raises PokediffError for one that is not offered."""
         if name not in self.checkpoints:
             raise PokediffError(f"unknown checkpoint {name!r}; checkpoints: {', '.join(self.checkpoints)}")
         return self.in_thread(lambda: self._load(name))
 
-    def _load(self, name: str) -> PokeDiffPipeline:
+    def _load(self, name: str) -> Model:
         if name not in self._pipelines:
             self._pipelines[name] = sampling.load_pipeline(SampleConfig(checkpoint=self.checkpoints[name]))
         return self._pipelines[name]
 
-    def pipeline_of(self, config: SampleConfig) -> PokeDiffPipeline:
+    def pipeline_of(self, config: SampleConfig) -> Model:
         return self.pipeline(self.name_of(config))
+
+    def cascade_of(self, config: SampleConfig) -> PokeDiffPipeline:
+        """Raises PokediffError for a baseline, which has no time steps to show."""
+        pipeline = self.pipeline_of(config)
+        if not isinstance(pipeline, PokeDiffPipeline):
+            raise PokediffError(f"{pipeline.name} has no time steps: it draws at once.")
+        return pipeline
 
     def name_of(self, config: SampleConfig) -> str:
         """The name under which the page offers the checkpoint of these settings."""
@@ -131,6 +140,8 @@ class Studio:
         """
         name = checkpoint or self.first
         values = {"seed": new_seed(), **{key: value for key, value in values.items() if value is not None}}
+        if isinstance(self.pipeline(name), DrawsAtOnce) and values.get("num_inference_steps") == 0:
+            del values["num_inference_steps"]  # of the hidden slider
         own = {key: values.pop(key) for key in Sampling.__dataclass_fields__ if key in values}
         values |= {"sampling": self.resolved(name, **own), "checkpoint": self.checkpoints.get(name)}
         config = from_values(values, SampleConfig, "settings")
@@ -166,8 +177,17 @@ class Studio:
 
     def influence(self, config: SampleConfig) -> Iterator[Influence | None]:
         """The influence of each word of the first prompt."""
-        pipeline, prompt, seed = self.pipeline_of(config), config.prompt[0], config.seed or 0
+        pipeline, prompt, seed = self.cascade_of(config), config.prompt[0], config.seed or 0
         return self._steps(lambda: watch_words(pipeline, prompt, seed, config.sampling))
+
+    def attention(self, config: SampleConfig) -> Attention | None:
+        """What a baseline attends to when it draws the first prompt; None for a cascade, which reads the text as one
+        vector.
+        """
+        model = self.pipeline_of(config)
+        if not isinstance(model, Baseline):
+            return None
+        return self.in_thread(lambda: model.attention(config.prompt[0], config.seed or 0))
 
     def compare(self, config: SampleConfig, samplers: Sequence[str], steps: Sequence[int]) -> Iterator[Compared | None]:
         """The first prompt and seed by several samplers and numbers of steps, one after another."""

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from pokediff.baselines.interface import DrawsAtOnce, is_baseline
 from pokediff.config import SampleConfig, from_values
 from pokediff.data.colors import cut_backdrop
 from pokediff.data.images import BadImage, composite, fit_square, from_model, parse_color, read_image
@@ -26,6 +27,7 @@ from pokediff.model.denoiser import compile_network
 from pokediff.model.pipeline import PokeDiffPipeline, quiet
 from pokediff.model.samplers import slerp
 
+Model = PokeDiffPipeline | DrawsAtOnce
 MAX_SEED = 2**32 - 1  # of a random seed
 
 
@@ -53,15 +55,19 @@ def sample(config: SampleConfig) -> Path:
     return out
 
 
-def resolved(config: SampleConfig, pipeline: PokeDiffPipeline) -> SampleConfig:
-    """`config` with the checkpoint's defaults in place of None."""
-    if pipeline.config.pixel_art and config.hard_alpha is None and not config.raw:
+def resolved(config: SampleConfig, pipeline: Model) -> SampleConfig:
+    """`config` with the checkpoint's defaults in place of None. Raises PokediffError for what a baseline cannot do."""
+    if isinstance(pipeline, DrawsAtOnce):
+        wanted = ("image", "mask", "variation", "interpolate", "save_frames", "compile")
+        if given := [name for name in wanted if getattr(config, name)]:
+            raise PokediffError(f"{pipeline.name} draws from prompts alone, at once; leave out {', '.join(given)}")
+    if pipeline.pixel_art and config.hard_alpha is None and not config.raw:
         config = replace(config, hard_alpha=True)
     return replace(config, sampling=pipeline.resolved(config.sampling))
 
 
 def batches(
-    pipeline: PokeDiffPipeline, jobs: Sequence[Job], config: SampleConfig, init: dict[str, Any]
+    pipeline: Model, jobs: Sequence[Job], config: SampleConfig, init: dict[str, Any]
 ) -> Iterator[tuple[np.ndarray, list[Frame]]]:
     """Pictures and frames of one batch after another, with a progress bar. Only the first batch is animated: without
     `save_frames` the others have their last frame only.
@@ -79,7 +85,7 @@ def batches(
 
 
 def draw(
-    pipeline: PokeDiffPipeline,
+    pipeline: Model,
     jobs: Sequence[Job],
     config: SampleConfig,
     init: dict[str, Any] | None = None,
@@ -91,6 +97,14 @@ def draw(
     config = resolved(config, pipeline)
     init = read_init_image(config) if init is None else init
     finishing, size = make_finish(config), config.sampling.size
+
+    def last(pictures: np.ndarray) -> Frame:
+        finished = [finishing(picture, job.nearest_prompt) for picture, job in zip(pictures, jobs, strict=True)]
+        return Frame(pictures, np.stack(finished), 0.0)
+
+    if isinstance(pipeline, DrawsAtOnce):
+        yield last(pipeline.generate([job.prompt for job in jobs], [job.seed for job in jobs], config.sampling))
+        return
     text = pipeline.encode_prompt([job.prompt for job in jobs])  # (B, D)
     seeds = [job.seed for job in jobs]
     _, noise = pipeline.make_noise(seeds, size)  # a (B, C, S, S) for each leg
@@ -102,9 +116,7 @@ def draw(
                 start[k] = slerp(start[k : k + 1], end, job.share)[0]
     for step in pipeline.denoise(text, seeds, config.sampling, noise=noise, **init):
         if step.denoiser is None:
-            pictures = from_model(step.x0)
-            finished = [finishing(picture, job.nearest_prompt) for picture, job in zip(pictures, jobs, strict=True)]
-            yield Frame(pictures, np.stack(finished), 0.0)
+            yield last(from_model(step.x0))
         elif every:
             yield Frame(from_model(step.x), from_model(step.x0), step.sigma)
 
@@ -160,20 +172,28 @@ def _read(path: str) -> np.ndarray:
 # -------------------------------------------------------------------------------------------- checkpoints and settings
 
 
-def load_pipeline(config: SampleConfig) -> PokeDiffPipeline:
-    """The checkpoint of the settings on their device, compiled with `config.compile`."""
+def load_pipeline(config: SampleConfig) -> Model:
+    """The checkpoint, or LoRA, of the settings on their device, compiled with `config.compile`."""
+    if config.lora:
+        from pokediff.baselines.lora import load_lora
+
+        return load_lora(Path(config.lora), pick_device(config.device), config.checkpoint)
     pipeline = load_checkpoint(config.checkpoint, config.device)
-    if config.compile:
+    if config.compile and isinstance(pipeline, PokeDiffPipeline):
         for _, denoiser in pipeline.cascade.items():
             compile_network(denoiser)
     return pipeline
 
 
-def load_checkpoint(name: str | None = None, device: str | None = None) -> PokeDiffPipeline:
-    """A checkpoint by folder, name of a shipped one, or hub repository (default: the shipped pokediff), on a device
-    (default: the fastest). An exported one runs on the CPU. Raises PokediffError when it cannot be loaded.
+def load_checkpoint(name: str | None = None, device: str | None = None) -> Model:
+    """A checkpoint by folder, name of a shipped one, or hub repository (default: the shipped pokediff), or a baseline,
+    on a device (default: the fastest). An exported one runs on the CPU. Raises PokediffError when it cannot be loaded.
     """
     folder = checkpoint_folder(name)
+    if is_baseline(folder):
+        from pokediff.baselines.generator import load_baseline
+
+        return load_baseline(folder, pick_device(device))
     if is_exported(folder):
         return load_exported(folder)
     return PokeDiffPipeline.from_pretrained(folder).to(pick_device(device))

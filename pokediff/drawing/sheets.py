@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from pokediff.baselines.interface import DrawsAtOnce, is_baseline
 from pokediff.config import SampleConfig, plain
 from pokediff.data.images import composite, encode_png, enlarge, grid, save_animation
 from pokediff.data.records import write_whole
@@ -59,7 +60,7 @@ class Frame:
 def write_drawing(
     out: Path,
     config: SampleConfig,
-    pipeline: PokeDiffPipeline,
+    pipeline: PokeDiffPipeline | DrawsAtOnce,
     jobs: Sequence[Job],
     batches: Iterable[tuple[np.ndarray, Sequence[Frame]]],
 ) -> int:
@@ -234,7 +235,7 @@ def copy_inputs(out: Path, config: SampleConfig) -> None:
             shutil.copyfile(path, out / copied_name(kind, path))
 
 
-def facts_of(pipeline: PokeDiffPipeline, config: SampleConfig) -> dict[str, Any]:
+def facts_of(pipeline: PokeDiffPipeline | DrawsAtOnce, config: SampleConfig) -> dict[str, Any]:
     """What sample.json says beside its pictures."""
     # What "auto" was here: another machine would choose otherwise and draw other pictures.
     precision: Any = "bf16" if pipeline.in_bf16(config.sampling.precision) else "fp32"
@@ -247,7 +248,7 @@ def facts_of(pipeline: PokeDiffPipeline, config: SampleConfig) -> dict[str, Any]
     )
     return {
         "settings": plain(settings),
-        "weights_sha256": weights_sha256(checkpoint_folder(config.checkpoint)),
+        "weights_sha256": weights_sha256(checkpoint_folder(config.lora or config.checkpoint)),
         "device": str(pipeline.device),
         "packages": {name: version(name) for name in ("pokediff", "torch", "diffusers")},
     }
@@ -261,15 +262,19 @@ def write_facts(out: Path, facts: dict[str, Any], jobs: Sequence[Job], files: Se
 
 
 def checkpoint_folder(name: str | None) -> Path:
-    """The folder of a checkpoint by folder, name of a shipped one, or hub repository; None: the shipped pokediff."""
+    """The folder of a checkpoint by folder, name of a shipped one, or hub repository, or of a baseline; None: the
+    shipped pokediff.
+    """
+    if name and is_baseline(name):
+        return Path(name)
     return find_folder(name or shipped("checkpoints", "pokediff"), {})
 
 
 def weights_sha256(folder: Path) -> str:
-    """Of all weights that a checkpoint draws with: its denoisers and text encoder, and those of its base."""
-    places = [f"{place}/*.{kind}" for place in ("cascade/*", "text_encoder") for kind in ("safetensors", "onnx")]
+    """Of all weights that a checkpoint or baseline draws with: its networks and text encoder, and those of its base."""
+    places = [f"{place}/*.{kind}" for place in (".", "cascade/*", "text_encoder") for kind in ("safetensors", "onnx")]
     files = sorted(path for place in places for path in folder.glob(place))
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
-    if base := base_of(folder):
+    if not is_baseline(folder) and (base := base_of(folder)):
         digests.append(weights_sha256(base))
     return hashlib.sha256("".join(digests).encode()).hexdigest()

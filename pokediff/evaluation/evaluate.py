@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from pokediff.baselines.interface import DrawsAtOnce
 from pokediff.config import EvaluateConfig, plain
 from pokediff.data.dataset import load_pictures
 from pokediff.data.images import pairs
@@ -103,7 +104,8 @@ def make_drawer(config: EvaluateConfig, generator: ImageGenerator | None, device
         pipeline = load_checkpoint(config.checkpoint, config.device or device)
         sampling, generator = pipeline.resolved(sampling), pipeline
         facts["weights_sha256"] = str(weights_sha256(checkpoint_folder(config.checkpoint)))
-        facts["denoisers"] = denoisers_used(pipeline, sampling)  # type: ignore[assignment]
+        if isinstance(pipeline, PokeDiffPipeline):
+            facts["denoisers"] = denoisers_used(pipeline, sampling)  # type: ignore[assignment]
     if sampling.size is None:
         raise PokediffError("evaluate: this generator needs --size")
     out = Path(config.out or Path("reports") / f"{facts['checkpoint']}-{sampling.size}")
@@ -184,6 +186,9 @@ def measure_model(report: Report, drawer: Drawer, generated: Generated, referenc
         if isinstance(model.base, Denoiser):  # not an exported one
             model_measures.measure_loss(report, model, reference.real, reference.same_style, drawer.sampling)
         model_measures.measure_cost(report, model, generated, drawer.sampling, drawer.batch_size)
+    elif isinstance(model, DrawsAtOnce):
+        model_measures.measure_speed(report, generated, drawer.batch_size, model.device)
+        report.add(model_measures.COST, "parameters, M", model.parameters / 1e6, 1)
 
 
 def show(report: Report, generated: Generated, reference: Reference, out: Path) -> None:

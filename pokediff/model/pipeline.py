@@ -101,6 +101,16 @@ class PokeDiffPipeline(CheckpointPipeline):
         """The name of `self.scheduler` in SAMPLERS; None for another scheduler."""
         return sampler_name(self.scheduler)
 
+    @property
+    def has_fast(self) -> bool:
+        """Whether it has few-step denoisers."""
+        return self.cascade.has_fast
+
+    @property
+    def pixel_art(self) -> bool:
+        """Whether drawings get hard edges by default."""
+        return self.config.pixel_art
+
     def resolved(self, sampling: Sampling) -> Sampling:
         """`sampling` with the checkpoint's default size, steps, guidance scale and sampler in place of None.
 
