@@ -435,6 +435,7 @@ class SampleConfig:
     background: str | None = None  # a colour name or #rrggbb behind the pictures (default: transparent)
     animations: tuple[Literal["gif", "mp4", "apng"], ...] = ("gif",)  # formats of the denoising animation (first batch)
     save_frames: int = 0  # intermediate steps of every picture to save in frames/
+    sheet: tuple[Literal["aseprite", "texturepacker", "godot", "tiled"], ...] = ()  # sprite sheet for these tools
     device: str | None = None  # cpu, cuda, mps (default: the fastest available)
     compile: bool = False  # compile the denoisers: takes minutes, pays off after hundreds of pictures
 

@@ -6,6 +6,7 @@ grid.png            all pictures on one sheet
 denoising.gif       the first batch: left the noisy picture x, right the predicted clean picture x0
 interpolation.gif   of an interpolation, there and back
 frames/0000/00-x.png, 00-x0.png ...   with save_frames
+sheet.png, sheet.*  with sheet: the files of atlas.py
 image.png, mask.png copies of the inputs of img2img and inpainting
 sample.json         settings, prompt and seed of each picture, files; `--from-json` draws the same pictures
 """
@@ -31,6 +32,7 @@ from pokediff.baselines.interface import DrawsAtOnce, is_baseline
 from pokediff.config import SampleConfig, plain
 from pokediff.data.images import composite, encode_png, enlarge, grid, save_animation
 from pokediff.data.records import write_whole
+from pokediff.drawing.atlas import atlas_files, write_atlas
 from pokediff.drawing.jobs import Job
 from pokediff.errors import PokediffError
 from pokediff.model.checkpoint import base_of, find_folder
@@ -42,7 +44,7 @@ SHOWN_SIDE = 128  # minimum side in px of a picture on a sheet or in an animatio
 FACTS = "sample.json"
 # The files that a drawing may write and remove; a foreign sample.json cannot name others.
 OWN_FILES = re.compile(
-    r"(large/)?\d{4,}\.png|grid\.png|(denoising|interpolation|image|mask)\.\w+|frames/\d{4,}/\d+-x0?\.png|sample\.json"
+    r"(large/)?\d{4,}\.png|grid\.png|sheet(\.\w+)+|(denoising|interpolation|image|mask)\.\w+|frames/\d{4,}/\d+-x0?\.png|sample\.json"
 )
 
 
@@ -97,6 +99,7 @@ def write_drawing(
     finally:
         if done:
             write_sheet(out, np.stack(done), config)
+            write_atlas(out, config, jobs[: len(done)])
             names = [name for name in names if (out / name).is_file()]
             write_facts(out, facts | {"seconds": round(time.monotonic() - began, 2)}, jobs[: len(done)], names)
         else:
@@ -114,6 +117,7 @@ def file_names(config: SampleConfig, number: int) -> list[str]:
     """All files that a drawing of `number` pictures may write, relative to its folder."""
     names = ["grid.png", *(f"denoising.{kind}" for kind in config.animations)]
     names += ["interpolation.gif"] if config.interpolate else []
+    names += atlas_files(config)
     names += [copied_name(kind, path) for kind, path in (("image", config.image), ("mask", config.mask)) if path]
     for index in range(number):
         names += [f"{index:04}.png", f"large/{index:04}.png"]
