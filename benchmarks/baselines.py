@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -36,6 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "baselines"
 SIZE = 32
 PICTURE_SYSTEMS = {
+    "pokediff-new": "pokediff from nothing, as long",
     "pikapikagenerator-regressor": "PikaPikaGenerator",
     "pikapikagenerator": "PikaPikaGenerator with its discriminator",
     "pikapikagen-1": "PikaPikaGen 1: L1",
@@ -44,8 +47,6 @@ PICTURE_SYSTEMS = {
     "pikapikagen-4": "PikaPikaGen 4: DCGAN",
     "pikapikagen-5": "PikaPikaGen 5: two stages",
     "latent": "latent diffusion, learnt together",
-    "latent-apart": "the same, encoder learnt apart",
-    "pokediff-new": "pokediff from nothing, as long",
 }
 SECOND_PHASE = 0.55  # of the time, when experiment 3 weakens its augmentation (110 of 200 epochs)
 DIGIT_SYSTEMS = {
@@ -80,6 +81,7 @@ def train_all(options: argparse.Namespace) -> None:
         out = options.out / name
         if (out / "finished").is_file():
             continue
+        shutil.rmtree(out, ignore_errors=True)  # of a run that was killed
         if name == "pokediff-new":
             stages = ("--stages", "base-32", "refiner-32", "--fit-limit", "--no-compile")
             run("train", "--config", "pokemon", "--data", options.data, "--out", out, *stages, *limit)
@@ -135,11 +137,13 @@ def anchors(options: argparse.Namespace) -> dict[str, Anchor]:
 def measure_all(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """report.json of every system, of the shipped model and of the anchors, by the name in the table."""
     systems: dict[str, tuple[str | None, Anchor | None]] = {
+        "pokediff, as shipped": (str(ROOT / "checkpoints" / "pokediff"), None)
+    }
+    systems |= {
         title: (str(options.out / name), None)
         for name, title in PICTURE_SYSTEMS.items()
         if (options.out / name / "finished").is_file()
     }
-    systems["pokediff, as shipped"] = (str(ROOT / "checkpoints" / "pokediff"), None)
     systems |= {title: (None, anchor) for title, anchor in anchors(options).items()}
     found = {}
     for title, (checkpoint, anchor) in systems.items():
@@ -183,7 +187,7 @@ def cell(figures: dict[str, dict[str, Any]], name: str, form: str) -> str:
         return f"{value:.0f} [{low:.0f}, {high:.0f}]"
     if form == "plus":
         return f"{value:.0f} ± {(high - low) / 2:.0f}"
-    return f"{100 * value:.0f} %" if form == "%" else f"{value:.{form}f}".replace("0.", ".", 1)
+    return f"{100 * value:.0f} %" if form == "%" else re.sub(r"^(-?)0\.", r"\1.", f"{value:.{form}f}")
 
 
 def picture_table(reports: dict[str, dict[str, Any]]) -> list[str]:
@@ -201,7 +205,7 @@ def sheet(options: argparse.Namespace) -> None:
     """One row for each system, the same eight prompts, seeds 0 to 7: OUT/sheet.png."""
     rows = []
     folders = [options.out / name for name in PICTURE_SYSTEMS if (options.out / name / "finished").is_file()]
-    for folder in (*folders, ROOT / "checkpoints" / "pokediff"):
+    for folder in (ROOT / "checkpoints" / "pokediff", *folders):
         generator = load_checkpoint(str(folder))
         drawn = generator.generate(PROMPTS, range(len(PROMPTS)), Sampling(size=SIZE))
         rows.append(np.concatenate(list(drawn), axis=1))
@@ -210,38 +214,37 @@ def sheet(options: argparse.Namespace) -> None:
 
 
 def latent_table(options: argparse.Namespace) -> list[str]:
-    """What is lost where: the autoencoder's round trip, the size of the latents, and what the denoiser's error of a
-    latent costs in the picture, on held-out artwork.
+    """What is lost where, on held-out artwork: in the autoencoder's round trip, and by the denoiser's error of the
+    latents, at some noise levels.
     """
     pictures = load_pictures(options.data, SIZE).split("test").where(lambda record: record.style == "artwork")
     x0 = to_model(torch.from_numpy(pictures.pixels[:]), "rgba")
-    rows = ["round trip, PSNR dB", "standard deviation of the latents", "the same of their noise"]
-    cells: dict[str, list[str]] = {}
-    names = [name for name in ("latent", "latent-apart") if (options.out / name / "finished").is_file()]
-    for name in names:
-        baseline = load_checkpoint(str(options.out / name), "cpu")
-        assert isinstance(baseline, Baseline)
-        network, system = baseline.system.network, baseline.system
-        with torch.inference_mode():
-            posterior = network.autoencoder.encode(x0).latent_dist
-            latents, text = posterior.mean, system.text(system.ids([several[0] for several in pictures.captions]))
-            trip = psnr(network.autoencoder.decode(latents).sample, x0)
-            values = [trip, float(latents.std(0).mean()), float(posterior.std.mean())]
-            noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-            for sigma in (0.3, 1.0, 3.0):
-                timestep = int((schedule_sigmas(network.schedule) - sigma).abs().argmin())
-                noisy = network.schedule.add_noise(latents, noise, torch.full((len(x0),), timestep))
-                guess = network.denoiser(noisy, timestep, text)
-                explained = 1 - ((guess - latents) ** 2).mean() / latents.var(0).mean()
-                values += [float(explained), psnr(network.autoencoder.decode(guess).sample, x0)]
-        cells[name] = [f"{value:.3g}" for value in values]
-    for sigma in ("0.3", "1", "3"):
-        rows += [
-            f"variance of the latents explained at sigma {sigma}",
-            f"PSNR of the picture decoded from it, sigma {sigma}",
-        ]
-    lines = ["| | " + " | ".join(PICTURE_SYSTEMS[name] for name in names) + " |", "|" + " --- |" * (len(names) + 1)]
-    return lines + [f"| {row} | " + " | ".join(cells[name][k] for name in names) + " |" for k, row in enumerate(rows)]
+    baseline = load_checkpoint(str(options.out / "latent"), "cpu")
+    assert isinstance(baseline, Baseline)
+    network, system = baseline.system.network, baseline.system
+    with torch.inference_mode():
+        posterior = network.autoencoder.encode(x0).latent_dist
+        latents, text = posterior.mean, system.text(system.ids([several[0] for several in pictures.captions]))
+        rows = {
+            "standard deviation of the latents": latents.std(0).mean(),
+            "standard deviation of their noise": posterior.std.mean(),
+            "PSNR of the autoencoder's round trip, dB": psnr(network.autoencoder.decode(latents).sample, x0),
+        }
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+        for sigma in (0.3, 1.0, 3.0):
+            timestep = int((schedule_sigmas(network.schedule) - sigma).abs().argmin())
+            noisy = network.schedule.add_noise(latents, noise, torch.full((len(x0),), timestep))
+            guess = network.denoiser(noisy, timestep, text)
+            explained = 1 - ((guess - latents) ** 2).mean() / latents.var(0).mean()
+            rows[f"variance of the latents explained at sigma {sigma:g}"] = explained
+            rows[f"PSNR of the picture decoded from it, sigma {sigma:g}, dB"] = psnr(
+                network.autoencoder.decode(guess).sample, x0
+            )
+    return [
+        "| latent variant | |",
+        "| --- | --- |",
+        *(f"| {name} | {float(value):.3g} |" for name, value in rows.items()),
+    ]
 
 
 def psnr(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -257,12 +260,14 @@ def train_digits(options: argparse.Namespace) -> None:
         out = options.out / name
         if (out / "finished").is_file():
             continue
+        shutil.rmtree(out, ignore_errors=True)  # of a run that was killed
         config, layers = name.removesuffix("-6"), ("--network.layers", "6") if name.endswith("-6") else ()
         threads = ("--threads", options.threads)
         run("baseline", "--config", config, "--data", options.mnist, "--out", out, *layers, *threads)
         (out / "finished").touch()
     out = options.out / "digits-diffusion"
     if not (out / "finished").is_file():
+        shutil.rmtree(out, ignore_errors=True)
         limit = ("--max-minutes", options.digit_minutes, "--fit-limit", "--threads", options.threads)
         run("train", "--config", "digits", "--data", options.mnist, "--out", out, *limit)
         (out / "finished").touch()

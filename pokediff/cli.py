@@ -146,7 +146,7 @@ class SurveyOptions:
 
     images: tuple[Path, ...] = ()  # folders of pictures with prompts, one for each system
     out: Path = Path("survey")  # folder of survey.html and key.json
-    # four criteria from 0 to 5; the same with likeness to --examples; yes or no for counting
+    # rating: four criteria from 0 to 5; likeness: four others, one of them likeness to --examples; count: yes or no
     questions: Literal["rating", "likeness", "count"] = "rating"
     examples: tuple[Path, ...] = ()  # data sets whose training pictures are shown before the rating
     number: int = 50  # pictures of all systems together

@@ -303,7 +303,6 @@ class NetworkConfig:
     noise: int = 100  # numbers of noise beside the text
     stages: int = 1  # pikapikagen: 2 draws a smaller picture first
     latent: int = 10  # digits: numbers that represent a digit; latent: channels of the 4x4 map
-    joint: bool = True  # latent: the encoder learns from the denoising loss, too
 
 
 @dataclass(frozen=True)
@@ -330,7 +329,7 @@ class BaselineConfig:
     system: Literal["pikapikagenerator", "pikapikagen", "digits", "latent", "sdxl-lora"] = "pikapikagenerator"
     data: tuple[str, ...] = ("data/bulbapedia",)  # folders of pictures, joined
     out: str | None = None  # folder of the result (default: checkpoints/<name of the config>)
-    image_size: int = 32  # px: 4 times a power of 2; digits: 28
+    image_size: int = 32  # px: 8, 16, 32 ... 256; digits: 28; sdxl-lora: a multiple of 8, 32 means 1024
     words: str = "builtin"  # where word vectors start from: builtin, builtin:CHECKPOINT or bert:FOLDER
     seed: int = 0
     dataset: DatasetConfig = field(default_factory=lambda: DatasetConfig(flip=0.0, shift=0.0))
@@ -355,28 +354,40 @@ class BaselineConfig:
     thaw_step: int | None = None  # from this step on the text encoder is trained, too (default: never)
     keep: Literal["best", "last"] = "best"  # the weights with the lowest validation loss, or the last ones
     validate_every: int = 200  # steps
-    plateau: int | None = None  # validations without a lower validation loss after which the learning rate is halved
+    plateau: int | None = None  # the learning rate is halved after more validations than this without a lower loss
     patience: int | None = None  # validations without a lower validation loss after which training stops
     preview_every: int = 1000  # steps
     log_every: int = 20  # steps
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the processor has it
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = (
+        "auto"  # auto: bf16 where the device has it, fp16 on other GPUs
+    )
     threads: int | None = None  # CPU threads (default: all cores)
     preview_prompts: tuple[str, ...] = TrainConfig.preview_prompts
     wandb: bool = False  # log to Weights & Biases too (pip install wandb)
 
     def __post_init__(self) -> None:
         size = self.image_size
-        fits = size % 4 == 0 and (size // 4).bit_count() == 1 and size > 4
-        _require(self.system in ("digits", "sdxl-lora") or fits, "image_size", "must be 4 times a power of 2")
+        fits = size % 4 == 0 and (size // 4).bit_count() == 1 and 8 <= size <= 256
+        free = self.system in ("digits", "sdxl-lora")
+        _require(free or fits, "image_size", "must be 8, 16, 32, 64, 128 or 256")
         _require(bool(self.losses), "losses", "must not be empty")
         for name, weight in self.losses.items():
             _require(name in LOSSES, f"losses.{name}", f"is unknown; losses: {', '.join(LOSSES)}")
             _require(weight > 0, f"losses.{name}", "must be positive: leave it out instead")
         against = self.discriminator != "none"
         _require(against == ("adversarial" in self.losses), "losses.adversarial", "and discriminator need each other")
-        _require("perceptual" not in self.losses or bool(self.features), "losses.perceptual", "needs features")
-        _require("lpips" not in self.losses or bool(self.lpips), "losses.lpips", "needs lpips")
-        _require(self.network.stages in (1, 2), "network.stages", "must be 1 or 2")
+        two = self.network.stages == 2
+        _require(self.network.stages == 1 or (two and self.system == "pikapikagen"), "network.stages", "must be 1")
+        _require(not two or size >= 16, "image_size", "must be at least 16 for two stages")
+        dim = self.network.latent if self.system == "digits" else self.network.text_dim
+        divides = self.network.layers == 0 or dim % self.network.heads == 0
+        _require(divides, "network.heads", f"must divide {dim}, the numbers of a token")
+        _require(self.system != "latent" or self.network.width % 32 == 0, "network.width", "must be a multiple of 32")
+        regresses = self.system in ("pikapikagenerator", "pikapikagen")
+        _require(not regresses or self.batch_size > 1, "batch_size", "must be at least 2 for BatchNorm")
+        _require(self.seed >= 0, "seed", "must not be negative")
+        for name in ("data", "preview_prompts"):
+            _require(len(getattr(self, name)) > 0, name, "must not be empty")
         _positive(self, "", "max_steps", "max_minutes", "batch_size", "learning_rate", "discriminator_rate", "patience")
         _positive(self, "", "plateau", "max_grad_norm", "validate_every", "preview_every", "log_every", "threads")
 

@@ -303,7 +303,7 @@ def test_a_report_of_a_baseline_and_what_it_does_not_have(tmp_path, monkeypatch)
     words = f"evaluate --checkpoint {out} --data {data} --number 8 --out {report} --styles artwork sprite".split()
     cli.main([*words, "--features", "inception", "--kid-subset-size", "4"])
     figures = {figure["name"]: figure for figure in read_report(report)["figures"]}
-    assert figures["parameters, M"]["value"] > 3.6
+    assert 0.5 < figures["parameters, M"]["value"] < 2  # without the text encoder
     assert figures["SSIM"]["value"] is not None
     assert not any(name.startswith("denoising loss") for name in figures)
 
@@ -319,7 +319,7 @@ def test_a_report_of_a_baseline_and_what_it_does_not_have(tmp_path, monkeypatch)
     found = model.attention("a blue creature")
     assert len(found.tokens) == 5
     assert found.maps["16x16"].shape == (5, 16, 16)
-    assert model.parameters == sum(p.numel() for p in model.system.parameters())
+    assert model.parameters == sum(p.numel() for n, p in model.system.named_parameters() if "words." not in n)
     weights = out / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(PokediffError, match="does not fit"):
@@ -356,14 +356,39 @@ def test_broken_idx_files_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(image_size=40), "4 times a power of 2"),
+        (dict(image_size=40), "must be 8, 16, 32"),
         (dict(losses={"l2": 1.0}), "losses.l2 is unknown"),
         (dict(losses={"l1": 1.0, "adversarial": 1.0}), "need each other"),
         (dict(discriminator="text"), "need each other"),
-        (dict(losses={"lpips": 1.0}), "needs lpips"),
+        (dict(network=NetworkConfig(stages=2)), "network.stages must be 1"),
+        (dict(network=NetworkConfig(heads=7)), "network.heads must divide 256"),
+        (dict(system="latent", network=NetworkConfig(width=40)), "multiple of 32"),
+        (dict(batch_size=1), "must be at least 2"),
+        (dict(preview_prompts=()), "must not be empty"),
+        (dict(data=()), "must not be empty"),
         (dict(losses={}), "must not be empty"),
     ],
 )
 def test_configurations_that_cannot_be(changes, message):
     with pytest.raises(PokediffError, match=message):
         BaselineConfig(**changes)
+
+
+@pytest.mark.parametrize(("name", "option"), [("lpips", "--lpips"), ("perceptual", "--features")])
+def test_a_loss_without_its_network_names_the_option(name, option):
+    with pytest.raises(PokediffError, match=f"losses.{name} needs a network: {option}"):
+        PictureLosses(BaselineConfig(losses={name: 1.0}))
+
+
+def test_what_is_no_whole_baseline_says_so(tmp_path, capsys):
+    (tmp_path / "baseline.json").write_text('{"system": "sdxl-lora"}')
+    with pytest.raises(PokediffError, match="has no pytorch_lora_weights"):
+        load_baseline(tmp_path, CPU)
+    (tmp_path / "baseline.json").write_text("{")
+    with pytest.raises(PokediffError, match="is not JSON"):
+        load_baseline(tmp_path, CPU)
+    with pytest.raises(SystemExit):
+        cli.main(["export", "--checkpoint", str(tmp_path)])
+    assert "is a baseline, which can only draw" in capsys.readouterr().err
+    with pytest.raises(PokediffError, match="unknown kind; use builtin"):
+        WordEncoder.load("word2vec:x")

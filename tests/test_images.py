@@ -237,10 +237,11 @@ def test_faint_alpha_is_kept():
     assert from_model(faint)[0, ..., 3].tolist() == [[1, 2, 3]]
 
 
-def test_opaque_pixel_art_is_padded_with_the_colours_of_its_border():
+def test_opaque_pixel_art_fills_the_square_rather_than_getting_a_frame():
     digit = np.zeros((28, 28, 4), np.uint8)
     digit[..., 3] = 255
     digit[10:20, 10:12, :3] = 255
     fitted = fit_square(digit, 32)
-    np.testing.assert_array_equal(fitted[2:30, 2:30], digit)
-    assert (fitted[:2] == [0, 0, 0, 255]).all()
+    assert fitted[..., 3].min() == 255
+    assert fitted[..., 0].max() > 200
+    assert fit_square(digit, 64)[0, 0, 3] == 0  # twice as large, and framed

@@ -7,7 +7,6 @@ text_encoder/ tokenizer/   where its words come from, in transformers' format
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pokediff.baselines.interface import CONFIG, LORA_WEIGHTS, DrawsAtOnce
+from pokediff.baselines.interface import CONFIG, LORA_WEIGHTS, DrawsAtOnce, read_config, write_config
 from pokediff.baselines.lora import LoraGenerator, load_lora
 from pokediff.baselines.networks import Drawn
 from pokediff.baselines.systems import DISCRIMINATOR, SYSTEMS, System
-from pokediff.config import BaselineConfig, Sampling, from_values, plain
+from pokediff.config import BaselineConfig, Sampling
 from pokediff.data.files import write_whole
 from pokediff.data.images import from_model
 from pokediff.errors import PokediffError, first_line
@@ -53,7 +52,7 @@ class Baseline(DrawsAtOnce):
     def __init__(self, config: BaselineConfig, system: System, device: torch.device) -> None:
         self.config, self.system, self.device = config, system.eval().to(device), device
         self.image_size, self.name = config.image_size, config.system
-        self.sizes, self.has_steps = (config.image_size,), system.steps is not None
+        self.sizes = (config.image_size,)
 
     @classmethod
     def load(cls, folder: Path, device: torch.device) -> Baseline:
@@ -61,13 +60,11 @@ class Baseline(DrawsAtOnce):
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        try:
-            values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-            config = from_values(values, BaselineConfig, str(folder / CONFIG))
-        except (OSError, ValueError) as error:
-            raise PokediffError(f"{folder} is no baseline: {error}") from None
+        config = read_config(folder)
+        if config.system not in SYSTEMS:
+            raise PokediffError(f"{folder} has no {LORA_WEIGHTS}")
         drawing = replace(config, losses={"l1": 1.0}, discriminator="none")  # needs no networks of losses
-        system = SYSTEMS[config.system](drawing, str(folder))
+        system = SYSTEMS[config.system](drawing, f"baseline:{folder}")
         try:
             missing, unknown = system.load_state_dict(load_file(folder / WEIGHTS), strict=False)
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -78,15 +75,16 @@ class Baseline(DrawsAtOnce):
 
     @property
     def parameters(self) -> int:
-        """The number of parameters that drawing uses."""
-        return sum(p.numel() for p in _drawing_parameters(self.system))
+        """The number of parameters, without text encoder and discriminators."""
+        return sum(p.numel() for name, p in self.system.named_parameters() if _is_drawing(name))
 
     def resolved(self, sampling: Sampling) -> Sampling:
         """`sampling` with its own size and steps. Raises PokediffError for what it does not have."""
         if sampling.size not in (None, self.image_size):
             raise PokediffError(f"{self.name} draws {self.image_size} px, not {sampling.size}")
+        at_once = self.system.steps is None
         given = {
-            "num_inference_steps": sampling.num_inference_steps is not None and not self.has_steps,
+            "num_inference_steps": sampling.num_inference_steps is not None and at_once,
             "guidance_scale": sampling.guidance_scale not in (None, 1.0),
             "guidance_interval": sampling.guidance_interval is not None,
             "negative_prompt": bool(sampling.negative_prompt),
@@ -94,7 +92,7 @@ class Baseline(DrawsAtOnce):
             "fast": sampling.fast,
         }
         if wrong := [name for name, is_given in given.items() if is_given]:
-            reason = "has no time steps: it draws at once" if not self.has_steps else "was trained without it"
+            reason = "has no time steps: it draws at once" if at_once else "was trained without it"
             raise PokediffError(f"{self.name} {reason}; leave out {', '.join(wrong)}")
         steps = sampling.num_inference_steps or self.system.steps
         return replace(sampling, size=self.image_size, num_inference_steps=steps)
@@ -137,13 +135,9 @@ def save_baseline(folder: Path, config: BaselineConfig, system: System) -> None:
     write_whole(folder / WEIGHTS, save(kept))
     if system.words is not None:
         system.words.save(folder)
-    write_whole(folder / CONFIG, json.dumps(plain(config), indent=1) + "\n")
+    write_config(folder, config)
 
 
 def _is_drawing(name: str) -> bool:
     """Whether a tensor belongs to `model.safetensors`: neither to a discriminator nor to text_encoder/."""
     return not name.startswith(f"{DISCRIMINATOR}s.") and "words." not in name
-
-
-def _drawing_parameters(system: System) -> list[torch.nn.Parameter]:
-    return [p for name, p in system.named_parameters() if not name.startswith(f"{DISCRIMINATOR}s.")]

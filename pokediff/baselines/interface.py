@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pokediff.config import Precision, Sampling
+from pokediff.config import BaselineConfig, Precision, Sampling, from_values, plain
+from pokediff.data.files import read_text, write_whole
+from pokediff.errors import PokediffError
 from pokediff.model.pipeline import Evaluation
 
 CONFIG = "baseline.json"
@@ -21,6 +24,22 @@ def is_baseline(folder: str | Path) -> bool:
     return (Path(folder) / CONFIG).is_file() or (Path(folder) / LORA_WEIGHTS).is_file()
 
 
+def read_config(folder: Path) -> BaselineConfig:
+    """The configuration of a baseline; that of an SDXL where there are LoRA weights alone. Raises PokediffError."""
+    path = folder / CONFIG
+    if not path.is_file():
+        return BaselineConfig(system="sdxl-lora")
+    try:
+        values = json.loads(read_text(path))
+    except ValueError as error:
+        raise PokediffError(f"{path} is not JSON ({error})") from None
+    return from_values(values, BaselineConfig, str(path))
+
+
+def write_config(folder: Path, config: BaselineConfig) -> None:
+    write_whole(folder / CONFIG, json.dumps(plain(config), indent=1) + "\n")
+
+
 class DrawsAtOnce(ABC):
     """What drawing, evaluation and demo ask of a baseline."""
 
@@ -28,14 +47,14 @@ class DrawsAtOnce(ABC):
     image_size: int  # px, by default
     sizes: tuple[int, ...]
     device: torch.device
-    has_steps = False  # whether num_inference_steps means something, though no step is shown
+    slow = False  # it takes seconds or more for a picture
     has_fast = False
     pixel_art = False
 
     @property
     @abstractmethod
     def parameters(self) -> int:
-        """The number of parameters that drawing uses."""
+        """The number of parameters of its networks, without text encoder, as for a cascade."""
 
     @abstractmethod
     def resolved(self, sampling: Sampling) -> Sampling:

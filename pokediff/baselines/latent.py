@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
+from diffusers import AutoencoderKL
 from torch import nn
 
 from pokediff.config import BaselineConfig, DiffusionConfig
 from pokediff.data.images import CHANNELS
 from pokediff.model.denoiser import Denoiser
 from pokediff.model.diffusion import denoising_loss, make_noise_schedule, schedule_sigmas
-from pokediff.model.samplers import to_v
+from pokediff.model.samplers import make_scheduler, to_v
 
 SIDE = 4  # of the latent map
 KL_WEIGHT = 1e-6  # of latent diffusion (Rombach et al. 2022)
@@ -23,14 +23,14 @@ KL_WEIGHT = 1e-6  # of latent diffusion (Rombach et al. 2022)
 class LatentDiffusion(nn.Module):
     """An autoencoder and a denoiser of its latents, with one loss.
 
-    With `network.joint`, as in the project, the gradient of the denoising loss reaches the encoder: latents that are
-    easy to predict lower it as well as a better denoiser does.
+    The gradient of the denoising loss reaches the encoder, as in the project: latents that are easy to predict lower it
+    as well as a better denoiser does. Nothing scales them to the unit variance that the noise schedule expects.
     """
 
     def __init__(self, config: BaselineConfig, text_dim: int) -> None:
         super().__init__()
         levels = (config.image_size // SIDE).bit_length()  # halvings, and the level itself
-        channels, width, self.joint = CHANNELS[config.dataset.channels], config.network.width, config.network.joint
+        channels, width = CHANNELS[config.dataset.channels], config.network.width
         self.shape = (config.network.latent, SIDE, SIDE)
         self.autoencoder = AutoencoderKL(
             in_channels=channels,
@@ -62,18 +62,16 @@ class LatentDiffusion(nn.Module):
         posterior = self.autoencoder.encode(x0).latent_dist
         latents = posterior.mean + posterior.std * torch.randn_like(posterior.mean)
         timesteps = torch.randint(0, len(self.schedule.alphas_cumprod), (len(x0),), device=x0.device)
-        seen = latents if self.joint else latents.detach()
         decoded = self.autoencoder.decode(latents).sample
         return {
             "reconstruction": F.mse_loss(decoded.float(), x0),
-            "denoising": denoising_loss(self.schedule, self.denoiser, seen, noise, timesteps, text).mean(),
+            "denoising": denoising_loss(self.schedule, self.denoiser, latents, noise, timesteps, text).mean(),
             "kl": KL_WEIGHT * posterior.kl().float().mean(),
         }
 
     def draw(self, noise: torch.Tensor, text: torch.Tensor, steps: int) -> torch.Tensor:
         """(N, C, S, S) in [-1, 1] from noise (N, *shape), by DPM-Solver++ over the latents."""
-        scheduler = DPMSolverMultistepScheduler.from_config(self.schedule.config)
-        scheduler.set_timesteps(steps, device=noise.device)
+        scheduler = make_scheduler(self.schedule, "dpmpp_2m", steps, noise.device)
         sigmas, x = schedule_sigmas(self.schedule), noise
         for timestep in scheduler.timesteps:
             x0 = self.denoiser(x, timestep, text).float()

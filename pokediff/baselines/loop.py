@@ -25,8 +25,10 @@ Values = dict[
 def make_accelerator(config: BaselineConfig, accumulate: int = 1) -> Accelerator:
     """In the precision of `config`; auto is bfloat16 where the device has it, float16 on other GPUs.
 
-    Raises PokediffError for float16 on a CPU.
+    Raises PokediffError for float16 on a CPU, and for several processes.
     """
+    if PartialState().num_processes > 1:
+        raise PokediffError("a baseline is trained by one process")
     device = PartialState().device
     if config.precision == "fp16" and device.type == "cpu":
         raise PokediffError("precision: fp16 needs a GPU; use auto, bf16 or fp32")

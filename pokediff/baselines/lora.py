@@ -7,14 +7,12 @@ plain diffusers, by `StableDiffusionXLPipeline.load_lora_weights(folder)`. Every
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
@@ -29,11 +27,11 @@ from huggingface_hub.errors import HTTPError
 from PIL import Image
 from tqdm import tqdm
 
-from pokediff.baselines.interface import CONFIG, LORA_WEIGHTS, DrawsAtOnce
+from pokediff.baselines.interface import LORA_WEIGHTS, DrawsAtOnce, read_config, write_config
 from pokediff.baselines.loop import Values, make_accelerator, train_steps
-from pokediff.config import BaselineConfig, Sampling, from_values, plain
+from pokediff.config import BaselineConfig, Sampling
 from pokediff.data.dataset import AUGMENT_LABELS, CaptionVectors, TrainingBatches, load_pictures
-from pokediff.data.files import read_text, write_whole
+from pokediff.data.files import write_whole
 from pokediff.data.images import composite, encode_png, from_model, grid, to_model
 from pokediff.data.records import picture_bytes
 from pokediff.errors import PokediffError, first_line
@@ -47,7 +45,7 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class LoraGenerator(DrawsAtOnce):
     """An SDXL pipeline with a LoRA."""
 
-    has_steps = True
+    slow = True
 
     def __init__(self, pipeline: Any, name: str, image_size: int) -> None:
         self.pipeline, self.name, self.image_size, self.sizes = pipeline, name, image_size, (image_size,)
@@ -55,9 +53,8 @@ class LoraGenerator(DrawsAtOnce):
 
     @property
     def parameters(self) -> int:
-        """Of U-Net and LoRA, VAE and text encoders."""
-        parts = (self.pipeline.unet, self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.text_encoder_2)
-        return sum(parameter.numel() for part in parts for parameter in part.parameters())
+        """Of U-Net, LoRA and VAE."""
+        return sum(p.numel() for part in (self.pipeline.unet, self.pipeline.vae) for p in part.parameters())
 
     def resolved(self, sampling: Sampling) -> Sampling:
         """`sampling` with defaults in place of None. Raises PokediffError for what SDXL does not have here."""
@@ -92,10 +89,7 @@ def load_lora(folder: Path, device: torch.device, model: str | None = None) -> L
     """
     if not (folder / LORA_WEIGHTS).is_file():
         raise PokediffError(f"{folder} has no {LORA_WEIGHTS}")
-    config, settings = BaselineConfig(system="sdxl-lora"), folder / CONFIG
-    if settings.is_file():
-        with one_line_for(f"{settings} is no JSON"):
-            config = from_values(json.loads(read_text(settings)), BaselineConfig, str(settings))
+    config = read_config(folder)
     model = model or config.lora.model
     pipeline = load_sdxl(model, torch.float16 if device.type == "cuda" else torch.float32)
     logging.getLogger("diffusers.loaders.lora_base").setLevel("ERROR")  # it warns that text encoders have no LoRA
@@ -157,6 +151,7 @@ def train_lora(config: BaselineConfig) -> Path:
     lora, out = config.lora, Path(config.out or f"checkpoints/{config.system}")
     accelerator = make_accelerator(config, lora.gradient_accumulation)
     device = accelerator.device
+    torch.backends.cuda.matmul.allow_tf32 = True  # as published
     pipeline = load_sdxl(lora.model, DTYPES[accelerator.mixed_precision]).to(device)
     schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
     if lora.hub_model_id:  # now, for it may be refused after hours of training
@@ -184,9 +179,11 @@ def train_lora(config: BaselineConfig) -> Path:
                 optimizer.zero_grad()
         return {"total": torch.stack(losses).detach().mean(), "grad_norm": norm}
 
-    actions = [(config.preview_every, save), (config.preview_every, preview)]
-    named = [(every, partial(action, config, pipeline, accelerator, out)) for every, action in actions]
-    interrupted = train_steps(config, accelerator, out, train_step, named)
+    def save_and_draw(step: int) -> None:
+        save(config, pipeline, out)
+        preview(config, pipeline, accelerator, out, step)
+
+    interrupted = train_steps(config, accelerator, out, train_step, [(config.preview_every, save_and_draw)])
     accelerator.end_training()
     if lora.hub_model_id and not interrupted:
         with one_line_for(f"{out} is complete, but its upload to {lora.hub_model_id} failed"):
@@ -260,7 +257,7 @@ def denoising_loss(
     return F.mse_loss(predicted.float(), targets[kind])
 
 
-def save(config: BaselineConfig, pipeline: Any, accelerator: Accelerator, out: Path, step: int) -> None:
+def save(config: BaselineConfig, pipeline: Any, out: Path) -> None:
     """Write the LoRA in diffusers' format, and the configuration."""
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft import get_peft_model_state_dict
@@ -268,7 +265,7 @@ def save(config: BaselineConfig, pipeline: Any, accelerator: Accelerator, out: P
     layers, name = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet)), f"new-{LORA_WEIGHTS}"
     pipeline.save_lora_weights(out, unet_lora_layers=layers, weight_name=name)
     os.replace(out / name, out / LORA_WEIGHTS)
-    write_whole(out / CONFIG, json.dumps(plain(config), indent=1) + "\n")
+    write_config(out, config)
 
 
 def preview(config: BaselineConfig, pipeline: Any, accelerator: Accelerator, out: Path, step: int) -> None:

@@ -28,6 +28,10 @@ class PictureLosses:
         self.weights = {name: weight for name, weight in config.losses.items() if name != "adversarial"}
         self.networks: dict[str, nn.Module] = {}
         features: Features | None = None
+        for name, file in (("lpips", config.lpips), ("perceptual", config.features)):
+            if name in self.weights and file is None:
+                option = {"lpips": "lpips", "perceptual": "features"}[name]
+                raise PokediffError(f"losses.{name} needs a network: --{option} squeeze:FILE.safetensors")
         if "lpips" in self.weights:
             self.networks["lpips"] = frozen_lpips(str(config.lpips), torch.device("cpu"))
         if "perceptual" in self.weights:
@@ -45,7 +49,8 @@ class PictureLosses:
         """Of pictures (N, C, S, S) in [-1, 1]; each a scalar."""
         for network in self.networks.values():
             network.to(drawn.device)
-        return {name: weight * self.kinds[name](drawn.float(), real) for name, weight in self.weights.items()}
+        with torch.autocast(drawn.device.type, enabled=False):  # cross-entropy and gradients need float32
+            return {name: weight * self.kinds[name](drawn.float(), real) for name, weight in self.weights.items()}
 
 
 def sobel(x: torch.Tensor) -> torch.Tensor:

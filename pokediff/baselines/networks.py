@@ -1,7 +1,7 @@
 """Generators and discriminators of PikaPikaGenerator and of PikaPikaGen, from shared blocks.
 
 Layers, widths and activations are those of the two projects (docs/baselines.md lists what had to be chosen). A
-generator maps token vectors and noise to `Drawn`; every network works at any size of 4 times a power of 2.
+generator maps token ids and noise to `Drawn`; sizes are 8, 16, 32 ... 256 px.
 """
 
 from __future__ import annotations
@@ -193,6 +193,7 @@ class Discriminators(nn.Module):
     def __init__(self, number: int, channels: int, sentence: SentenceEncoder | None, text_dim: int) -> None:
         super().__init__()
         self.sentence = sentence
+        self.text_mlp = nn.Sequential(nn.Linear(text_dim, text_dim), nn.LeakyReLU(0.2)) if sentence else None
         self.stages = nn.ModuleList(Discriminator(channels, text_dim if sentence else 0) for _ in range(number))
 
     def judges(self) -> list[Discriminator]:
@@ -201,10 +202,10 @@ class Discriminators(nn.Module):
 
     def text(self, ids: torch.Tensor) -> torch.Tensor | None:
         """(N, text_dim) of texts (N, L); None where pictures are judged without."""
-        if self.sentence is None:
+        if self.sentence is None or self.text_mlp is None:
             return None
         tokens, known = self.sentence(ids), (ids != PAD)[..., None]
-        return (tokens * known).sum(1) / known.sum(1)
+        return self.text_mlp((tokens * known).sum(1) / known.sum(1))
 
 
 class Discriminator(nn.Module):
@@ -241,8 +242,8 @@ def _judge(inputs: int) -> nn.Sequential:
 def init_dcgan(modules: Iterable[nn.Module]) -> None:
     """Weights of DCGAN (Radford et al. 2015): convolutions N(0, .02), norms N(1, .02), biases 0."""
     for module in modules:
-        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm2d):
-            nn.init.normal_(module.weight, 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0, 0.02)
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm1d | nn.BatchNorm2d):
+            nn.init.normal_(module.weight, float(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)), 0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 

@@ -50,6 +50,7 @@ class System(nn.Module):
     noise_shape: tuple[int, ...] = ()
     steps: int | None = None
     words: WordEncoder | None
+    compare: PictureLosses
 
     def ids(self, prompts: Sequence[str]) -> torch.Tensor:
         """(N, L) of N prompts: what `draw` reads."""
@@ -66,7 +67,7 @@ class System(nn.Module):
 
     def errors(self, batch: Batch, given: Any) -> Losses:
         """The losses that are measured on validation pictures, too."""
-        raise NotImplementedError
+        return self.compare(given.pictures[-1], batch.x0)
 
     def losses(self, player: str, batch: Batch, given: Any) -> Losses:
         """The losses of a player."""
@@ -101,9 +102,6 @@ class TextToPicture(System):
         own = {GENERATOR: list(self.generator.parameters())}
         return {DISCRIMINATOR: list(self.discriminators.parameters()), **own} if self.discriminators else own
 
-    def errors(self, batch: Batch, given: Drawn) -> Losses:
-        return self.compare(given.pictures[-1], batch.x0)
-
     def losses(self, player: str, batch: Batch, given: Drawn) -> Losses:
         losses = self.errors(batch, given) if player == GENERATOR else {}
         if self.discriminators is None:
@@ -135,9 +133,6 @@ class Digits(System):
 
     def ids(self, prompts: Sequence[str]) -> torch.Tensor:
         return torch.tensor([[digit_of(prompt)] for prompt in prompts])
-
-    def errors(self, batch: Batch, given: Drawn) -> Losses:
-        return self.compare(given.pictures[-1], batch.x0)
 
     def draw(self, ids: torch.Tensor, noise: torch.Tensor, steps: int | None = None) -> Drawn:
         return Drawn([self.network(ids[:, 0])])

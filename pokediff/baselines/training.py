@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from tqdm import tqdm
 
 from pokediff.baselines.attention import attention_plot
 from pokediff.baselines.augment import Augmentation
-from pokediff.baselines.generator import WEIGHTS, Attention, Baseline, save_baseline
+from pokediff.baselines.generator import Baseline, save_baseline
 from pokediff.baselines.loop import Values, log, make_accelerator, train_steps
 from pokediff.baselines.lora import train_lora
 from pokediff.baselines.systems import GENERATOR, SYSTEMS, Batch, System
+from pokediff.baselines.words import PAD
 from pokediff.config import BaselineConfig, dump_yaml
 from pokediff.data.dataset import AUGMENT_LABELS, CaptionVectors, Pictures, TrainingBatches, load_pictures
 from pokediff.data.files import write_whole
@@ -78,6 +80,8 @@ def train_baseline(config: BaselineConfig) -> Path:
     finite.
     """
     quiet()
+    if find_spec("torchmetrics") is None or find_spec("matplotlib") is None:
+        raise PokediffError('training a baseline needs torchmetrics and matplotlib: pip install "pokediff[eval]"')
     if config.threads:
         torch.set_num_threads(config.threads)
     out = Path(config.out or f"checkpoints/{config.system}")
@@ -95,8 +99,6 @@ def train_baseline(config: BaselineConfig) -> Path:
         [(config.validate_every, partial(validate, training)), (config.preview_every, partial(preview, training))],
         lambda: config.patience is not None and training.bad >= config.patience,
     )
-    if config.keep == "last" or not (out / WEIGHTS).is_file():
-        save_baseline(out, config, training.system)
     training.accelerator.end_training()
     tqdm.write(f"{config.system}: lowest validation loss {training.best:.4f} at step {training.best_step}")
     tqdm.write(f"draw with: pokediff sample PROMPT --checkpoint {out}")
@@ -162,7 +164,8 @@ def make_batch(training: Training, step: int, augment: Augmentation) -> Batch:
     torch.manual_seed(mix(config.seed, step, 0))
     x0 = augment(to_model(dealt.pixels, config.dataset.channels), step)
     noise = torch.randn(len(x0), *training.system.noise_shape)
-    return Batch(x0.to(device), dealt.text.to(device), noise.to(device))
+    ids = dealt.text[:, : int((dealt.text != PAD).sum(1).max())]  # padding for longer captions than these costs time
+    return Batch(x0.to(device), ids.to(device), noise.to(device))
 
 
 def train_step(training: Training, batch: Batch, step: int) -> Values:
@@ -232,7 +235,7 @@ def validate(training: Training, step: int) -> None:
                 sums[name] = sums.get(name, 0.0) + value.item() * len(batch.x0)
     values = {name: total / len(training.validation) for name, total in sums.items()}
     leading = next((values[name] for name in ("l1", "bce") if name in values), sum(values.values()))
-    measured = {f"validation_{name}": value for name, value in values.items()}
+    measured = {f"validation_loss_{name}": value for name, value in values.items()}
     if system.steps is None:
         texts = [several[0] for several in training.validation.captions]
         drawn = training.baseline.generate(texts, range(len(texts)))
@@ -244,10 +247,10 @@ def validate(training: Training, step: int) -> None:
         if player.plateau is not None:
             player.plateau.step(leading)
     training.bad += 1
-    if leading < training.best:
+    if better := leading < training.best:
         training.best, training.best_step, training.bad = leading, step, 0
-        if training.config.keep == "best":
-            save_baseline(training.out, training.config, system)
+    if better or training.config.keep == "last":
+        save_baseline(training.out, training.config, system)
 
 
 @torch.no_grad()
@@ -268,12 +271,6 @@ def preview(training: Training, step: int) -> None:
         shown = composite(enlarge(sheet, factor))
         write_whole(training.out / "previews" / f"{name}-{step:08}.png", encode_png(shown))
         log_images(training.accelerator, {name: shown}, step)
-    if (attention := attention_or_none(baseline, config.preview_prompts[0])) is not None:
-        attention_plot(attention).savefig(training.out / "previews" / f"attention-{step:08}.png", dpi=80)
-
-
-def attention_or_none(baseline: Baseline, prompt: str) -> Attention | None:
-    try:
-        return baseline.attention(prompt)
-    except PokediffError:
-        return None
+    with suppress(PokediffError):  # of a system without attention
+        plot = attention_plot(baseline.attention(config.preview_prompts[0]))
+        plot.savefig(training.out / "previews" / f"attention-{step:08}.png", dpi=80)

@@ -27,7 +27,7 @@ class WordEncoder(nn.Module):
 
     @classmethod
     def load(cls, name: str) -> WordEncoder:
-        """`builtin`, `builtin:CHECKPOINT`, `bert:FOLDER` (a BertModel with its tokenizer), or the folder of a baseline.
+        """`builtin`, `builtin:CHECKPOINT`, `bert:FOLDER` (a BertModel with its tokenizer), or `baseline:FOLDER`.
 
         Raises PokediffError when it cannot be loaded.
         """
@@ -37,7 +37,9 @@ class WordEncoder(nn.Module):
             return cls.read(folder / "text_encoder", folder / "tokenizer", name)
         if kind == "bert":
             return cls.read(Path(details), Path(details), name)
-        return cls.read(Path(name) / "text_encoder", Path(name) / "tokenizer", name)
+        if kind == "baseline":
+            return cls.read(Path(details) / "text_encoder", Path(details) / "tokenizer", name)
+        raise PokediffError(f"words {name!r}: unknown kind; use builtin, builtin:CHECKPOINT or bert:FOLDER")
 
     @classmethod
     def read(cls, model: Path, tokenizer: Path, name: str) -> WordEncoder:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -25,8 +26,9 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 
 def idx_files(files: Sequence[PurePosixPath]) -> list[PurePosixPath]:
-    """Those that hold pictures."""
-    return [file for file in files if IMAGES.fullmatch(file.name)]
+    """Those that hold pictures; of x and x.gz, x."""
+    found = [file for file in files if IMAGES.fullmatch(file.name)]
+    return [file for file in found if file.suffix != ".gz" or file.with_suffix("") not in found]
 
 
 def read_idx_rows(folder: Path, file: PurePosixPath) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -66,5 +68,5 @@ def _read(path: Path) -> np.ndarray:
         dims = data[3]
         shape = np.frombuffer(data, ">u4", dims, offset=4)
         return np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(shape)
-    except (OSError, EOFError, ValueError, IndexError) as error:
+    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
         raise PokediffError(f"{path} is no idx file ({error})") from None

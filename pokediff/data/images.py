@@ -99,14 +99,14 @@ def fit_square(rgba: np.ndarray, size: int) -> np.ndarray:
     """Straight RGBA of any shape to a premultiplied uint8 (size, size, 4) square: whole, centred, padded.
 
     Shrinking averages areas. Pixel art is enlarged by a whole factor with NEAREST and padded, so that it keeps its
-    grid (an opaque one with the colours of its border); other pictures are enlarged bicubically.
+    grid; other pictures are enlarged bicubically, and so is an opaque one that would only get a frame.
     """
     pixels = premultiply(rgba)
     height, width = pixels.shape[:2]
     side = max(height, width)
-    if side < size and is_pixel_art(rgba):
-        opaque = pixels[..., 3].min() == 255
-        return _pad_square(enlarge(pixels, size // side), size, "edge" if opaque else "constant")
+    framed = size // side == 1 and pixels[..., 3].min() == 255
+    if side < size and is_pixel_art(rgba) and not framed:
+        return _pad_square(enlarge(pixels, size // side), size)
     pixels = _pad_square(pixels, side)
     if side != size:
         method = cv2.INTER_AREA if side > size else cv2.INTER_CUBIC
@@ -116,10 +116,10 @@ def fit_square(rgba: np.ndarray, size: int) -> np.ndarray:
     return pixels
 
 
-def _pad_square(pixels: np.ndarray, side: int, mode: Literal["constant", "edge"] = "constant") -> np.ndarray:
+def _pad_square(pixels: np.ndarray, side: int) -> np.ndarray:
     height, width = pixels.shape[:2]
     top, left = (side - height) // 2, (side - width) // 2
-    return np.pad(pixels, ((top, side - height - top), (left, side - width - left), (0, 0)), mode)
+    return np.pad(pixels, ((top, side - height - top), (left, side - width - left), (0, 0)))
 
 
 def enlarge(rgba: np.ndarray, factor: int) -> np.ndarray:

@@ -160,7 +160,8 @@ def sampling_controls(studio: Studio) -> Controls:
             info="At the smallest size; an upscaler adds its own.",
         )  # fmt: skip
         guidance = gr.Slider(
-            1, LIMITS.guidance, _guidance_of(own), step=0.1, label="Guidance scale", visible=_has_steps(own),
+            1, LIMITS.guidance, _guidance_of(own), step=0.1, label="Guidance scale",
+            visible=own.guidance_scale is not None,
             info="Classifier-free guidance; 1: off. High values reduce diversity.",
         )  # fmt: skip
     checkpoint.change(streamed(_choose, studio), checkpoint, [size, fast, steps, guidance], **AT_ONCE)
@@ -180,7 +181,7 @@ def _choose(studio: Studio, checkpoint: str) -> Iterator[tuple[Any, ...]]:
     fast = gr.Checkbox(False, visible=pipeline.has_fast)
     shown = _has_steps(own)
     steps = gr.Slider(minimum=int(shown), value=own.num_inference_steps or 0, visible=shown)
-    yield size, fast, steps, gr.Slider(value=_guidance_of(own), visible=shown)
+    yield size, fast, steps, gr.Slider(value=_guidance_of(own), visible=own.guidance_scale is not None)
 
 
 def _suit(studio: Studio, checkpoint: str, size: int, fast: bool) -> Iterator[tuple[Any, ...]]:

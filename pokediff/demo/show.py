@@ -107,11 +107,12 @@ def spread(total: int, number: int) -> list[int]:
 
 def film(frames: Sequence[Frame], prompt: str, captions: Sequence[str] = ()) -> str:
     """The noisy pictures x beside the predicted clean ones x0. Several frames lie one above another in one image, all
-    as large as the largest; `pokediff.show` shows one of them with its caption.
+    as large as the largest; `pokediff.show` shows one of them with its caption. What is drawn at once is shown alone.
     """
     side = max(frame.x0.shape[1] for frame in frames)
+    panels = [("x", "x: the noisy picture"), ("x0", "x0: the predicted clean picture")]
     parts = []
-    for name, words in (("x", "x: the noisy picture"), ("x0", "x0: the predicted clean picture")):
+    for name, words in panels if frames[0].sigma > 0 else [("x0", "the picture")]:
         native = [getattr(frame, name) for frame in frames]  # (B, S, S, 4), S that of the denoiser
         sheets = [grid(enlarge(values, side // values.shape[1]), gap=1) for values in native]
         height, width = sheets[0].shape[:2]

@@ -114,10 +114,10 @@ class Studio:
         return self.pipeline(self.name_of(config))
 
     def cascade_of(self, config: SampleConfig) -> PokeDiffPipeline:
-        """Raises PokediffError for a baseline, which has no time steps to show."""
+        """Raises PokediffError for a baseline, which shows no time steps."""
         pipeline = self.pipeline_of(config)
         if not isinstance(pipeline, PokeDiffPipeline):
-            raise PokediffError(f"{pipeline.name} has no time steps: it draws at once.")
+            raise PokediffError(f"{pipeline.name} shows no time steps.")
         return pipeline
 
     def name_of(self, config: SampleConfig) -> str:

@@ -60,7 +60,9 @@ def resolved(config: SampleConfig, pipeline: Model) -> SampleConfig:
     if isinstance(pipeline, DrawsAtOnce):
         wanted = ("image", "mask", "variation", "interpolate", "save_frames", "compile")
         if given := [name for name in wanted if getattr(config, name)]:
-            raise PokediffError(f"{pipeline.name} draws from prompts alone, at once; leave out {', '.join(given)}")
+            raise PokediffError(f"{pipeline.name} draws from prompts alone; leave out {', '.join(given)}")
+        if pipeline.slow:  # so that Ctrl-C keeps the pictures that are done
+            config = replace(config, batch_size=1)
     if pipeline.pixel_art and config.hard_alpha is None and not config.raw:
         config = replace(config, hard_alpha=True)
     return replace(config, sampling=pipeline.resolved(config.sampling))

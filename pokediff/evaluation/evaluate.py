@@ -102,6 +102,8 @@ def make_drawer(config: EvaluateConfig, generator: ImageGenerator | None, device
     sampling, facts = config.sampling, {"checkpoint": Path(config.checkpoint or "pokediff").name}
     if generator is None:
         pipeline = load_checkpoint(config.checkpoint, config.device or device)
+        if isinstance(pipeline, DrawsAtOnce) and pipeline.name == "digits":
+            raise PokediffError("digits draws digits alone, and a report draws creatures: see docs/baselines.md")
         sampling, generator = pipeline.resolved(sampling), pipeline
         facts["weights_sha256"] = str(weights_sha256(checkpoint_folder(config.checkpoint)))
         if isinstance(pipeline, PokeDiffPipeline):

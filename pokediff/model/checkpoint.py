@@ -99,7 +99,10 @@ def find_folder(name: str | Path, options: dict[str, Any]) -> Path:
     found = sorted(index.parent.as_posix() for index in Path("checkpoints").glob(f"*/{INDEX}"))
     here = f"checkpoints here: {', '.join(found) or 'none'}"
     if path.is_dir() or path.parent.is_dir() or str(name).count("/") != 1:
-        raise PokediffError(f"{path} is no checkpoint (no {INDEX}); {here}")
+        known = (
+            "a baseline, which can only draw" if (path / "baseline.json").is_file() else f"no checkpoint (no {INDEX})"
+        )
+        raise PokediffError(f"{path} is {known}; {here}")
     from huggingface_hub import snapshot_download
 
     only_local = hub.pop("local_files_only", False)
