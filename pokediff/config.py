@@ -425,7 +425,8 @@ class SampleConfig:
     __pydantic_config__ = STRICT
 
     prompt: tuple[str, ...] = ()  # one or several, each in quotes
-    prompts_file: str | None = None  # a text file, one prompt a line; empty lines and lines with # are skipped
+    # a text file, one prompt a line, empty lines and # skipped; or a CSV file: name, prompt, seed, number
+    prompts_file: str | None = None
     checkpoint: str | None = None  # a folder, the name of a shipped model, or a hub repository (default: pokediff)
     lora: str | None = None  # LoRA weights of SDXL (`pokediff baseline`); --checkpoint names another SDXL to draw with
     out: str | None = None  # output folder (default: outputs/<first prompt>-<seed>)

@@ -21,7 +21,8 @@ from pokediff.data.images import BadImage, composite, fit_square, from_model, pa
 from pokediff.drawing.export import is_exported, load_exported
 from pokediff.drawing.jobs import Job, make_jobs, read_prompts
 from pokediff.drawing.pixelart import PIXEL_COLORS, finish, is_pixel_prompt, read_palette
-from pokediff.drawing.sheets import Frame, checkpoint_folder, write_drawing
+from pokediff.drawing.sheets import Frame, checkpoint_folder, weights_sha256, write_drawing
+from pokediff.drawing.table import draw_table, is_table, read_table
 from pokediff.errors import PokediffError
 from pokediff.model.denoiser import compile_network
 from pokediff.model.pipeline import PokeDiffPipeline, quiet
@@ -38,6 +39,8 @@ def sample(config: SampleConfig) -> Path:
     Raises PokediffError for a prompt, checkpoint, image, palette, background or folder that cannot be used.
     """
     quiet()
+    if is_table(config):
+        return sample_table(config)
     prompts = tuple(read_prompts(config))
     seed = random.SystemRandom().randint(0, MAX_SEED) if config.seed is None else config.seed
     config = replace(config, prompt=prompts, prompts_file=None, seed=seed)
@@ -52,6 +55,22 @@ def sample(config: SampleConfig) -> Path:
     out = Path(config.out) if config.out else free_folder(Path("outputs") / f"{slug(prompts[0])}-{seed}")
     number = write_drawing(out, config, pipeline, jobs, batches(pipeline, jobs, config, init))
     print(f"{number} picture{'s' * (number > 1)}, seed {seed}: {out}")
+    return out
+
+
+def sample_table(config: SampleConfig) -> Path:
+    """Draw the prompts of a CSV file, as `table` describes. Returns the folder."""
+    read_table(config)  # before the model
+    pipeline = load_pipeline(config)
+    config = resolved(config, pipeline)
+    out = Path(config.out or Path("outputs") / Path(str(config.prompts_file)).stem)
+    facts = {"weights": weights_sha256(checkpoint_folder(config.lora or config.checkpoint))}
+
+    def finished(jobs: Sequence[Job]) -> np.ndarray:
+        return next(draw(pipeline, jobs, config, every=False)).x0
+
+    new, there = draw_table(config, out, facts, finished)
+    print(f"{new} picture{'s' * (new != 1)} drawn, {there} were there: {out}")
     return out
 
 

@@ -1,0 +1,174 @@
+"""draw_table(config): the prompts of a CSV file to pictures that are named by it; what is there is not drawn again.
+
+    name,prompt,seed,number
+    slime,a green slime,7,
+    dragon,"a red dragon, one eye",,4        # dragon-1.png to dragon-4.png
+
+Only `prompt` is required. OUT/manifest.csv lists every picture with its prompt, seed and the digest of its settings; a
+picture is drawn again when one of them has changed.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pokediff.config import SampleConfig
+from pokediff.data.files import read_text, write_whole
+from pokediff.data.images import encode_png, enlarge
+from pokediff.drawing.atlas import slug
+from pokediff.drawing.jobs import Job
+from pokediff.drawing.sheets import on_background
+from pokediff.errors import PokediffError
+
+MANIFEST = "manifest.csv"
+COLUMNS = ("file", "prompt", "seed", "settings")
+MAX_SEED = 2**32 - 1
+NOT_HERE = ("image", "mask", "variation", "interpolate", "save_frames", "sheet")
+SETTINGS = ("sampling", "palette", "hard_alpha", "clean", "raw", "enlarge", "background")  # that change a picture
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table."""
+
+    name: str
+    prompt: str
+    seed: int | None
+    number: int
+
+    @property
+    def files(self) -> list[str]:
+        if self.number == 1:
+            return [f"{self.name}.png"]
+        return [f"{self.name}-{k}.png" for k in range(1, self.number + 1)]
+
+
+def is_table(config: SampleConfig) -> bool:
+    return Path(config.prompts_file or "").suffix.lower() in (".csv", ".tsv")
+
+
+def draw_table(
+    config: SampleConfig, out: Path, facts: dict[str, Any], draw: Callable[[Sequence[Job]], np.ndarray]
+) -> tuple[int, int]:
+    """Draw what OUT does not hold yet, batch by batch, each followed by the manifest. Returns the numbers of pictures
+    that were drawn and that were there.
+
+    Args:
+        config: its settings, resolved.
+        facts: what else identifies the drawings, such as the sha256 of the weights.
+        draw: finished pictures, straight RGBA uint8 (B, S, S, 4), of a batch of jobs.
+
+    Raises PokediffError for a table that cannot be read, and rather than overwrite a file that is not in the manifest.
+    """
+    rows, known = read_table(config), read_manifest(out / MANIFEST)
+    chosen = {name: value for name, value in vars(config).items() if name in SETTINGS}
+    settings = hashlib.sha256(json.dumps([chosen, facts], default=vars, sort_keys=True).encode()).hexdigest()[:16]
+    wanted = list(pictures_of(rows, known, config, settings))
+    done = {entry["file"] for entry in wanted if known.get(entry["file"]) == entry and (out / entry["file"]).is_file()}
+    missing = [entry for entry in wanted if entry["file"] not in done]
+    if foreign := [entry["file"] for entry in missing if entry["file"] not in known and (out / entry["file"]).exists()]:
+        raise PokediffError(f"{out / foreign[0]} exists and is not in {MANIFEST}: choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    for start in range(0, len(missing), config.batch_size):
+        batch = missing[start : start + config.batch_size]
+        jobs = [Job(entry["prompt"], int(entry["seed"])) for entry in batch]
+        for entry, picture in zip(batch, draw(jobs), strict=True):
+            shown = on_background(enlarge(picture, config.enlarge), config)
+            write_whole(out / entry["file"], encode_png(shown))
+            known[entry["file"]] = entry
+        write_manifest(out / MANIFEST, known)
+    return len(missing), len(done)
+
+
+def pictures_of(
+    rows: Sequence[Row], known: dict[str, dict[str, str]], config: SampleConfig, settings: str
+) -> Iterator[dict[str, str]]:
+    """The entry of every picture: the seed of its row, that of the manifest, the next one after `config.seed`, or a
+    random one.
+    """
+    chance, index = random.SystemRandom(), 0
+    for row in rows:
+        for k, file in enumerate(row.files):
+            earlier = known.get(file, {})
+            if row.seed is not None:
+                seed = row.seed + k
+            elif earlier.get("prompt") == row.prompt:
+                seed = int(earlier["seed"])
+            else:
+                seed = chance.randint(0, MAX_SEED) if config.seed is None else config.seed + index
+            index += 1
+            yield dict(zip(COLUMNS, (file, row.prompt, str(seed), settings), strict=True))
+
+
+def read_table(config: SampleConfig) -> list[Row]:
+    """The rows of `config.prompts_file`. Raises PokediffError with the line that is wrong."""
+    if given := [name for name in NOT_HERE if getattr(config, name)]:
+        raise PokediffError(f"prompts from a table exclude {', '.join(given)}")
+    if config.prompt:
+        raise PokediffError("prompts from a table exclude other prompts")
+    path = Path(str(config.prompts_file))
+    if not path.is_file():
+        raise PokediffError(f"prompts file {path} not found")
+    text = read_text(path)
+    header = text.partition("\n")[0]
+    table = csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=header.count))
+    columns = [str(name).strip().lower() for name in table.fieldnames or ()]
+    if "prompt" not in columns:
+        raise PokediffError(f"{path}:1: the header must have a column prompt")
+    table.fieldnames = columns
+    rows: list[Row] = []
+    for values in table:
+        where = f"{path}:{table.line_num}"
+        if None in values:
+            raise PokediffError(f"{where}: more values than columns: put quotes around a prompt with a comma")
+        cells = {name: (value or "").strip() for name, value in values.items()}
+        if cells["prompt"]:
+            rows.append(_row(cells, config.num_images_per_prompt, where))
+    if not rows:
+        raise PokediffError(f"{path} holds no prompts")
+    files = [file.lower() for row in rows for file in row.files]  # some file systems do not tell letter case apart
+    if twice := [file for file in dict.fromkeys(files) if files.count(file) > 1]:
+        raise PokediffError(f"{path}: two pictures would be {twice[0]}: give each prompt a name of its own")
+    return rows
+
+
+def _row(cells: dict[str, str], number: int, where: str) -> Row:
+    name = cells.get("name") or slug(cells["prompt"])
+    if name[0] == "." or set(name) & set('/\\:*?"<>|') or not name.isprintable():
+        raise PokediffError(f"{where}: {name!r} cannot be the name of a file")
+    for key in ("seed", "number"):
+        value = cells.get(key, "")
+        if value and not (value.isdecimal() and len(value) < 19):
+            raise PokediffError(f"{where}: {key} {value!r} must be a whole number")
+    number = int(cells.get("number") or number)
+    if number < 1:
+        raise PokediffError(f"{where}: number must be at least 1")
+    return Row(name, cells["prompt"], int(cells["seed"]) if cells.get("seed") else None, number)
+
+
+def read_manifest(path: Path) -> dict[str, dict[str, str]]:
+    """The entries of a manifest by file; {} without one. Raises PokediffError for another table of that name."""
+    if not path.is_file():
+        return {}
+    table = csv.DictReader(io.StringIO(read_text(path)))
+    if tuple(table.fieldnames or ()) != COLUMNS:
+        raise PokediffError(f"{path} was not written by an earlier drawing: choose another --out")
+    return {entry["file"]: entry for entry in table}
+
+
+def write_manifest(path: Path, entries: dict[str, dict[str, str]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(entries.values())
+    write_whole(path, text.getvalue())
