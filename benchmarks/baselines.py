@@ -157,9 +157,18 @@ def measure_all(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
                 lpips=f"squeeze:{options.squeeze}",
                 sampling=Sampling(size=SIZE),
             )
+            share_cache(out, options.out / "cache")
             evaluate(config, anchor)
         found[title] = json.loads((out / "report.json").read_text(encoding="utf-8"))
     return found
+
+
+def share_cache(out: Path, cache: Path) -> None:
+    """Features of real pictures, and the judge, are the same in all reports."""
+    cache.mkdir(exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "cache").exists():
+        (out / "cache").symlink_to(cache.resolve())
 
 
 COLUMNS = {  # title of the column: the figure's name, and how it is written

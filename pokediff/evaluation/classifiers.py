@@ -5,15 +5,19 @@ Neither may be used in a training loss, which would invalidate it as a measure.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save
 from torch import nn
 
 from pokediff.data.captions import style_phrase
 from pokediff.data.dataset import translate
+from pokediff.data.files import write_whole
 from pokediff.data.images import premultiply
 from pokediff.data.records import Record
 
@@ -97,8 +101,9 @@ class JudgeNetwork(nn.Module):
 class Judge:
     """Classifies pictures by style and by kind, after training on real pictures."""
 
-    def __init__(self, pixels: np.ndarray, records: Sequence[Record], seed: int = 0) -> None:
-        """Train on straight RGBA uint8 (N, S, S, 4) and their records; one to two minutes on one core.
+    def __init__(self, pixels: np.ndarray, records: Sequence[Record], seed: int = 0, cache: Path | None = None) -> None:
+        """Train on straight RGBA uint8 (N, S, S, 4) and their records; one to two minutes on one core. The weights are
+        kept in the folder `cache`, under a hash of everything that they depend on.
 
         Raises ValueError when neither style nor kind has two classes of FEWEST pictures.
         """
@@ -116,7 +121,18 @@ class Judge:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.network = JudgeNetwork(pixels.shape[1], sum(self.sizes))
+        settings = repr((self.classes, STEPS, BATCH, RATE, seed)).encode()
+        content = b"".join(target.tobytes() for target in targets.values()) + pixels.tobytes()
+        key = hashlib.sha256(settings + content).hexdigest()[:24]
+        path = None if cache is None else cache / f"judge-{key}.safetensors"
+        if path is not None and path.is_file():
+            self.network.load_state_dict(load_file(path))
+            self.network.eval()
+            return
         self._train(pixels, targets, seed)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, save(self.network.state_dict()))
 
     def _train(self, pixels: np.ndarray, targets: dict[str, np.ndarray], seed: int) -> None:
         rng = np.random.default_rng(seed)

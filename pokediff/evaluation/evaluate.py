@@ -177,7 +177,7 @@ def measure_prompts(
         features = partial(measures.cached_features, nets[0], background=config.background, cache=cache)
         concepts = sets.concepts
         shape_measures.measure_recognition(report, concepts, drawn["concepts"].pixels, concepts.prompts()[1], features)
-    shape_measures.measure_judge(report, drawn["judged"].pixels, sets.judged, sets.styles, reference)
+    shape_measures.measure_judge(report, drawn["judged"].pixels, sets.judged, sets.styles, reference, cache)
     measures.measure_variety(report, drawn["one-prompt"].pixels, reference.pixels, config)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -86,7 +87,12 @@ def judged(reference: Reference, styles: Sequence[str], split: str, each: int) -
 
 
 def measure_judge(
-    report: Report, drawn: np.ndarray, positions: Sequence[int], styles: Sequence[str], reference: Reference
+    report: Report,
+    drawn: np.ndarray,
+    positions: Sequence[int],
+    styles: Sequence[str],
+    reference: Reference,
+    cache: Path | None = None,
 ) -> None:
     """Accuracy of a classifier trained on real pictures: style and kind of the picture whose caption was the prompt.
 
@@ -95,7 +101,7 @@ def measure_judge(
     phrases = {style_phrase(style) for style in styles}
     training = reference.training.where(lambda record: LABELS["style"](record) in phrases)
     try:
-        judge = Judge(training.straight(), training.records)
+        judge = Judge(training.straight(), training.records, cache=cache)
     except ValueError as error:
         report.skip(JUDGE, "style and kind", str(error))
         return
