@@ -94,8 +94,7 @@ def recipe(name: str, options: argparse.Namespace) -> Path:
     """The system's configuration with our data and feature network, as a file."""
     config = load_yaml(CONFIGS / f"{name}.yaml", BaselineConfig)
     squeeze = f"squeeze:{options.squeeze}"
-    config = replace(config, data=(str(options.data),), lpips=config.lpips and squeeze)
-    config = replace(config, features=config.features and squeeze)
+    config = replace(config, data=(str(options.data),), lpips=squeeze, features=squeeze)
     if len(config.augment) > 1:  # its second phase begins after a number of steps, here after a part of the time
         first, second = config.augment
         steps = round(SECOND_PHASE * options.minutes * 60 * options.augmented_speed / config.batch_size)
