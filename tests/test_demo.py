@@ -278,7 +278,7 @@ def test_a_baseline_draws_at_once_and_shows_what_it_attends_to(tmp_path):
     assert summary(settings, studio.evaluations(settings)) == "Done: seed 3."
     (shown,) = show_words(studio, "a blue turtle", **chosen)
     assert "attention to each word of a blue turtle" in shown
-    with pytest.raises(PokediffError, match="has no time steps"):
+    with pytest.raises(PokediffError, match="shows no time steps"):
         list(show_schedule(studio, "a blue turtle", DEFAULT_SAMPLER, None, None, **chosen))
     with pytest.raises(PokediffError, match="has no time steps: it draws at once; leave out num_inference_steps"):
         studio.settings(prompt=("a blue turtle",), num_inference_steps=5)
@@ -695,6 +695,7 @@ def open_tab(page, name: str) -> None:
 @pytest.mark.slow
 def test_type_click_and_watch_it_emerge(page, tmp_path):
     page.fill("#prompt textarea", "a green frog")
+    page.wait_for_selector("#film", state="attached")
     page.evaluate(COUNT)
     page.click("#draw")
     page.wait_for_function(DONE)
