@@ -4,8 +4,8 @@
         --features ../shared/weights/mobilenet_v2_feat1280.safetensors \
         --squeeze ../shared/weights/lpips_squeeze_v0.1.safetensors
 
-Writes OUT/<system>/ (the trained systems), OUT/reports/<system>/ (`pokediff evaluate`), OUT/digits/, tables.md and
-sheet.png. What is already there is not made again, so a run that was stopped goes on.
+Writes OUT/<system>/ (the trained systems), OUT/reports/<system>/ (`pokediff evaluate`), tables.md, sheet.png and
+digits.png. What is already there is not made again, so a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -319,6 +319,17 @@ def digit_table(options: argparse.Namespace) -> list[str]:
     return lines
 
 
+def digit_sheet(options: argparse.Namespace) -> None:
+    """The ten digits, a row for models A and B and three for our diffusion: OUT/digits.png."""
+    rows = []
+    for name, form, number in (("digits-a", "{}", 1), ("digits-b", "{}", 1), ("digits-diffusion", "digit {}", 3)):
+        model = load_checkpoint(str(options.out / name))
+        for row in range(number):
+            drawn = model.generate([form.format(digit) for digit in range(10)], range(10 * row, 10 * row + 10))
+            rows.append(np.concatenate([cv2.resize(picture, (64, 64), interpolation=0) for picture in drawn], axis=1))
+    (options.out / "digits.png").write_bytes(encode_png(np.concatenate(rows)))
+
+
 def grey(pictures: Any) -> np.ndarray:
     """(N, 28, 28) in [0, 1]."""
     return pictures.pixels[:][..., 0].astype(np.float32) / 255
@@ -370,6 +381,7 @@ def main() -> None:
     if options.mnist:
         train_digits(options)
         lines += ["", *digit_table(options)]
+        digit_sheet(options)
     (options.out / "tables.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

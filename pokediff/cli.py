@@ -192,8 +192,14 @@ def train_defaults(args: list[str]) -> TrainOptions:
 
 
 def read_config(file: str, kind: type[C], place: str = "") -> C:
-    """A YAML file, or the shipped one of that name in configs/`place`; its default output is named after it."""
+    """A YAML file, or the shipped one of that name in configs/`place`; its default output is named after it.
+
+    Raises PokediffError when there is neither.
+    """
     found = shipped("configs", f"{place}{file}.yaml")
+    if not Path(file).suffix and not found.is_file() and not Path(file).exists():
+        names = sorted(path.stem for path in found.parent.glob("*.yaml"))
+        raise PokediffError(f"there is no shipped configuration {file!r}; there are {', '.join(names)}")
     path = Path(file) if Path(file).exists() or not found.is_file() else found
     config = load_yaml(path, kind)
     return replace(config, out=config.out or f"checkpoints/{path.stem}")

@@ -13,8 +13,8 @@ from pokediff.data.images import composite
 from pokediff.drawing import sample as sampling
 from pokediff.drawing import sheets
 from pokediff.drawing.attribution import word_influence
-from pokediff.drawing.jobs import Job
-from pokediff.drawing.sample import read_settings, sample, slug
+from pokediff.drawing.jobs import Job, slug
+from pokediff.drawing.sample import read_settings, sample
 from pokediff.drawing.sheets import listed_files, weights_sha256
 from pokediff.errors import PokediffError
 from pokediff.model.cascade import Cascade

@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState
 from tqdm import tqdm
 
 from pokediff.config import BaselineConfig
+from pokediff.data.dataset import AUGMENT_LABELS, CaptionVectors, Pictures, TrainingBatches
 from pokediff.errors import PokediffError
 from pokediff.model.denoiser import has_bf16
 from pokediff.training.clock import Limit, Window, interruptible
@@ -36,6 +37,19 @@ def make_accelerator(config: BaselineConfig, accumulate: int = 1) -> Accelerator
     precision = {"auto": auto, "fp32": "no"}.get(config.precision, config.precision)
     AcceleratorState._reset_state()  # of an earlier training in this process, which may have had another precision
     return Accelerator(mixed_precision=precision, gradient_accumulation_steps=accumulate)
+
+
+def training_batches(config: BaselineConfig, pictures: Pictures, texts: CaptionVectors) -> TrainingBatches:
+    """Batches as of `pokediff train`, with what `texts` holds in the place of vectors, and without empty captions."""
+    return TrainingBatches(
+        pictures,
+        texts,
+        config.dataset,
+        batch_size=config.batch_size,
+        caption_dropout=0.0,
+        seed=config.seed,
+        augment_dim=AUGMENT_LABELS,  # not used: these networks are not told how a picture was changed
+    )
 
 
 def train_steps(

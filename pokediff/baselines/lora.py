@@ -28,9 +28,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from pokediff.baselines.interface import LORA_WEIGHTS, DrawsAtOnce, read_config, write_config
-from pokediff.baselines.loop import Values, make_accelerator, train_steps
+from pokediff.baselines.loop import Values, make_accelerator, train_steps, training_batches
 from pokediff.config import BaselineConfig, Sampling
-from pokediff.data.dataset import AUGMENT_LABELS, CaptionVectors, TrainingBatches, load_pictures
+from pokediff.data.dataset import CaptionVectors, TrainingBatches, load_pictures
 from pokediff.data.files import write_whole
 from pokediff.data.images import composite, encode_png, from_model, grid, to_model
 from pokediff.data.records import picture_bytes
@@ -204,16 +204,7 @@ def read_data(config: BaselineConfig, size: int) -> tuple[list[tuple[str, int]],
             side = max(file.size)  # it was padded to a square
         rows.append(np.arange(len(captions), len(captions) + len(several)))
         captions += [(caption, side) for caption in several]
-    batches = TrainingBatches(
-        pictures,
-        CaptionVectors(torch.arange(len(captions)), tuple(rows)),
-        config.dataset,
-        batch_size=config.batch_size,
-        caption_dropout=0.0,
-        seed=config.seed,
-        augment_dim=AUGMENT_LABELS,  # not used: SDXL is not told how a picture was changed
-    )
-    return captions, batches
+    return captions, training_batches(config, pictures, CaptionVectors(torch.arange(len(captions)), tuple(rows)))
 
 
 def add_adapter(pipeline: Any, rank: int, seed: int) -> list[torch.nn.Parameter]:

@@ -24,12 +24,12 @@ from tqdm import tqdm
 from pokediff.baselines.attention import attention_plot
 from pokediff.baselines.augment import Augmentation
 from pokediff.baselines.generator import Baseline, save_baseline
-from pokediff.baselines.loop import Values, log, make_accelerator, train_steps
+from pokediff.baselines.loop import Values, log, make_accelerator, train_steps, training_batches
 from pokediff.baselines.lora import train_lora
 from pokediff.baselines.systems import GENERATOR, SYSTEMS, Batch, System
 from pokediff.baselines.words import PAD
 from pokediff.config import BaselineConfig, dump_yaml
-from pokediff.data.dataset import AUGMENT_LABELS, CaptionVectors, Pictures, TrainingBatches, load_pictures
+from pokediff.data.dataset import CaptionVectors, Pictures, TrainingBatches, load_pictures
 from pokediff.data.files import write_whole
 from pokediff.data.images import composite, encode_png, enlarge, grid, pairs, to_model
 from pokediff.errors import PokediffError
@@ -106,26 +106,17 @@ def train_baseline(config: BaselineConfig) -> Path:
 
 
 def prepare(config: BaselineConfig, out: Path) -> Training:
-    """Load data and networks."""
+    """Load networks and data, in this order: what cannot be loaded is told before minutes of decoding."""
+    accelerator = make_accelerator(config)
+    torch.manual_seed(config.seed)
+    system = SYSTEMS[config.system](config, config.words).to(accelerator.device)
     pictures = load_pictures(config.data, config.image_size, config.dataset, tqdm.write, tqdm)
     train, validation = pictures.split("train").with_shared_captions(), pictures.split("validation")
     if not len(train) or not len(validation):
         raise PokediffError(
             f"{' '.join(config.data)}: {len(train)} training and {len(validation)} validation pictures; both are needed"
         )
-    torch.manual_seed(config.seed)
-    system = SYSTEMS[config.system](config, config.words)
-    accelerator = make_accelerator(config)
-    system = system.to(accelerator.device)
-    batches = TrainingBatches(
-        train,
-        caption_ids(train, system),
-        config.dataset,
-        batch_size=config.batch_size,
-        caption_dropout=0.0,
-        seed=config.seed,
-        augment_dim=AUGMENT_LABELS,  # not used: these networks are not told how a picture was changed
-    )
+    batches = training_batches(config, train, caption_ids(train, system))
     players = {name: make_player(name, list(params), config) for name, params in system.players().items()}
     for player in players.values():
         player.optimizer = accelerator.prepare(player.optimizer)

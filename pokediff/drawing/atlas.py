@@ -13,7 +13,6 @@ A sprite is one picture; with `save_frames` it is the animation of its denoising
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from pokediff import __version__
 from pokediff.config import SampleConfig
 from pokediff.data.files import write_whole
 from pokediff.data.images import encode_png, grid, read_image
-from pokediff.drawing.jobs import Job
+from pokediff.drawing.jobs import Job, slug
 
 IMAGE = "sheet.png"
 FILES = {
@@ -44,7 +43,7 @@ STEP_MS = 125  # of a picture of an interpolation; also the duration of one that
 class Sprite:
     """One or several frames, straight RGBA uint8 (S, S, 4), and how long each is shown."""
 
-    name: str  # letters, digits and hyphens, unique in its sheet
+    name: str  # words and hyphens, unique in its sheet
     prompt: str
     seed: int
     frames: tuple[np.ndarray, ...]
@@ -120,11 +119,6 @@ def make_sprites(out: Path, config: SampleConfig, jobs: Sequence[Job], pictures:
 def seed_of(job: Job) -> int:
     """Of a variation, the seed that it moves to."""
     return job.seed if job.to is None else job.to[1]
-
-
-def slug(text: str) -> str:
-    """A name from a prompt: letters and digits of ASCII, which all tools read, and hyphens."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60].strip("-") or "sprite"
 
 
 def unique_names(names: Sequence[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,6 +14,8 @@ import numpy as np
 from pokediff.config import SampleConfig
 from pokediff.data.records import read_text
 from pokediff.errors import PokediffError
+
+MAX_SEED = 2**32 - 1  # of a random seed
 
 
 @dataclass(frozen=True)
@@ -78,3 +81,8 @@ def make_jobs(prompts: Sequence[str], config: SampleConfig) -> list[Job]:
         return [Job(text, seed + k) for k, text in enumerate(texts)]
     shares = [config.variation if k % number else 0.0 for k in range(len(texts))]
     return [Job(text, seed, to=(text, seed + k), share=shares[k]) for k, text in enumerate(texts)]
+
+
+def slug(prompt: str) -> str:
+    """A name for files and folders from a prompt: its words in lower case, of any alphabet."""
+    return re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:40].strip("-") or "sample"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from pokediff.config import SampleConfig, from_values
 from pokediff.data.colors import cut_backdrop
 from pokediff.data.images import BadImage, composite, fit_square, from_model, parse_color, read_image
 from pokediff.drawing.export import is_exported, load_exported
-from pokediff.drawing.jobs import Job, make_jobs, read_prompts
+from pokediff.drawing.jobs import MAX_SEED, Job, make_jobs, read_prompts, slug
 from pokediff.drawing.pixelart import PIXEL_COLORS, finish, is_pixel_prompt, read_palette
 from pokediff.drawing.sheets import Frame, checkpoint_folder, weights_sha256, write_drawing
 from pokediff.drawing.table import draw_table, is_table, read_table
@@ -29,7 +28,6 @@ from pokediff.model.pipeline import PokeDiffPipeline, quiet
 from pokediff.model.samplers import slerp
 
 Model = PokeDiffPipeline | DrawsAtOnce
-MAX_SEED = 2**32 - 1  # of a random seed
 
 
 def sample(config: SampleConfig) -> Path:
@@ -247,11 +245,6 @@ def read_settings(path: str | Path) -> SampleConfig:
     config = from_values(settings, SampleConfig, str(path))
     beside = {name: path.parent / value for name in ("image", "mask") if (value := getattr(config, name))}
     return replace(config, **{name: file.as_posix() for name, file in beside.items() if file.is_file()})
-
-
-def slug(prompt: str) -> str:
-    """A folder name from a prompt: its words in lower case, of any alphabet."""
-    return re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:40].strip("-") or "sample"
 
 
 def free_folder(folder: Path) -> Path:

@@ -25,14 +25,12 @@ import numpy as np
 from pokediff.config import SampleConfig
 from pokediff.data.files import read_text, write_whole
 from pokediff.data.images import encode_png, enlarge
-from pokediff.drawing.atlas import slug
-from pokediff.drawing.jobs import Job
+from pokediff.drawing.jobs import MAX_SEED, Job, slug
 from pokediff.drawing.sheets import on_background
 from pokediff.errors import PokediffError
 
 MANIFEST = "manifest.csv"
 COLUMNS = ("file", "prompt", "seed", "settings")
-MAX_SEED = 2**32 - 1
 NOT_HERE = ("image", "mask", "variation", "interpolate", "save_frames", "sheet")
 SETTINGS = ("sampling", "palette", "hard_alpha", "clean", "raw", "enlarge", "background")  # that change a picture
 
