@@ -35,10 +35,7 @@ from pokediff.baselines.systems import SYSTEMS
 from pokediff.config import BaselineConfig, DemoConfig, NetworkConfig
 from pokediff.data.images import can_write_mp4, encode_png
 from pokediff.demo import uploads
-from pokediff.demo.controls import DEFAULT_SAMPLER
 from pokediff.demo.downloads import Downloads, labelled_sheet
-from pokediff.demo.draw import summary
-from pokediff.demo.inside import show_schedule, show_words
 from pokediff.demo.studio import LIMITS, Studio
 from pokediff.drawing.sample import read_settings, sample
 from pokediff.errors import PokediffError
@@ -56,8 +53,8 @@ def wait_for(condition: Callable[[], Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tiny_checkpoint, tiny_pipe, tmp_path_factory) -> tuple[str, str]:
-    """Two tiny checkpoints: "tiny", 32 and 64 px, and "fast", 32 px with a few-step denoiser."""
+def checkpoints(tiny_checkpoint, tiny_pipe, tmp_path_factory) -> tuple[str, ...]:
+    """Two tiny checkpoints: "tiny", 32 and 64 px, and "fast", 32 px with a few-step denoiser; and "gan", a baseline."""
     base, fast = make_denoiser(steps=4, guidance_scale=1.5), make_denoiser(1, steps=2, guidance_scale=1.5, fast=True)
     for denoiser in (base, fast):
         denoiser.null_text.copy_(tiny_pipe.base.null_text)
@@ -65,7 +62,11 @@ def checkpoints(tiny_checkpoint, tiny_pipe, tmp_path_factory) -> tuple[str, str]
     other = PokeDiffPipeline(cascade, tiny_pipe.scheduler, tiny_pipe.text_encoder, tiny_pipe.tokenizer)
     folder = tmp_path_factory.mktemp("other") / "fast"
     other.save_pretrained(folder)
-    return str(tiny_checkpoint), str(folder)
+    network = NetworkConfig(width=16, text_dim=32, heads=4, layers=1, noise=8)
+    config = BaselineConfig(system="pikapikagen", network=network)
+    torch.manual_seed(0)
+    save_baseline(folder.with_name("gan"), config, SYSTEMS[config.system](config, "builtin"))
+    return str(tiny_checkpoint), str(folder), str(folder.with_name("gan"))
 
 
 @pytest.fixture(scope="module")
@@ -263,25 +264,21 @@ def test_old_drawings_are_deleted(downloads):
     assert new.exists()
 
 
-def test_a_baseline_draws_at_once_and_shows_what_it_attends_to(tmp_path):
-    network = NetworkConfig(width=16, text_dim=32, heads=4, layers=1, noise=8)
-    config = BaselineConfig(system="pikapikagen", network=network)
-    torch.manual_seed(0)
-    save_baseline(tmp_path / "gan", config, SYSTEMS[config.system](config, "builtin"))
-    studio = Studio([tmp_path / "gan"])
-    own = studio.resolved()
+def test_a_baseline_draws_at_once(studio):
+    own = studio.resolved("gan")
     assert (own.size, own.num_inference_steps) == (32, None)
-    chosen = {"seed": 3, "size": 32, "num_inference_steps": 0, "guidance_scale": 1.0}  # of the hidden sliders
+    chosen = dict(checkpoint="gan", seed=3, size=32, num_inference_steps=0, guidance_scale=1.0)  # of hidden sliders
     settings = studio.settings(prompt=("a blue turtle",), **chosen)
     (frame,) = studio.draw(settings)
     assert frame.x0.shape == (1, 32, 32, 4)
-    assert summary(settings, studio.evaluations(settings)) == "Done: seed 3."
-    (shown,) = show_words(studio, "a blue turtle", **chosen)
-    assert "attention to each word of a blue turtle" in shown
+    assert studio.evaluations(settings) == []
+    found = studio.attention(settings)
+    assert found.maps["4x4"].shape == (len(found.tokens), 4, 4)
+    assert studio.attention(studio.settings(prompt=("a blue turtle",))) is None
     with pytest.raises(PokediffError, match="shows no time steps"):
-        list(show_schedule(studio, "a blue turtle", DEFAULT_SAMPLER, None, None, **chosen))
+        studio.cascade_of(settings)
     with pytest.raises(PokediffError, match="has no time steps: it draws at once; leave out num_inference_steps"):
-        studio.settings(prompt=("a blue turtle",), num_inference_steps=5)
+        studio.settings(prompt=("a blue turtle",), checkpoint="gan", num_inference_steps=5)
 
 
 def test_denoisers_run_in_one_thread(studio):
@@ -737,6 +734,31 @@ def test_model_size_and_fast_are_offered_where_the_checkpoint_has_them(page):
     page.wait_for_function(f"{steps} === '2'")
     page.click("#draw")
     page.wait_for_function(f"{DONE} && document.querySelector('#status').innerText.includes(', 2 steps at 32 px')")
+
+
+@pytest.mark.slow
+def test_a_baseline_in_the_page(page):
+    page.get_by_text("More settings").first.click()
+    page.get_by_label("Model").first.click()
+    page.get_by_role("option", name="gan").click()
+    steps = page.locator("input[aria-label='number input for Steps']").first
+    steps.wait_for(state="hidden")
+    page.click("#draw")
+    page.wait_for_function(DONE)
+    assert page.locator("#film .strip").count() == 1  # the picture, and no noise
+    assert not page.locator("#scrub").is_visible()
+    page.get_by_label("Model").first.click()
+    page.get_by_role("option", name="tiny").click()
+    steps.wait_for(state="visible")
+    page.click("#draw")
+    page.wait_for_function(f"{DONE} && document.querySelectorAll('#film .strip').length === 2")
+    page.locator("#scrub").wait_for(state="visible")
+    open_tab(page, "Inside")
+    page.get_by_label("Model").locator("visible=true").click()
+    page.get_by_role("option", name="gan").locator("visible=true").click()
+    page.get_by_label("Prompt").locator("visible=true").fill("a blue turtle")
+    page.click("#words")
+    page.wait_for_selector("#words-result img[alt='attention to each word of a blue turtle']")
 
 
 @pytest.mark.slow

@@ -164,7 +164,7 @@ def draw(
         yield changed({"film": show.film([frame], prompt), "status": words[len(frames) - 1], "seed": config.seed})
     kept = show.spread(len(frames), show.film_length(frames))
     film = show.film([frames[index] for index in kept], prompt, [words[index] for index in kept])
-    scrub = gr.Slider(maximum=len(kept), value=len(kept))
+    scrub = gr.Slider(maximum=max(2, len(kept)), value=len(kept), visible=len(kept) > 1)
     yield changed({"film": film, "status": summary(config, studio.evaluations(config)), "scrub": scrub})
     yield changed({"files": offered(downloads.write(studio.pipeline_of(config), config, frames))})
     pictures = frames[-1].x0
