@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pokediff.errors import PokediffError
+from pokediff.errors import PokediffError, first_line
+from pokediff.files import read_text
 
 T = TypeVar("T")
 DEFAULT_CLIP = "open_clip:ViT-B-32:laion2b_s34b_b79k"  # text encoder of the scraper's caption embeddings
@@ -546,9 +547,9 @@ def _read_yaml(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in extending:
         raise PokediffError(f"{path} extends itself")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise PokediffError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
+        values = yaml.safe_load(read_text(path)) or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise PokediffError(f"{path}: not YAML ({first_line(error)})") from None
     if not isinstance(values, dict) or (name := values.pop("extends", None)) is None:
         return values
     return _merged(_read_yaml(path.parent / str(name), (*extending, path.resolve())), values)

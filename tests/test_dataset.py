@@ -76,9 +76,28 @@ def test_broken_pictures_are_named_skipped_and_bounded(tmp_path):
     assert said[0] == "captions: 120 of 120, from metadata.jsonl"
     assert len(said) == 2
     assert "images/0007.png" in said[1]
-    (folder / "images" / "0008.png").unlink()
-    with pytest.raises(PokediffError, match=r"2 of 120 pictures .* broken"):
+    for number in range(8, 18):
+        (folder / "images" / f"{number:04}.png").unlink()
+    said.clear()
+    assert len(load_pictures(folder, 16, report=said.append)) == 109
+    assert said[-1] == "skipped 1 more"  # ten are named
+    (folder / "images" / "0018.png").unlink()
+    with pytest.raises(PokediffError, match=r"12 of 120 pictures .* broken"):
         load_pictures(folder, 16, report=said.append)
+
+
+def test_a_selection_has_validation_pictures_too(tmp_path):
+    """The hash gives this style none, though it gives the whole set some."""
+    folder = write_data(tmp_path / "d")
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    for row in rows:
+        record = Record(row["file_name"], family=row["family"])
+        row["style"] = "sprite" if split_of(record) == "train" else "artwork"
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    chosen = load_pictures(folder, 16, DatasetConfig(styles={"sprite": 1.0}))
+    for split in ("validation", "test"):
+        assert len(chosen.split(split)) >= 3
+    assert len(chosen.split("train")) > len(chosen) / 2
 
 
 def test_styles_can_be_chosen(data):
@@ -307,6 +326,19 @@ def test_embed_writes_every_caption_and_training_uses_the_file(data, tmp_path, m
     torch.testing.assert_close(vectors.table[0], saved[""])
     row = int(vectors.rows[4][1])
     torch.testing.assert_close(vectors.table[row], saved[pictures.captions[4][1]])
+
+
+def test_embeddings_that_were_cut_are_made_again(tmp_path):
+    folder, said = write_data(tmp_path / "d", number=24), []
+    path = embed(folder, "builtin", report=said.append)
+    whole, captions = path.read_bytes(), list(load_embeddings(path, "builtin"))
+    for length in (0, 5, 200, len(whole) - 9):
+        path.write_bytes(whole[:length])
+        pictures = load_pictures(folder, 16, report=said.append)
+        assert len(caption_vectors(folder, pictures, "builtin", report=said.append).table)
+        assert f"{path} is damaged" in said[-1]
+        embed(folder, "builtin", report=said.append)
+        assert list(load_embeddings(path, "builtin")) == captions
 
 
 def test_a_set_too_big_for_memory_lies_on_disk_and_gives_the_same_batches(data, monkeypatch):

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import struct
 import sys
+import zlib
 
 import cv2
 import numpy as np
@@ -68,6 +70,44 @@ def test_palette_with_a_transparent_entry():
     image.putpalette([255, 0, 0, 0, 0, 255] + [0] * 762)
     rgba = read_image(saved(image, "PNG", transparency=0))
     assert rgba[..., 3].tolist() == [[0, 255], [255, 0]]
+
+
+def deep_png(color: int, rows: list[list[tuple[int, ...]]], clear: tuple[int, ...]) -> bytes:
+    """A PNG of 16 bits a channel with a transparent colour."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    lines = b"".join(b"\0" + b"".join(struct.pack(f">{len(p)}H", *p) for p in row) for row in rows)
+    header = struct.pack(">IIBBBBB", len(rows[0]), len(rows), 16, color, 0, 0, 0)
+    parts = [(b"IHDR", header), (b"tRNS", struct.pack(f">{len(clear)}H", *clear)), (b"IDAT", zlib.compress(lines))]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in [*parts, (b"IEND", b"")])
+
+
+def test_a_transparent_colour_of_16_bits_stays_transparent():
+    grey = read_image(deep_png(0, [[(0,), (1000,), (65535,)]], (1000,)))
+    assert grey.tolist() == [[[0, 0, 0, 255], [4, 4, 4, 0], [255, 255, 255, 255]]]
+    color = read_image(deep_png(2, [[(0, 0, 0), (1000, 2000, 3000)]], (1000, 2000, 3000)))
+    assert color[..., 3].tolist() == [[255, 0]]
+
+
+def test_a_large_picture_is_decoded_small_and_looks_the_same():
+    shape = np.zeros((900, 1200, 4), np.uint8)
+    shape[100:700, 300:800] = 200, 40, 90, 255
+    for kind, options in (("PNG", {}), ("JPEG", {"quality": 95})):
+        image = Image.fromarray(shape).convert("RGBA" if kind == "PNG" else "RGB")
+        data = saved(image, kind, **options)
+        small, whole = read_image(data, side=128), read_image(data)
+        assert whole.shape == (900, 1200, 4)
+        assert 128 <= max(small.shape[:2]) < 256
+        difference = fit_square(small, 32).astype(int) - fit_square(whole, 32)
+        assert abs(difference).mean() < 1
+    assert read_image(data, side=1024).shape == (900, 1200, 4)  # not below the side
+
+
+def test_no_reader_that_runs_other_programs_is_used():
+    with pytest.raises(BadImage, match="not a picture"):
+        read_image(saved(Image.new("RGB", (8, 8)), "EPS"))
 
 
 def test_a_cut_a_false_and_a_huge_picture_are_refused():

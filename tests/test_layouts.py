@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import sys
+import unicodedata
 from io import BytesIO
 
 import pytest
@@ -242,15 +245,92 @@ def test_hidden_and_system_files_are_skipped(tmp_path):
     assert lines == ["captions: 0 of 1, from no file; measured colours are used instead"]
 
 
-def test_pillow_opens_every_suffix(tmp_path):
-    known = Image.registered_extensions()
-    assert all(known.get(suffix) in Image.OPEN for suffix in layouts.PICTURES)
+def test_what_pillow_opens_is_used_and_the_rest_is_counted(tmp_path):
     names = [f"a{suffix}" for suffix in (".tif", ".jfif", ".avif", ".tga", ".png")]
     draw(tmp_path, *names)
-    records, _ = read(tmp_path)
+    for name in ("a.heic", "b.heic", "c.svg", "d.mp4", "e.eps", "notes.md"):
+        (tmp_path / name).write_bytes(b"?")
+    records, lines = read(tmp_path)
     assert sorted(records) == sorted(names)
     for record in records.values():
         assert read_image(picture_bytes(record)).shape == (8, 8, 4)
+    assert lines[1].startswith("not used: 2 .heic, 1 ")
+    assert all(suffix in lines[1] for suffix in (".svg", ".mp4", ".eps"))
+    assert ".md" not in lines[1]
+
+
+# ---------------------------------------------------------------------------------------------------- names of files
+
+
+@pytest.mark.parametrize(
+    ("listed", "there"),
+    [
+        ("sub\\a.png", "sub/a.png"),
+        ("./a.png", "a.png"),
+        ("\u00e9.png", "e\u0301.png"),  # one sign in the table, two in the folder
+        ("e\u0301.png", "\u00e9.png"),
+        ("A.PNG", "a.png"),
+    ],
+)
+def test_a_file_is_found_under_the_name_that_another_system_gave_it(tmp_path, listed, there):
+    draw(tmp_path, there)
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": listed, "text": "a cat"}), encoding="utf-8")
+    (record,) = read_records(tmp_path)
+    assert read_image(picture_bytes(record)).shape == (8, 8, 4)
+    assert record.captions == ("a cat",)
+
+
+def test_a_split_does_not_depend_on_how_a_system_writes_a_letter(tmp_path):
+    splits = {}
+    for form in ("NFC", "NFD"):
+        names = [unicodedata.normalize(form, f"é{number}.png") for number in range(60)]
+        draw(tmp_path / form, *names)
+        splits[form] = {unicodedata.normalize("NFC", r.file_name): split_of(r) for r in read_records(tmp_path / form)}
+    assert splits["NFC"] == splits["NFD"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has names that are not UTF-8")
+def test_a_name_that_is_not_utf8_is_told(tmp_path):
+    draw(tmp_path, "a.png", "b.png")
+    os.rename(tmp_path / "b.png", os.fsencode(tmp_path) + b"/dr\xe9.png")
+    records, lines = read(tmp_path)
+    assert list(records) == ["a.png"]
+    assert lines[1] == r"not used: dr\xe9.png (the name is not UTF-8: rename it)"
+
+
+def test_a_link_to_a_folder_is_told_and_not_followed(tmp_path):
+    draw(tmp_path / "else", "b.png")
+    draw(tmp_path / "set", "a.png")
+    try:
+        (tmp_path / "set" / "more").symlink_to(tmp_path / "else")
+    except OSError:
+        pytest.skip("no links here")
+    records, lines = read(tmp_path / "set")
+    assert list(records) == ["a.png"]
+    assert lines[1] == "not used: more (a link to a folder: give that folder, too)"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("дракон_03", "дракон"),
+        ("火龙0", "火龙"),
+        ("龍", "龍"),
+        ("कुत्ता_1", "कुत्ता"),
+        ("e\u0301toile", "\u00e9toile"),
+        ("FireDragon", "fire dragon"),
+        ("IMG_1234", ""),
+        ("ab", ""),
+    ],
+)
+def test_words_of_any_script(name, words):
+    assert layouts.words_of(name) == words
+
+
+def test_a_folder_of_nothing_but_test_pictures_is_split_like_any_other(tmp_path):
+    draw(tmp_path, *(f"test/{number}.png" for number in range(60)))
+    splits = {split_of(record) for record in read_records(tmp_path)}
+    assert splits == {"train", "validation", "test"}
 
 
 # -------------------------------------------------------------------------------------------------------- parquet

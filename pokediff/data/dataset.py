@@ -20,13 +20,14 @@ import cv2
 import numpy as np
 import psutil
 import torch
+from safetensors import SafetensorError
 
 from pokediff.config import DatasetConfig
 from pokediff.data.captions import STYLES, captions_of, shared_captions
 from pokediff.data.colors import measured_colors
 from pokediff.data.images import BadImage, fit_square, read_image, unpremultiply
-from pokediff.data.records import Record, Split, has_license, picture_bytes, read_records, split_of
-from pokediff.errors import PokediffError
+from pokediff.data.records import Record, Split, has_license, picture_bytes, read_records, split_of, with_full_splits
+from pokediff.errors import PokediffError, first_line
 from pokediff.model.text import (
     TextEncoder,
     embeddings_path,
@@ -37,7 +38,9 @@ from pokediff.model.text import (
 )
 
 MEMORY_SHARE = 0.3  # of the free memory that pixels may fill; a larger set lies in a temporary file
-BROKEN_SHARE = 0.01  # a larger share of broken pictures is an error
+BROKEN_SHARE, FEW_BROKEN = 0.01, 30  # more broken pictures than both are an error, and so is a tenth of all
+NAMED = 10  # broken pictures that are reported by name
+DECODED_SIDE = 1024  # larger pictures are shrunk towards this many px as they are decoded
 SCALE, ROTATION, STRETCH = 0.2, 20.0, 0.2  # standard deviations: log2, degrees, log2 (cut at 1.5 of them)
 AUGMENT_LABELS = 8  # mirrored, shift right, shift down; scale, rotation (2), anisotropy (2)
 
@@ -130,15 +133,15 @@ def load_pictures(
     """Decode one data set, or several as one, at image_size px: all pictures, or those of the styles, kinds and
     licences that `select` uses; with `limit`, about that many, spread evenly over each split.
 
-    `report` gets a line that says where the captions come from, one for every broken picture, which is skipped, and
-    one for styles of `captions.STYLES` that do not occur. Raises PokediffError when more than BROKEN_SHARE are
-    broken, for an unknown style or kind, or when nothing is left.
+    `report` gets a line that says where the captions come from, one for each of the first NAMED broken pictures, which
+    are skipped, and one for styles of `captions.STYLES` that do not occur. Raises PokediffError when too many are
+    broken (BROKEN_SHARE), for an unknown style or kind, or when nothing is left.
     """
     folders = folder_list(folders)
     name = " and ".join(map(str, folders))
     records = [record for folder in folders for record in read_records(folder, report)]
     if select is not None:
-        records = _selected(records, select, name, report)
+        records = with_full_splits(_selected(records, select, name, report))
     if limit is not None and limit < len(records):
         by_split = ([record for record in records if split_of(record) == split] for split in get_args(Split))
         records = [record for part in by_split for record in part[:: -(-len(records) // limit)]]
@@ -159,15 +162,21 @@ def load_pictures(
         for record, result in zip(records, results, strict=True):
             if isinstance(result, BadImage):
                 broken.append(record.file_name)
-                report(f"skipped {record.file_name}: {result}")
+                if len(broken) <= NAMED:
+                    report(f"skipped {record.file_name}: {result}")
                 continue
             record, store[len(kept)], content = result
             captions = captions_of(record)
             named = (record.split,) if record.split else ()  # the hash is not part of the digest, a given split is
             digest.update(repr((record.file_name, record.family_key, captions, *named)).encode() + content)
             kept.append((record, captions))
-    if len(broken) > BROKEN_SHARE * len(records):
-        raise PokediffError(f"{len(broken)} of {len(records)} pictures in {name} are broken, the first is {broken[0]}")
+    if len(broken) > NAMED:
+        report(f"skipped {len(broken) - NAMED} more")
+    if broken and (10 * len(broken) >= len(records) or len(broken) > max(FEW_BROKEN, BROKEN_SHARE * len(records))):
+        raise PokediffError(
+            f"{len(broken)} of {len(records)} pictures in {name} are missing or broken, the first is {broken[0]}: save "
+            "them again, or take them out"
+        )
     kept_records, captions_of_all = zip(*kept, strict=True)
     return Pictures(kept_records, Rows(store, np.arange(len(kept))), captions_of_all, digest.hexdigest())
 
@@ -216,7 +225,7 @@ def _decoded(record: Record) -> tuple[Record, np.ndarray, bytes]:
         data = picture_bytes(record)
     except OSError as error:
         raise BadImage(error.strerror or str(error)) from None
-    rgba = read_image(data)
+    rgba = read_image(data, side=DECODED_SIDE)
     return replace(record, colors=measured_colors(rgba)) if _needs_colors(record) else record, rgba, data
 
 
@@ -225,6 +234,8 @@ def _array_for(shape: tuple[int, ...]) -> np.ndarray:
     if math.prod(shape) <= MEMORY_SHARE * psutil.virtual_memory().available:
         return np.empty(shape, np.uint8)
     with tempfile.TemporaryFile() as file:
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error now, and no signal on the first use of a page
+            os.posix_fallocate(file.fileno(), 0, math.prod(shape))
         return np.memmap(file, np.uint8, "w+", shape=shape)
 
 
@@ -240,10 +251,14 @@ class CaptionVectors:
 
 
 def caption_vectors(
-    folders: Folders, pictures: Pictures, encoder_name: str, progress: Progress = no_progress
+    folders: Folders,
+    pictures: Pictures,
+    encoder_name: str,
+    progress: Progress = no_progress,
+    report: Callable[[str], Any] = print,
 ) -> CaptionVectors:
     """Vectors from FOLDER/embeddings-<encoder>.safetensors of all folders; others are encoded now, but not written."""
-    captions, table = _encoded(folder_list(folders), pictures.captions, encoder_name, progress)
+    captions, table = _encoded(folder_list(folders), pictures.captions, encoder_name, progress, report)
     row_of = {caption: row for row, caption in enumerate(captions)}
     rows = tuple(np.array([row_of[caption] for caption in several]) for several in pictures.captions)
     return CaptionVectors(table, rows)
@@ -270,7 +285,7 @@ def embed(
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = list(progress(pool.map(captions, records), total=len(records), desc="captions", unit=""))
-    texts, table = _encoded([Path(folder)], found, encoder_name, progress, encoder)
+    texts, table = _encoded([Path(folder)], found, encoder_name, progress, report, encoder)
     path = embeddings_path(folder, encoder_name)
     save_embeddings(path, encoder_name, texts, table)
     return path
@@ -281,13 +296,14 @@ def _encoded(
     captions: Iterable[Sequence[str]],
     encoder_name: str,
     progress: Progress,
+    report: Callable[[str], Any],
     encoder: TextEncoder | None = None,
 ) -> tuple[tuple[str, ...], torch.Tensor]:
     """The empty prompt and all different captions (M), and their vectors (M, D) float32."""
     texts = ("", *dict.fromkeys(caption for several in captions for caption in several if caption))
     known: dict[str, torch.Tensor] = {}
     for folder in folders:
-        known.update(load_embeddings(embeddings_path(folder, encoder_name), encoder_name))
+        known.update(_stored(embeddings_path(folder, encoder_name), encoder_name, report))
     if missing := [text for text in texts if text not in known]:
         encoder = encoder or load_text_encoder(encoder_name)
         vectors = encode_captions(
@@ -295,6 +311,15 @@ def _encoded(
         )
         known.update(zip(missing, vectors, strict=True))
     return texts, torch.stack([known[text] for text in texts])
+
+
+def _stored(path: Path, encoder_name: str, report: Callable[[str], Any]) -> dict[str, torch.Tensor]:
+    """The vectors of a file, {} when it is damaged: they can be made again."""
+    try:
+        return load_embeddings(path, encoder_name)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        report(f"{path} is damaged ({first_line(error)}): its vectors are made again")
+        return {}
 
 
 # ------------------------------------------------------------------------------------------------------------ batches

@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cache
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
@@ -33,6 +36,10 @@ CHANNELS: dict[Channels, int] = {"rgba": 4, "rgb": 3, "grey": 1}
 # Raised by Pillow for broken files; the last three for broken EXIF and text blocks.
 DECODER_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, struct.error, EOFError, TypeError)
 MAX_PIXELS = 64_000_000  # a limit against decompression bombs
+LARGE_PIXELS = 4_000_000  # larger pictures are decoded one at a time: each may take 12 bytes a pixel
+# Formats that Pillow opens and that are no pictures to train on: pages, films, fields of weather; and its EPS reader
+# runs another program on the file.
+NO_PICTURES = {"EPS", "MPEG", "WMF", "BUFR", "GRIB", "HDF5"}
 
 
 class BadImage(PokediffError):
@@ -42,25 +49,66 @@ class BadImage(PokediffError):
 # ---------------------------------------------------------------------------------------------------------- files
 
 
-def read_image(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+@cache
+def picture_formats() -> tuple[tuple[str, ...], frozenset[str]]:
+    """The formats that `read_image` reads, and the suffixes of their files in lower case."""
+    Image.init()
+    formats = tuple(sorted(Image.OPEN.keys() - NO_PICTURES))
+    return formats, frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
+
+
+def read_image(data: bytes, max_pixels: int = MAX_PIXELS, side: int | None = None) -> np.ndarray:
     """Decode a picture file that Pillow reads, of any mode and depth, to straight RGBA, uint8 (H, W, 4).
 
-    Of an animation, the first frame. Raises BadImage for bytes that are not a picture, truncated, or hold more than
-    `max_pixels`.
+    Of an animation, the first frame. With `side`, a picture is shrunk by a whole factor while its longer side stays at
+    least that: a photograph then takes a fraction of the memory. Raises BadImage for bytes that are not a picture,
+    truncated, or hold more than `max_pixels`.
     """
     try:
-        with Image.open(BytesIO(data)) as file:
+        with Image.open(BytesIO(data), formats=picture_formats()[0]) as file:
             if file.width * file.height > max_pixels:
                 raise BadImage(f"{file.width}x{file.height} is more than {max_pixels:,} pixels")
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):  # 16-bit grey: Pillow would clip it to 8 bits instead of scaling
-                grey = np.asarray(image, dtype=np.float64).clip(0, 65535) / 257
-                image = Image.fromarray(grey.round().astype(np.uint8))
-            return np.array(image.convert("RGBA"))
+            with _LARGE if file.width * file.height > LARGE_PIXELS else nullcontext():
+                if side:
+                    file.draft(None, (side, side))  # a JPEG is decoded at a half, a quarter or an eighth
+                image = ImageOps.exif_transpose(_eight_bits(file))
+                if side and (factor := max(image.size) // side) > 1:
+                    image = image.convert(_whole_mode(image)).reduce(factor)
+                return np.array(image.convert("RGBA"))
     except UnidentifiedImageError:
         raise BadImage("not a picture") from None
     except DECODER_ERRORS as error:
         raise BadImage(f"not a whole picture ({error})") from None
+
+
+_LARGE = threading.Lock()
+
+
+def _eight_bits(file: Image.Image) -> Image.Image:
+    """Numbers of more bits scaled to eight, where Pillow would clip them; a transparent colour of 16 bits stays one."""
+    clear = file.info.get("transparency")
+    if file.mode.startswith("I"):  # 16-bit grey
+        deep = np.asarray(file, dtype=np.float64)
+        grey = (deep.clip(0, 65535) / 257).round().astype(np.uint8)
+        alpha = np.full_like(grey, 255) if clear is None else np.where(deep == clear, 0, 255).astype(np.uint8)
+        image = Image.fromarray(np.dstack([grey, alpha]))  # LA
+    elif file.mode == "F":
+        values = np.nan_to_num(np.asarray(file))
+        image = Image.fromarray((values * (255 if values.max() <= 1 else 1)).clip(0, 255).round().astype(np.uint8))
+    else:
+        if isinstance(clear, tuple) and max(clear) > 255:  # of 16-bit colours, which Pillow reads as their high bytes
+            file.info["transparency"] = tuple(value >> 8 for value in clear)
+        return file
+    image.info = {key: value for key, value in file.info.items() if key != "transparency"}
+    if exif := file.getexif():
+        image.getexif().update(exif)
+    return image
+
+
+def _whole_mode(image: Image.Image) -> str:
+    """The mode in which pixels can be averaged."""
+    clear = "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa")
+    return "RGBA" if clear else "L" if image.mode in ("1", "L") else "RGB"
 
 
 def encode_png(rgba: np.ndarray) -> bytes:

@@ -14,33 +14,30 @@ The first layout that fits is read. Hidden files and system folders are skipped.
 
 from __future__ import annotations
 
-import csv
-import json
+import mimetypes
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
-from io import StringIO
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pokediff.data.files import read_text
 from pokediff.data.idx import IDX_ROW, idx_files, idx_picture, read_idx_rows
+from pokediff.data.images import picture_formats
 from pokediff.errors import PokediffError
+from pokediff.files import Row, as_row, read_csv, read_json, read_rows, read_text
 
-# Picture formats that Pillow reads.
-PICTURES = frozenset(
-    """.png .apng .webp .gif .jpg .jpeg .jpe .jfif .bmp .dib .tif .tiff .avif .jp2 .tga .ico .ppm .pgm .pbm .pnm
-    .qoi""".split()
-)
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.json", "metadata.parquet")  # the first of a folder is read
 SIDECARS = (".txt", ".caption")
 # Files that may hold captions: named when they are not read.
 TABLES = frozenset(".jsonl .ndjson .csv .tsv .json .parquet .arrow .xlsx .xls .ods .yaml .yml .xml".split())
+# Files that may hold pictures and are not read, beside those that the system knows as pictures, films or archives.
+UNREAD = frozenset(".heic .heif .jxl .xcf .kra .ase .aseprite .clip .eps .ai .zip .rar .7z .tar .tgz .tfrecord".split())
 # Files of the scraper and of `datasets` that hold no captions.
 NO_CAPTIONS = {"failures.jsonl", "state.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
 SYSTEM_FOLDERS = {"__macosx", "@eadir", "$recycle.bin", "system volume information"}
@@ -54,8 +51,6 @@ GENERIC = SPLITS.keys() | frozenset(
 KOHYA_FOLDER = re.compile(r"\d+_(?=.*[^\W\d])")  # "10_sks dog": seen ten times an epoch
 PARQUET_ROW = re.compile(r"(.+\.parquet)#(\d+)", re.IGNORECASE)
 ROW_GROUPS_IN_MEMORY = 4
-
-Row = tuple[str, dict[str, Any]]  # its place for error messages, and its columns
 
 
 @dataclass(frozen=True)
@@ -75,24 +70,30 @@ def read_listing(folder: Path) -> Listing:
     """
     if not folder.is_dir():
         raise PokediffError(f"{folder} not found")
-    files = sorted(_walk(folder))
-    pictures = [file for file in files if file.suffix.lower() in PICTURES]
+    notes: list[str] = []
+    files = sorted(_walk(folder, notes))
+    suffixes = picture_formats()[1]
+    pictures = [file for file in files if file.suffix.lower() in suffixes]
+    notes += _unused(files, suffixes)
     tables = _metadata_files(files)
     if not tables:
         parquet = [file for file in files if file.suffix.lower() == ".parquet"]
         tables = parquet if not pictures or _hold_pictures(folder, parquet) else []
     if not tables and not pictures and (idx := idx_files(files)):
-        return Listing(tuple(row for file in idx for row in read_idx_rows(folder, file)), _names(idx), ())
+        return Listing(tuple(row for file in idx for row in read_idx_rows(folder, file)), _names(idx), tuple(notes))
     if not tables and not pictures:
-        raise PokediffError(f"{folder} holds neither a {METADATA[0]} nor pictures (docs/data.md)")
+        found = f"; {'; '.join(notes)}" if notes else ""
+        raise PokediffError(f"{folder} holds neither a {METADATA[0]} nor pictures (docs/data.md){found}")
     if not tables:
         rows, source = _rows_of_pictures(folder, files, pictures)
-        return Listing(_with_splits(rows), source, tuple(_unread(files, (), source)))
+        return Listing(_with_splits(rows), source, (*notes, *_unread(files, pictures, (), source)))
     rows = [row for file in tables for row in _read_table(folder, file)]
+    _find_files(rows, files)
     source = _names(tables)
     left = len({file.as_posix() for file in pictures} - {row.get("file_name") for _, row in rows})
-    notes = [f"not used: {left} picture{'s' * (left > 1)} not in {source}"] if left else []
-    return Listing(_with_splits(rows), source, (*notes, *_unread(files, tables, source)))
+    if left:
+        notes.append(f"not used: {left} picture{'s' * (left > 1)} not in {source}")
+    return Listing(_with_splits(rows), source, (*notes, *_unread(files, pictures, tables, source)))
 
 
 def picture_bytes(folder: Path, file_name: str) -> bytes:
@@ -110,7 +111,7 @@ def picture_bytes(folder: Path, file_name: str) -> bytes:
     group = max(index for index, start in enumerate(starts) if start <= int(match[2]))
     value = _image_column(path, group)[int(match[2]) - starts[group]].as_py()
     if isinstance(value, dict) and value.get("bytes") is None and value.get("path"):
-        return (path.parent / value["path"]).read_bytes()
+        return (path.parent / PurePosixPath(str(value["path"])).name).read_bytes()  # no other folder
     data = value.get("bytes") if isinstance(value, dict) else value
     if data is None:
         raise OSError("the row holds no picture")
@@ -118,21 +119,82 @@ def picture_bytes(folder: Path, file_name: str) -> bytes:
 
 
 def words_of(name: str, shortest: int = 3) -> str:
-    """The words of a file or folder name: "fire_dragon_03" and "FireDragon" are "fire dragon", "IMG_1234" is ""."""
-    name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
-    words = re.findall(rf"[^\W\d_]{{{shortest},}}", name)
-    return " ".join(word for word in words if word not in GENERIC)
+    """The words of a file or folder name: "fire_dragon_03" and "FireDragon" are "fire dragon", "IMG_1234" is "".
+
+    Letters of any script count, with their marks; `shortest` is for alphabets: a Chinese word may be one sign.
+    """
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
+    return " ".join(word for word in split_words(name, shortest) if word not in GENERIC)
+
+
+def split_words(text: str, shortest: int) -> list[str]:
+    """The words of a text of any script, in lower case."""
+    letters = (sign if unicodedata.category(sign)[0] in "LM" else " " for sign in unicodedata.normalize("NFC", text))
+    words = "".join(letters).lower().split()
+    return [word for word in words if len(word) >= shortest or unicodedata.category(word[0]) == "Lo"]
 
 
 # ------------------------------------------------------------------------------------------------------ the folder
 
 
-def _walk(folder: Path) -> Iterator[PurePosixPath]:
-    """All files below a folder, relative to it, without hidden ones and without what systems leave there."""
+def _walk(folder: Path, notes: list[str]) -> Iterator[PurePosixPath]:
+    """All files below a folder, relative to it, without hidden ones and without what systems leave there.
+
+    `notes` gets a line for links to folders, which are not followed, and for names that are not UTF-8.
+    """
+    links, unnamed = [], []
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name[0] not in ".~" and name.lower() not in SYSTEM_FOLDERS]
         inside = PurePosixPath(Path(place).relative_to(folder).as_posix())
-        yield from (inside / name for name in names if name[0] not in ".~")
+        links += [inside / name for name in folders if Path(place, name).is_symlink()]
+        for file in (inside / name for name in names if name[0] not in ".~"):
+            if _is_text(str(file)):
+                yield file
+            else:
+                unnamed.append(PurePosixPath(os.fsencode(str(file)).decode(errors="backslashreplace")))
+    if links:
+        notes.append(f"not used: {_names(links)} (a link to a folder: give that folder, too)")
+    if unnamed:
+        notes.append(f"not used: {_names(unnamed)} (the name is not UTF-8: rename it)")
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name can be written to a file of text: bytes that are not UTF-8 cannot."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _unused(files: Sequence[PurePosixPath], pictures: frozenset[str]) -> list[str]:
+    """One line that counts the files of pictures, films and archives that cannot be read."""
+
+    def may_hold_pictures(file: PurePosixPath) -> bool:
+        if file.suffix.lower() in pictures:
+            return False
+        kind = mimetypes.guess_type(file.name)[0] or ""
+        return file.suffix.lower() in UNREAD or kind.startswith(("image/", "video/"))
+
+    found = Counter(file.suffix.lower() for file in files if may_hold_pictures(file))
+    counts = ", ".join(f"{number} {suffix}" for suffix, number in found.most_common())
+    return [f"not used: {counts} (no format that is read here: save them as PNG)"] if found else []
+
+
+def _find_files(rows: Sequence[Row], files: Sequence[PurePosixPath]) -> None:
+    """Give rows the names that their files have in the folder: another system may have written é as two signs, or
+    ignore the case of letters.
+    """
+    there = {str(file) for file in files}
+    alike = {_folded(str(file)): str(file) for file in reversed(files)}
+    for _, row in rows:
+        name = row.get("file_name")
+        if isinstance(name, str) and name not in there:
+            row["file_name"] = alike.get(_folded(name), name)
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _metadata_files(files: Sequence[PurePosixPath]) -> list[PurePosixPath]:
@@ -147,8 +209,12 @@ def _metadata_files(files: Sequence[PurePosixPath]) -> list[PurePosixPath]:
 
 
 def _with_splits(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """Give rows below train/, validation/ and test/ their split. Without validation, train is split like other data."""
+    """Give rows below train/, validation/ and test/ their split. Without validation, train is split like other data,
+    and without anything else, so is test.
+    """
     of_row = [_split_of_path(str(row.get("file_name"))) for _, row in rows]
+    if not {"train", None} & set(of_row):
+        of_row = [None] * len(of_row)
     if "validation" not in of_row:
         of_row = [None if split == "train" else split for split in of_row]
     named = zip(rows, of_row, strict=True)
@@ -162,9 +228,11 @@ def _split_of_path(file_name: str) -> str | None:
     return SPLITS.get(path.parts[0]) or SPLITS.get(name)
 
 
-def _unread(files: Sequence[PurePosixPath], read: Sequence[PurePosixPath], source: str) -> list[str]:
+def _unread(
+    files: Sequence[PurePosixPath], pictures: Sequence[PurePosixPath], read: Sequence[PurePosixPath], source: str
+) -> list[str]:
     """One line that names the files which look like metadata and were not read."""
-    sidecars = {beside for file in files if file.suffix.lower() in PICTURES for beside in _sidecar_names(file)}
+    sidecars = {beside for file in pictures for beside in _sidecar_names(file)}
 
     def looks_like_metadata(file: PurePosixPath) -> bool:
         if file in read or file.name.lower() in NO_CAPTIONS:
@@ -245,47 +313,23 @@ def _class_words(pictures: Sequence[PurePosixPath]) -> dict[PurePosixPath, str]:
 
 def _read_table(folder: Path, file: PurePosixPath) -> Iterator[Row]:
     """Rows whose file_name is relative to `folder`, with forward slashes; in the file, it is relative to the file."""
-    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".json": _read_json, ".parquet": _read_parquet}
+    readers = {".jsonl": read_rows, ".csv": _read_csv, ".json": _read_json, ".parquet": _read_parquet}
     for where, row in readers[file.suffix.lower()](folder / file):
-        if not isinstance(row, dict):
-            raise PokediffError(f"{where}: a row must be a JSON object")
         if isinstance(name := row.get("file_name"), str):
             row["file_name"] = (file.parent / name.replace("\\", "/")).as_posix()
         yield where, row
 
 
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            yield f"{path}:{number}", _json(line, path, number)
+def _read_csv(path: Path) -> Iterator[Row]:
+    return read_csv(path, "file_name")
 
 
 def _read_json(path: Path) -> Iterator[Row]:
-    rows = _json(read_text(path), path)
+    rows = read_json(path)
     if not isinstance(rows, list):
         raise PokediffError(f"{path}: must be a list of objects, each with a file_name")
-    yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, 1))
-
-
-def _json(text: str, path: Path, first_line: int = 1) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise PokediffError(f"{path}:{first_line + error.lineno - 1}: not JSON ({error.msg})") from None
-
-
-def _read_csv(path: Path) -> Iterator[Row]:
-    text = read_text(path)
-    header = text.partition("\n")[0]
-    delimiter = max(",;\t", key=header.count)  # spreadsheets of some countries write semicolons
-    table = csv.DictReader(StringIO(text), delimiter=delimiter)
-    if "file_name" not in [str(name).strip().lower() for name in table.fieldnames or ()]:
-        raise PokediffError(f"{path}:1: the header must have a column file_name")
-    for row in table:
-        where = f"{path}:{table.line_num}"
-        if None in row:
-            raise PokediffError(f"{where}: more values than columns: put quotes around text with a {delimiter}")
-        yield where, {key.strip().lower(): value.strip() for key, value in row.items() if value and value.strip()}
+    for number, row in enumerate(rows, 1):
+        yield f"{path}: row {number}", as_row(row, f"{path}: row {number}")
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:

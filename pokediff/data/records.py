@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,8 +16,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from pokediff.data import layouts
-from pokediff.data.files import read_text, write_whole
 from pokediff.errors import PokediffError
+from pokediff.files import read_text, write_whole
 
 __all__ = ["Record", "Split", "picture_bytes", "read_records", "read_text", "split_of", "write_records", "write_whole"]
 
@@ -97,7 +98,8 @@ def split_of(record: Record) -> Split:
 
 def _place(family_key: str) -> float:
     """A hash of the family, uniform in [0, 1)."""
-    return int.from_bytes(hashlib.sha256(family_key.encode()).digest()[:8], "big") / 2**64
+    key = unicodedata.normalize("NFC", family_key)  # of a file name, which systems write in two forms
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
 
 
 def with_full_splits(records: Sequence[Record]) -> list[Record]:

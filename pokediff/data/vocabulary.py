@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pokediff.data.captions import SHAPES, genus_of, style_phrase, subject_of
-from pokediff.data.files import write_whole
+from pokediff.data.layouts import split_words
 from pokediff.data.records import Record
+from pokediff.files import read_json, write_whole
 
 WORDS, ATTRIBUTION = "words.json", "ATTRIBUTION.md"  # files of a checkpoint
 FEWEST_PICTURES = 30  # a word of fewer pictures is hardly learnt
@@ -57,7 +58,7 @@ def write_words(folder: Path, records: Sequence[Record]) -> None:
 def read_words(folder: str | Path) -> Words:
     """words.json of a checkpoint, {} where there is none."""
     path = Path(folder) / WORDS
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def word_list(words: Words) -> str:
@@ -66,7 +67,7 @@ def word_list(words: Words) -> str:
 
 
 def _words(text: str) -> set[str]:
-    return {word for word in re.findall(r"[a-zà-ÿ]{2,}", text.lower()) if word not in NO_WORDS}
+    return set(split_words(text, 2)) - NO_WORDS
 
 
 def attribution(records: Sequence[Record]) -> str:

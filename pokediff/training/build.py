@@ -94,8 +94,8 @@ def prepare(run: Run, name: str, state: Path | None = None) -> Stage:
     if not len(training) or not len(validation):
         found = f"{len(training)} training and {len(validation)} validation pictures"
         raise PokediffError(f"{' '.join(config.data)}: {found}; both are needed, so add pictures of other families")
-    vectors = caption_vectors(config.data, training, config.text_encoder, progress=run.bar)
-    validation_vectors = caption_vectors(config.data, validation, config.text_encoder)
+    vectors = caption_vectors(config.data, training, config.text_encoder, run.bar, run.say)
+    validation_vectors = caption_vectors(config.data, validation, config.text_encoder, report=lambda _: None)
     batches = TrainingBatches(
         training,
         vectors,
