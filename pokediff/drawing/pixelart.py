@@ -19,6 +19,7 @@ from pokediff.errors import PokediffError
 MAX_COLORS = 256
 PIXEL_COLORS = 14  # of a drawn pixel sprite: the median of real ones of 64 px is 13 to 15 (docs/LOG.md)
 FAINT = 3  # of 255: alpha below is invisible, but disturbs trimming and counting
+SPLIT_ROUNDS, MAX_ROUNDS = 3, 50  # of k-means, after a split and at the end
 SPECK_SHARE = 0.004  # of the picture's pixels: smaller islands are specks (4 pixels at 32 px, 16 at 64 px)
 
 
@@ -58,28 +59,63 @@ def harden(rgba: np.ndarray) -> np.ndarray:
 
 def pick_palette(rgba: np.ndarray, colors: int) -> np.ndarray:
     """(K, 3) uint8, K at most `colors`: the palette of the picture's opaque pixels, by k-means in CIE Lab, where equal
-    distances look alike. The same picture always gives the same palette.
-
-    Each colour is the median of its cluster: the mean would be greyed by the pixels of the outline.
+    distances look alike. Each colour is the median of its cluster: the mean would be greyed by the pixels of the
+    outline.
 
     Raises PokediffError for `colors` outside 2 to 256.
     """
     _require_colors(colors)
     opaque = rgba[rgba[..., 3] >= 128][:, :3]
-    distinct = np.unique(opaque, axis=0)
+    distinct, counts = np.unique(opaque, axis=0, return_counts=True)
     if len(distinct) <= colors:
         return distinct
-    cv2.setRNGSeed(0)
-    stop = (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, 50, 0.1)
-    _, labels, _ = cv2.kmeans(to_lab(opaque).astype(np.float32), colors, np.empty(0), stop, 3, cv2.KMEANS_PP_CENTERS)
-    groups = (opaque[labels[:, 0] == k] for k in range(colors))
+    labels = _cluster(to_lab(distinct), counts, colors)
+    groups = (np.repeat(distinct[labels == k], counts[labels == k], axis=0) for k in range(colors))
     return np.unique([np.median(group, axis=0).round() for group in groups if len(group)], axis=0).astype(np.uint8)
+
+
+def _cluster(points: np.ndarray, weights: np.ndarray, number: int) -> np.ndarray:
+    """The cluster, 0 to number - 1, of each of N points (N, 3) with weights (N,).
+
+    k-means that starts by splitting: the cluster with the largest squared error gets a second centre, at its point with
+    the largest error (after Linde, Buzo & Gray 1980). Without chance, so that the browser page, whose pictures.ts has
+    the same steps, finds the same palette.
+    """
+    labels = np.zeros(len(points), dtype=np.intp)
+    centers = _means(points, weights, labels, points[:1])
+    while len(centers) < number:
+        errors = weights * _squared(points, centers)[np.arange(len(points)), labels]
+        largest = np.bincount(labels, errors, len(centers)).argmax()
+        farthest = np.where(labels == largest, errors, -1).argmax()
+        centers = np.concatenate([centers, points[farthest : farthest + 1]])
+        for _ in range(SPLIT_ROUNDS):
+            labels = _squared(points, centers).argmin(1)
+            centers = _means(points, weights, labels, centers)
+    for _ in range(MAX_ROUNDS):
+        moved = _squared(points, centers).argmin(1)
+        if (moved == labels).all():
+            break
+        labels = moved
+        centers = _means(points, weights, labels, centers)
+    return labels
+
+
+def _means(points: np.ndarray, weights: np.ndarray, labels: np.ndarray, centers: np.ndarray) -> np.ndarray:
+    """The weighted mean of each cluster; an empty one keeps its centre."""
+    totals = np.bincount(labels, weights, len(centers))[:, None]
+    sums = np.stack([np.bincount(labels, weights * axis, len(centers)) for axis in points.T], axis=1)
+    return np.where(totals > 0, sums / np.maximum(totals, 1), centers)
+
+
+def _squared(points: np.ndarray, centers: np.ndarray) -> np.ndarray:
+    """(N, K) squared distances."""
+    return np.square(points[:, None] - centers).sum(-1)
 
 
 def apply_palette(rgba: np.ndarray, palette: np.ndarray) -> np.ndarray:
     """Every visible pixel in the colour of the palette (K, 3) that is nearest in CIE Lab; alpha stays."""
-    distance = np.linalg.norm(to_lab(rgba[..., :3])[..., None, :] - to_lab(palette), axis=-1)  # (H, W, K)
-    recolored = palette[distance.argmin(-1)]
+    nearest = _squared(to_lab(rgba[..., :3]).reshape(-1, 3), to_lab(palette)).argmin(1)
+    recolored = palette[nearest].reshape(rgba[..., :3].shape)
     return np.concatenate([np.where(rgba[..., 3:] > 0, recolored, 0), rgba[..., 3:]], axis=-1).astype(np.uint8)
 
 
