@@ -133,6 +133,17 @@ class ExportOptions:
 
 
 @dataclass(frozen=True)
+class WebOptions:
+    """Write a static page that draws in the browser, for any web server; the pictures are those of sample."""
+
+    checkpoint: str | None = None  # a folder, the name of a shipped model, or a hub repository (default: pokediff)
+    out: Path = Path("site")  # folder of the page
+    size: int | None = None  # only the denoisers for this size in px (default: all)
+    serve: bool = False  # then serve it on 127.0.0.1
+    port: int = 8000  # with --serve
+
+
+@dataclass(frozen=True)
 class CompareOptions:
     """Write one table and one page that compare several reports."""
 
@@ -281,6 +292,18 @@ def export(options: ExportOptions) -> None:
     print(f"{out}: {result['megabytes']} MB, pictures at most {result['largest_difference']} of 255 levels apart")
 
 
+def web(options: WebOptions) -> None:
+    from pokediff.drawing.web import serve, web
+    from pokediff.model.pipeline import quiet
+
+    quiet()
+    facts = web(options.checkpoint, options.out, options.size)
+    difference = f"drawings at most {facts['largest_difference']} of 255 levels apart"
+    print(f"{options.out}: {facts['megabytes']} MB of networks, {difference}")
+    if options.serve:
+        serve(options.out, options.port)
+
+
 def compare(options: CompareOptions) -> None:
     from pokediff.evaluation.report import compare
 
@@ -314,6 +337,7 @@ COMMANDS = {
     "sample": Command("draw pictures from prompts", SampleOptions, sample, sample_defaults),
     "evaluate": Command("measure a checkpoint or a folder of pictures against test pictures", EvaluateConfig, evaluate),
     "export": Command("write a checkpoint as ONNX, for machines without PyTorch", ExportOptions, export),
+    "web": Command("write a page that draws in the browser, without a server", WebOptions, web),
     "compare": Command("compare several reports", CompareOptions, compare),
     "demo": Command("serve a web page that draws and shows every step", DemoConfig, demo),
     "survey": Command("make a blind survey of pictures, or evaluate its answers", SurveyOptions, survey),

@@ -8,10 +8,11 @@ from typing import Literal
 PACKAGE = Path(__file__).resolve().parent
 
 
-def shipped(kind: Literal["checkpoints", "configs"], name: str = "") -> Path:
+def shipped(kind: Literal["checkpoints", "configs", "web"], name: str = "") -> Path:
     """The path of a shipped file or folder, which need not exist: shipped("configs", "x.yaml").
 
-    setup.cfg maps checkpoints/ and configs/ of the repository into the package; an editable install reads them there.
+    setup.cfg maps checkpoints/, configs/ and web/ of the repository into the package; an editable install reads them
+    there.
     """
     inside = PACKAGE / kind
     return (inside if inside.is_dir() else PACKAGE.parent / kind) / name

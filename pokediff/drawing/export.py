@@ -32,6 +32,7 @@ from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
 from pokediff.config import Sampling
+from pokediff.data.files import write_whole
 from pokediff.data.images import premultiply
 from pokediff.data.vocabulary import ATTRIBUTION, WORDS
 from pokediff.errors import PokediffError
@@ -44,6 +45,7 @@ from pokediff.model.text import ClipTextEncoder
 MODEL = "model.onnx"
 NULL_TEXT = "null_text.txt"
 OPSET = 18
+SMALLEST_HALF = 256  # numbers of a tensor that is worth a cast
 TOLERANCE = 2  # of 255 levels: float32 sums in another order
 MISSING = "is not installed: pip install 'pokediff[onnx]'"
 
@@ -94,8 +96,9 @@ class OnnxDenoiser(nn.Module):
         return torch.from_numpy(x0)
 
 
-def export(checkpoint: str | Path, out: str | Path, size: int | None = None) -> dict[str, Any]:
-    """Write a checkpoint to `out` as ONNX: all denoisers, or those that drawings of `size` px need.
+def export(checkpoint: str | Path, out: str | Path, size: int | None = None, half: bool = False) -> dict[str, Any]:
+    """Write a checkpoint to `out` as ONNX: all denoisers, or those that drawings of `size` px need. With `half` weights
+    are stored as float16 and computed in float32, which halves the files.
 
     Returns {"largest_difference": levels of 255 between drawings of both, "megabytes": of the denoisers}. Raises
     PokediffError when the checkpoint cannot be read or does not draw `size`, `out` is the checkpoint, onnxscript or
@@ -118,6 +121,8 @@ def export(checkpoint: str | Path, out: str | Path, size: int | None = None) -> 
     np.savetxt(out / "cascade" / NULL_TEXT, pipeline.base.null_text.numpy()[None])
     if pipeline.text_encoder is not None:
         write_text_encoder(pipeline, out / "text_encoder" / MODEL)
+    for path in out.glob(f"**/{MODEL}") if half else ():
+        store_half(path)
     difference = largest_difference(pipeline, load_exported(out), sizes)
     if difference > TOLERANCE:
         raise PokediffError(f"{out} draws another picture than {checkpoint}: {difference} of 255 levels apart")
@@ -175,6 +180,25 @@ def _write(module: nn.Module, example: dict[str, torch.Tensor], output: str, siz
     if program is None:  # only without dynamo
         raise PokediffError(f"{path} was not written")
     program.save(path.as_posix(), external_data=False)
+
+
+def store_half(path: Path) -> None:
+    """Store the weights of an ONNX file as float16, each with a cast to float32, which runtimes fold when they load it.
+    Nothing is lost of a checkpoint whose weights are float16 already.
+    """
+    import onnx
+
+    model, casts = onnx.load(path.as_posix()), []
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT and math.prod(tensor.dims) >= SMALLEST_HALF:
+            name, values = tensor.name, onnx.numpy_helper.to_array(tensor)
+            limit = np.finfo(np.float16).max
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values.clip(-limit, limit).astype(np.float16), f"{name}.half"))
+            casts.append(onnx.helper.make_node("Cast", [tensor.name], [name], to=onnx.TensorProto.FLOAT))
+    nodes = [*casts, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    write_whole(path, model.SerializeToString())
 
 
 def largest_difference(one: PokeDiffPipeline, other: PokeDiffPipeline, sizes: tuple[int, ...]) -> int:
