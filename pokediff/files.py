@@ -135,6 +135,13 @@ def refuse_foreign(folder: Path, marks: Sequence[str]) -> None:
         raise PokediffError(f"{folder} holds other files ({found[0]}): choose another --out, a new folder")
 
 
+def refuse_inside(out: Path, data: Sequence[str | Path]) -> None:
+    """Raise PokediffError when a folder to write to lies in a data set, whose pictures the written ones would join."""
+    for folder in map(Path, data):
+        if out.resolve().is_relative_to(folder.resolve()):
+            raise PokediffError(f"{out} lies in the data {folder}: choose an --out elsewhere")
+
+
 @contextmanager
 def own_folder(folder: Path, *marks: str) -> Iterator[None]:
     """Create a folder, or take one of an earlier run, and keep other processes out of it until the end.

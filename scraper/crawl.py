@@ -16,13 +16,13 @@ from pokediff import __version__
 from pokediff.config import DEFAULT_CLIP
 from pokediff.data.colors import measured_colors
 from pokediff.data.images import BadImage, encode_png, read_image
-from pokediff.data.records import write_whole
 from pokediff.errors import PokediffError
+from pokediff.files import own_folder, write_whole
 
 from . import bulbapedia
 from .bulbapedia import Entry, page_title
 from .client import FetchError, NotThere, PoliteClient, StopRun
-from .journal import Failure, Journal, save, write_failures
+from .journal import STATE, Failure, Journal, save, write_failures
 
 BASE_URL = "https://bulbapedia.bulbagarden.net"
 MAX_BYTES = 20_000_000  # of a page or picture
@@ -89,10 +89,19 @@ def run(options: ScrapeOptions) -> int:
 
 
 def scrape(options: ScrapeOptions) -> Summary:
-    """Fetch list, pages and pictures. Raises PageChanged when the list page is no longer a list."""
+    """Fetch list, pages and pictures.
+
+    Raises PageChanged when the list page is no longer a list, and PokediffError for a folder with other files, or when
+    another scraper writes to it.
+    """
+    with own_folder(options.out, STATE):
+        return crawl(options)
+
+
+def crawl(options: ScrapeOptions) -> Summary:
     out, client, started = options.out, make_client(options), time.monotonic()
-    (out / "images").mkdir(parents=True, exist_ok=True)
-    (out / ".scrape").mkdir(exist_ok=True)
+    (out / STATE).mkdir(exist_ok=True)
+    (out / "images").mkdir(exist_ok=True)
     journal = Journal(out)
     failures: list[Failure] = []
     wanted: dict[str, Entry] = {}
@@ -134,7 +143,7 @@ def make_client(options: ScrapeOptions) -> PoliteClient:
 def read_list(options: ScrapeOptions, client: PoliteClient) -> list[Entry]:
     """The entries of the list page, which is kept in .scrape/ for LIST_FRESH_S."""
     host = re.sub(r"[^\w.-]", "-", urlsplit(options.base_url).netloc)
-    kept = options.out / ".scrape" / f"list-{host}.html"
+    kept = options.out / STATE / f"list-{host}.html"
     url = bulbapedia.list_url(options.base_url)
     if kept.exists() and not options.refresh and time.time() - kept.stat().st_mtime < LIST_FRESH_S:
         return bulbapedia.parse_list(kept.read_bytes(), url)

@@ -13,10 +13,14 @@ from typing import Any
 from pokediff.data.captions import captions_of
 from pokediff.data.colors import measured_colors
 from pokediff.data.images import read_image
-from pokediff.data.records import Record, write_records, write_whole
+from pokediff.data.layouts import METADATA
+from pokediff.data.records import Record, rows_of, write_rows
+from pokediff.files import read_log, read_rows, write_whole
 
 from .bulbapedia import Entry, Species, page_title
 
+STATE = ".scrape"  # folder of the journal and the list
+Row = dict[str, Any]
 LICENSE = (
     "Image: (c) Nintendo / Creatures Inc. / GAME FREAK inc. / The Pokémon Company; see its file page for the terms. "
     "Text: Bulbapedia, CC BY-NC-SA 2.5."
@@ -45,18 +49,13 @@ class Journal:
     """
 
     def __init__(self, out: Path) -> None:
-        self.path = out / ".scrape" / "journal.jsonl"
+        self.path = out / STATE / "journal.jsonl"
         self.images: dict[str, dict[str, Any]] = {}
         self.pages: dict[str, dict[str, Any]] = {}
-        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
-        for line in text.split("\n"):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # empty, or truncated when the run was killed
-            if "file_name" not in row:
+        for row in read_log(self.path):
+            if "page" in row:
                 self.pages[row["page"]] = row
-            elif (kept := _checked(out, row)) is not None:
+            elif "file_name" in row and (kept := _checked(out, row)) is not None:
                 self.images[row["file_name"]] = kept
         rows = [*self.images.values(), *self.pages.values()]
         write_whole(self.path, "".join(map(_json_line, rows)))
@@ -94,7 +93,11 @@ def _now() -> str:
 
 
 def save(out: Path, entries: Mapping[str, Entry], journal: Journal) -> None:
-    """Write metadata.jsonl: the stored pictures of `entries` (by file name), in the order of the list."""
+    """Write metadata.jsonl: the stored pictures of `entries` (by file name), in the order of the list.
+
+    What somebody has changed or added in it since stays: rows are compared with those that were last written here,
+    which .scrape/ keeps.
+    """
     families = evolution_families(entries.values(), journal)
     records = []
     for file_name, entry in entries.items():
@@ -120,14 +123,29 @@ def save(out: Path, entries: Mapping[str, Entry], journal: Journal) -> None:
                 retrieved_at=image["retrieved_at"],
             )
         )
-    write_records(out, records, [captions_of(record)[0] for record in records])
+    rows = rows_of(records, [captions_of(record)[0] for record in records])
+    path, base = out / METADATA[0], out / STATE / METADATA[0]
+    theirs = {row.get("file_name"): row for _, row in read_rows(path)} if path.is_file() else {}
+    written = {row["file_name"]: row for row in read_log(base) if "file_name" in row} if base.is_file() else theirs
+    ours = {row["file_name"]: row for row in rows}
+    write_rows(base, rows)
+    added = [row for name, row in theirs.items() if name not in ours and name not in written]
+    write_rows(path, [merged(row, theirs.get(name), written.get(name, {})) for name, row in ours.items()] + added)
+
+
+def merged(ours: Row, theirs: Row | None, written: Row) -> Row:
+    """A new row with what somebody has changed in the one that was written before."""
+    if theirs is None:
+        return ours
+    changed = {key for key in theirs.keys() | written.keys() if theirs.get(key) != written.get(key)}
+    kept = {key: value for key, value in ours.items() if key not in changed}
+    return kept | {key: theirs[key] for key in theirs if key in changed}
 
 
 def write_failures(out: Path, failures: Iterable[Failure], journal: Journal) -> None:
     """Write failures.jsonl: the failures of this run, and earlier ones that no run has repaired."""
     path = out / "failures.jsonl"
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-    rows = {row.get("file_name") or row["url"]: row for row in map(json.loads, filter(None, lines))}
+    rows = {row.get("file_name") or row.get("url", ""): row for row in read_log(path)}
     rows |= {failure.key: {k: v for k, v in asdict(failure).items() if v != ""} for failure in failures}
     stored = journal.images.keys() | journal.pages.keys()
     left = [row for key, row in rows.items() if key not in stored and page_title(key) not in stored]

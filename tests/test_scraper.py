@@ -336,6 +336,37 @@ def test_a_journal_cut_within_a_letter_is_read(wiki, tmp_path):
     assert scrape(wiki, tmp_path) == 0
 
 
+def test_what_was_added_or_changed_by_hand_stays(wiki, tmp_path):
+    assert scrape(wiki, tmp_path / "d", "--limit", "3") == 0
+    path = tmp_path / "d" / "metadata.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows[0]["captions"] = ["my own words"]
+    rows[1]["genus"] = "my own genus"
+    del rows[2]["license"]
+    rows.append({"file_name": "images/mine.png", "text": "a picture of mine"})
+    path.write_text("\ufeff" + "\n\n".join(map(json.dumps, rows)), encoding="utf-8")  # as an editor saves it
+    assert scrape(wiki, tmp_path / "d", "--limit", "4") == 0
+    again = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [*again[:3], again[4]] == rows
+    assert again[3]["name"] == NAMES[3]
+    assert scrape(wiki, tmp_path / "d", "--limit", "4") == 0
+    assert [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] == again
+
+
+def test_a_folder_of_somebody_else_is_left_alone(wiki, tmp_path, capsys):
+    (tmp_path / "metadata.jsonl").write_text("mine")
+    assert scrape(wiki, tmp_path) == 2
+    assert "holds other files (metadata.jsonl)" in capsys.readouterr().err
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("metadata.jsonl", "mine")]
+
+
+def test_failures_that_were_cut_do_not_stop_a_run(wiki, tmp_path):
+    assert scrape(wiki, tmp_path, "--limit", "1") == 0
+    (tmp_path / "failures.jsonl").write_text('{"url": "http://x/1", "reason": "x", "gone": true}\n{"url": "htt')
+    assert scrape(wiki, tmp_path, "--limit", "1") == 0
+    assert [row["url"] for row in failures(tmp_path)] == ["http://x/1"]
+
+
 def test_a_challenge_keeps_everything_and_the_next_run_completes(wiki, tmp_path, capsys):
     page = b"<html><title>Just a moment...</title></html>"
     wiki.special[original(NAMES[7])] = lambda h, n: h.answer(403, page, "text/html", cf_mitigated="challenge")

@@ -70,6 +70,10 @@ def test_foreign_files_are_left_alone(run, tmp_path, capsys):
     (tmp_path / "out" / "slime.png").write_bytes(b"mine")
     with pytest.raises(SystemExit):
         run(TABLE)
+    assert "holds other files (slime.png)" in capsys.readouterr().err
+    (tmp_path / "out" / "manifest.csv").write_text("file,prompt,seed,settings\n")
+    with pytest.raises(SystemExit):
+        run(TABLE)
     assert "slime.png exists and is not in manifest.csv" in capsys.readouterr().err
     assert (tmp_path / "out" / "slime.png").read_bytes() == b"mine"
     (tmp_path / "out" / "manifest.csv").write_text("a,b\n1,2\n")

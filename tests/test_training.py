@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import REFINER, tiny_config, tiny_stage, with_stage
 
+from pokediff import files
 from pokediff.config import (
     CriticConfig,
     ModelConfig,
@@ -35,13 +37,14 @@ from pokediff.config import (
 )
 from pokediff.data.dataset import load_pictures
 from pokediff.data.images import grid, unpremultiply
-from pokediff.errors import PokediffError
+from pokediff.errors import PokediffError, one_line_errors
+from pokediff.files import own_folder
 from pokediff.model.pipeline import PokeDiffPipeline
 from pokediff.training import loop
 from pokediff.training.build import ema_with_warmup
 from pokediff.training.loop import learning_rate
 from pokediff.training.objectives import mix
-from pokediff.training.runs import Progress, log_images
+from pokediff.training.runs import Progress, load_state, log_images
 from pokediff.training.stages import train
 
 
@@ -218,6 +221,60 @@ def test_a_path_resumes_there_and_what_came_later_is_made_again(finished, data, 
     for path in (out, out / "state" / "base-16" / "step-00000004", tmp_path / "state" / "base-32" / "step-00000004"):
         with pytest.raises(PokediffError, match="no state of base-16 there"):
             train(tiny_config(data, out), resume=str(path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "progress.json"])
+def test_a_state_that_was_cut_is_set_aside_and_the_one_before_it_used(finished, data, tmp_path, capsys, name):
+    run = shutil.copytree(finished, tmp_path / "run")
+    facts = json.loads((run / "run.json").read_text())
+    facts["stages"]["base-16"]["finished"] = None
+    (run / "run.json").write_text(json.dumps(facts))
+    cut = run / "state" / "base-16" / "step-00000006" / name
+    cut.write_bytes(cut.read_bytes()[:-20])
+    with pytest.raises(PokediffError, match="step-00000006 is damaged"):
+        load_state(Mock(), Mock(), cut.parent)
+    train(tiny_config(data, run), resume="auto")
+    said = capsys.readouterr().out
+    assert "step-00000006 is damaged" in said
+    assert "resumed from" in said
+    assert (run / "state/base-16/damaged-step-00000006/step-00000006" / name).is_file()
+    assert_same_state(newest_state(run), newest_state(finished))
+
+
+def test_a_folder_that_is_no_run_or_lies_in_the_data_is_refused(finished, data, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    for resume in ("never", "auto"):
+        with pytest.raises(PokediffError, match=r"holds other files \(thesis.txt\)"):
+            train(tiny_config(data, tmp_path / "run"), resume=resume)
+    for out in (data, data / "model"):
+        with pytest.raises(PokediffError, match="lies in the data"):
+            train(tiny_config(data, out))
+    with own_folder(finished, "run.json"), pytest.raises(PokediffError, match=f"process {os.getpid()} .* writes to"):
+        train(tiny_config(data, finished), resume="auto")
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_in_a_line_with_the_last_state_intact(finished, data, tmp_path, monkeypatch, capsys):
+    whole = files.os.fsync
+
+    def full(handle: int) -> None:
+        if list((tmp_path / "run" / "state" / "base-16").glob(".step-00000006*")):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        whole(handle)
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(SystemExit) as exit, one_line_errors():
+        train(tiny_config(data, tmp_path / "run"))
+    assert exit.value.code == 2
+    error = capsys.readouterr().err.rstrip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert "No space left on device: make space" in error
+    assert [path.name for path in (tmp_path / "run" / "state" / "base-16").iterdir()] == ["step-00000003"]
+    monkeypatch.undo()
+    train(tiny_config(data, tmp_path / "run"), resume="auto")
+    assert_same_state(newest_state(tmp_path / "run"), newest_state(finished))
 
 
 @pytest.mark.slow

@@ -30,10 +30,10 @@ from pokediff.baselines.systems import GENERATOR, SYSTEMS, Batch, System
 from pokediff.baselines.words import PAD
 from pokediff.config import BaselineConfig, dump_yaml
 from pokediff.data.dataset import CaptionVectors, Pictures, TrainingBatches, load_pictures
-from pokediff.data.files import write_whole
 from pokediff.data.images import composite, encode_png, enlarge, grid, pairs, to_model
 from pokediff.errors import PokediffError
 from pokediff.evaluation.measures import reconstruction_errors
+from pokediff.files import own_folder, refuse_inside, write_whole
 from pokediff.model.pipeline import quiet
 from pokediff.training.objectives import mix
 from pokediff.training.runs import log_images, start_trackers
@@ -85,10 +85,12 @@ def train_baseline(config: BaselineConfig) -> Path:
     if config.threads:
         torch.set_num_threads(config.threads)
     out = Path(config.out or f"checkpoints/{config.system}")
-    if out.is_dir() and any(out.iterdir()):
-        raise PokediffError(f"{out} is not empty: choose another --out, or delete it")
-    if config.system == "sdxl-lora":
-        return train_lora(config)
+    refuse_inside(out, config.data)
+    with own_folder(out):
+        return train_lora(config) if config.system == "sdxl-lora" else train_system(config, out)
+
+
+def train_system(config: BaselineConfig, out: Path) -> Path:
     training = prepare(config, out)
     augment = Augmentation(config.augment)
     train_steps(

@@ -238,14 +238,23 @@ def _validator() -> Any:
 
 
 def write_records(folder: str | Path, records: Iterable[Record], texts: Iterable[str] | None = None) -> None:
-    """Write `folder/metadata.jsonl`; empty fields are left out.
+    """Write `folder/metadata.jsonl`, the rows of `rows_of`."""
+    write_rows(Path(folder) / layouts.METADATA[0], rows_of(records, texts))
+
+
+def rows_of(records: Iterable[Record], texts: Iterable[str] | None = None) -> list[dict[str, Any]]:
+    """Records as rows; empty fields are left out.
 
     `texts`: one caption a record, for the column `text` that text-to-image trainers read.
     """
-    records = list(records)
-    lines = []
+    records, rows = list(records), []
     for record, text in zip(records, texts if texts is not None else [""] * len(records), strict=True):
         row = {"file_name": record.file_name, "text": text, **dataclasses.asdict(replace(record, root=""))}
         known = {key: value for key, value in row.items() if value not in (None, (), "") and value is not False}
-        lines.append(json.dumps(known, ensure_ascii=False) + "\n")
-    write_whole(Path(folder) / layouts.METADATA[0], "".join(lines))
+        rows.append(json.loads(json.dumps(known)))  # lists in place of tuples, as they are read back
+    return rows
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write a JSONL file."""
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from pokediff.config import SampleConfig
-from pokediff.data.records import read_text
 from pokediff.errors import PokediffError
+from pokediff.files import read_text
 
 MAX_SEED = 2**32 - 1  # of a random seed
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -20,9 +19,10 @@ from pokediff.data.images import BadImage, composite, fit_square, from_model, pa
 from pokediff.drawing.export import is_exported, load_exported
 from pokediff.drawing.jobs import MAX_SEED, Job, make_jobs, read_prompts, slug
 from pokediff.drawing.pixelart import PIXEL_COLORS, finish, is_pixel_prompt, read_palette
-from pokediff.drawing.sheets import Frame, checkpoint_folder, weights_sha256, write_drawing
+from pokediff.drawing.sheets import Frame, checkpoint_folder, listed_files, weights_sha256, write_drawing
 from pokediff.drawing.table import draw_table, is_table, read_table
 from pokediff.errors import PokediffError
+from pokediff.files import new_folder, read_json
 from pokediff.model.denoiser import compile_network
 from pokediff.model.pipeline import PokeDiffPipeline, quiet
 from pokediff.model.samplers import slerp
@@ -50,7 +50,9 @@ def sample(config: SampleConfig) -> Path:
     pipeline = load_pipeline(config)
     config = resolved(config, pipeline)
     init = read_init_image(config)
-    out = Path(config.out) if config.out else free_folder(Path("outputs") / f"{slug(prompts[0])}-{seed}")
+    out = Path(config.out) if config.out else new_folder(Path("outputs") / f"{slug(prompts[0])}-{seed}")
+    if listed_files(out):
+        print(f"the earlier drawing in {out} is replaced")
     number = write_drawing(out, config, pipeline, jobs, batches(pipeline, jobs, config, init))
     print(f"{number} picture{'s' * (number > 1)}, seed {seed}: {out}")
     return out
@@ -239,17 +241,9 @@ def read_settings(path: str | Path) -> SampleConfig:
     if not path.is_file():
         raise PokediffError(f"{path} not found")
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
-    except (ValueError, KeyError, TypeError):
+        settings = read_json(path)["settings"]
+    except (KeyError, TypeError):
         raise PokediffError(f"{path} is not a sample.json") from None
     config = from_values(settings, SampleConfig, str(path))
     beside = {name: path.parent / value for name in ("image", "mask") if (value := getattr(config, name))}
     return replace(config, **{name: file.as_posix() for name, file in beside.items() if file.is_file()})
-
-
-def free_folder(folder: Path) -> Path:
-    """`folder`, or the first of folder-2, folder-3 ... that does not exist."""
-    taken = 1
-    while (free := folder if taken == 1 else folder.with_name(f"{folder.name}-{taken}")).exists():
-        taken += 1
-    return free

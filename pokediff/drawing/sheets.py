@@ -31,10 +31,10 @@ import numpy as np
 from pokediff.baselines.interface import DrawsAtOnce, is_baseline
 from pokediff.config import SampleConfig, plain
 from pokediff.data.images import composite, encode_png, enlarge, grid, save_animation
-from pokediff.data.records import write_whole
 from pokediff.drawing.atlas import atlas_files, write_atlas
 from pokediff.drawing.jobs import Job
 from pokediff.errors import PokediffError
+from pokediff.files import own_folder, read_json, write_whole
 from pokediff.model.checkpoint import base_of, find_folder
 from pokediff.model.pipeline import PokeDiffPipeline
 from pokediff.paths import shipped
@@ -77,10 +77,21 @@ def write_drawing(
     An earlier drawing in the folder is replaced, by the list of files in its sample.json. An exception in `batches`,
     Ctrl-C too, passes through; the pictures that are done are kept, with their sheet and sample.json.
 
-    Raises PokediffError when it would overwrite a foreign file or an input of img2img.
+    Raises PokediffError for a folder of other files or of another process, and when it would overwrite a foreign file
+    or an input of img2img.
     """
+    with own_folder(out, FACTS):
+        return _write_drawing(out, config, pipeline, jobs, batches)
+
+
+def _write_drawing(
+    out: Path,
+    config: SampleConfig,
+    pipeline: PokeDiffPipeline | DrawsAtOnce,
+    jobs: Sequence[Job],
+    batches: Iterable[tuple[np.ndarray, Sequence[Frame]]],
+) -> int:
     began, names = time.monotonic(), file_names(config, len(jobs))
-    created = not out.exists()
     claim(out, names, [path for path in (config.image, config.mask) if path])
     done: list[np.ndarray] = []
     facts = facts_of(pipeline, config)
@@ -104,9 +115,6 @@ def write_drawing(
             write_facts(out, facts | {"seconds": round(time.monotonic() - began, 2)}, jobs[: len(done)], names)
         else:
             remove(out, names)
-            if created:
-                with suppress(OSError):
-                    out.rmdir()
     return len(done)
 
 
@@ -126,7 +134,7 @@ def file_names(config: SampleConfig, number: int) -> list[str]:
 
 
 def claim(out: Path, names: Sequence[str], inputs: Sequence[str]) -> None:
-    """Make the folder `out` ready for the files `names`: create it, or remove the earlier drawing in it.
+    """Make the folder `out` ready for the files `names`: remove the earlier drawing in it.
 
     Raises PokediffError, and removes nothing, when another file has one of these names, or one of `inputs` would go.
     """
@@ -138,16 +146,15 @@ def claim(out: Path, names: Sequence[str], inputs: Sequence[str]) -> None:
         raise PokediffError(
             f"{out / foreign[0]} exists and was not written by an earlier drawing: choose another --out"
         )
-    out.mkdir(parents=True, exist_ok=True)
     remove(out, earlier)
 
 
 def listed_files(out: Path) -> list[str]:
     """The files of the drawing in a folder, by its sample.json; [] when there is none."""
     try:
-        names = json.loads((out / FACTS).read_text(encoding="utf-8"))["files"]
+        names = read_json(out / FACTS)["files"]
         return [name for name in names if OWN_FILES.fullmatch(name)]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, PokediffError, KeyError, TypeError):
         return []
 
 

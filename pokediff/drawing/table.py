@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 
 from pokediff.config import SampleConfig
-from pokediff.data.files import read_text, write_whole
 from pokediff.data.images import encode_png, enlarge
 from pokediff.drawing.jobs import MAX_SEED, Job, slug
 from pokediff.drawing.sheets import on_background
 from pokediff.errors import PokediffError
+from pokediff.files import own_folder, read_csv, read_text, write_whole
 
 MANIFEST = "manifest.csv"
 COLUMNS = ("file", "prompt", "seed", "settings")
@@ -68,6 +68,13 @@ def draw_table(
 
     Raises PokediffError for a table that cannot be read, and rather than overwrite a file that is not in the manifest.
     """
+    with own_folder(out, MANIFEST):
+        return _draw_table(config, out, facts, draw)
+
+
+def _draw_table(
+    config: SampleConfig, out: Path, facts: dict[str, Any], draw: Callable[[Sequence[Job]], np.ndarray]
+) -> tuple[int, int]:
     rows, known = read_table(config), read_manifest(out / MANIFEST)
     chosen = {name: value for name, value in vars(config).items() if name in SETTINGS}
     settings = hashlib.sha256(json.dumps([chosen, facts], default=vars, sort_keys=True).encode()).hexdigest()[:16]
@@ -76,7 +83,6 @@ def draw_table(
     missing = [entry for entry in wanted if entry["file"] not in done]
     if foreign := [entry["file"] for entry in missing if entry["file"] not in known and (out / entry["file"]).exists()]:
         raise PokediffError(f"{out / foreign[0]} exists and is not in {MANIFEST}: choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
     for start in range(0, len(missing), config.batch_size):
         batch = missing[start : start + config.batch_size]
         jobs = [Job(entry["prompt"], int(entry["seed"])) for entry in batch]
@@ -117,21 +123,8 @@ def read_table(config: SampleConfig) -> list[Row]:
     path = Path(str(config.prompts_file))
     if not path.is_file():
         raise PokediffError(f"prompts file {path} not found")
-    text = read_text(path)
-    header = text.partition("\n")[0]
-    table = csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=header.count))
-    columns = [str(name).strip().lower() for name in table.fieldnames or ()]
-    if "prompt" not in columns:
-        raise PokediffError(f"{path}:1: the header must have a column prompt")
-    table.fieldnames = columns
-    rows: list[Row] = []
-    for values in table:
-        where = f"{path}:{table.line_num}"
-        if None in values:
-            raise PokediffError(f"{where}: more values than columns: put quotes around a prompt with a comma")
-        cells = {name: (value or "").strip() for name, value in values.items()}
-        if cells["prompt"]:
-            rows.append(_row(cells, config.num_images_per_prompt, where))
+    found = [(where, cells) for where, cells in read_csv(path, "prompt") if cells.get("prompt")]
+    rows = [_row(cells, config.num_images_per_prompt, where) for where, cells in found]
     if not rows:
         raise PokediffError(f"{path} holds no prompts")
     files = [file.lower() for row in rows for file in row.files]  # some file systems do not tell letter case apart
@@ -159,9 +152,11 @@ def read_manifest(path: Path) -> dict[str, dict[str, str]]:
     if not path.is_file():
         return {}
     table = csv.DictReader(io.StringIO(read_text(path)))
-    if tuple(table.fieldnames or ()) != COLUMNS:
+    entries = list(table)
+    whole = all(None not in entry and None not in entry.values() for entry in entries)
+    if tuple(table.fieldnames or ()) != COLUMNS or not whole:
         raise PokediffError(f"{path} was not written by an earlier drawing: choose another --out")
-    return {entry["file"]: entry for entry in table}
+    return {entry["file"]: entry for entry in entries}
 
 
 def write_manifest(path: Path, entries: dict[str, dict[str, str]]) -> None:

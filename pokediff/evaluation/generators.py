@@ -16,9 +16,9 @@ import numpy as np
 from tqdm import tqdm
 
 from pokediff.config import Sampling, plain
-from pokediff.data.images import encode_png, read_image
-from pokediff.data.records import write_whole
+from pokediff.data.images import BadImage, encode_png, read_image
 from pokediff.errors import PokediffError
+from pokediff.files import as_row, read_json, read_rows, refuse_foreign, write_whole
 from pokediff.model.pipeline import PokeDiffPipeline
 
 LISTS = ("sample.json", "metadata.jsonl")
@@ -47,27 +47,30 @@ def read_generated(folder: Path) -> Generated:
     Raises PokediffError when neither is there, a row or picture is broken, or the pictures are no squares of one size.
     """
     if (folder / LISTS[0]).is_file():
-        rows = _rows(folder / LISTS[0], (folder / LISTS[0]).read_text(encoding="utf-8"))[0].get("pictures", [])
-        pairs = [(row.get("file"), row.get("prompt")) for row in rows]
+        rows = as_row(read_json(folder / LISTS[0]), str(folder / LISTS[0])).get("pictures")
+        pairs = [(row.get("file"), row.get("prompt") or "") for row in rows if isinstance(row, dict)] if rows else []
     elif (folder / LISTS[1]).is_file():
-        rows = _rows(folder / LISTS[1], *(folder / LISTS[1]).read_text(encoding="utf-8").splitlines())
+        rows = [row for _, row in read_rows(folder / LISTS[1])]
         pairs = [(row.get("file_name"), row.get("text") or row.get("prompt") or "") for row in rows]
     else:
         raise PokediffError(f"{folder} has no {' or '.join(LISTS)}, which list the prompt of each picture")
     if not pairs:
         raise PokediffError(f"{folder} lists no pictures")
-    pixels = [read_image((folder / str(file)).read_bytes()) for file, _ in pairs]
+    pixels = [_read_picture(folder, file) for file, _ in pairs]
     sizes = sorted({picture.shape[:2] for picture in pixels})
     if len(sizes) > 1 or sizes[0][0] != sizes[0][1]:
         raise PokediffError(f"{folder}: the pictures must be squares of one size; they have {sizes[:4]}")
     return Generated(np.stack(pixels), tuple(prompt for _, prompt in pairs))
 
 
-def _rows(path: Path, *lines: str) -> list[dict[str, Any]]:
+def _read_picture(folder: Path, file: Any) -> np.ndarray:
+    """A picture that a list names. Raises PokediffError when it is not named, not there, elsewhere, or broken."""
+    if not isinstance(file, str) or Path(file).is_absolute() or ".." in Path(file).parts:
+        raise PokediffError(f"{folder}: a row of the list names {file!r} and not a picture in this folder")
     try:
-        return [json.loads(line) for line in lines if line.strip()]
-    except json.JSONDecodeError as error:
-        raise PokediffError(f"{path} is not JSON ({error.msg})") from None
+        return read_image((folder / file).read_bytes())
+    except BadImage as error:
+        raise PokediffError(f"{folder / file}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -98,11 +101,13 @@ class Drawer:
         key = {"system": self.facts, "sampling": plain(self.sampling), "prompts": list(prompts), "seeds": seeds}
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         mark = folder / "settings.json"
-        earlier = json.loads(mark.read_text(encoding="utf-8")) if mark.is_file() else {}
+        earlier = read_json(mark) if mark.is_file() else {}
         paths = [folder / f"{index:05}.png" for index in range(len(prompts))]
         state.wait_for_everyone()
         if state.is_main_process and earlier.get("digest") != digest:
-            shutil.rmtree(folder, ignore_errors=True)  # of other settings
+            refuse_foreign(folder, (mark.name,))
+            if folder.is_dir():
+                shutil.rmtree(folder)  # of other settings
             folder.mkdir(parents=True)
             earlier = {"digest": digest, "system": self.facts, "sampling": plain(self.sampling)}
             rows = zip(paths, prompts, seeds, strict=True)

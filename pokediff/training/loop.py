@@ -19,10 +19,10 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from pokediff.config import StageConfig
-from pokediff.data.files import write_whole
 from pokediff.data.images import composite, encode_png, enlarge, from_model, grid, pairs, save_animation, to_model
 from pokediff.errors import PokediffError
 from pokediff.evaluation.validation_metrics import COPYING
+from pokediff.files import write_whole
 from pokediff.model.denoiser import compile_network
 from pokediff.training import runs
 from pokediff.training.build import Run, Stage

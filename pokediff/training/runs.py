@@ -31,12 +31,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker, is_wandb_available
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 from torch import nn
 
 from pokediff import __version__
 from pokediff.config import TrainConfig, dump_yaml, from_values, plain
-from pokediff.data.files import write_whole
 from pokediff.data.vocabulary import (
     ATTRIBUTION,
     FEWEST_PICTURES,
@@ -46,14 +46,17 @@ from pokediff.data.vocabulary import (
     word_list,
     write_words,
 )
-from pokediff.errors import PokediffError
+from pokediff.errors import PokediffError, first_line
+from pokediff.files import new_folder, read_json, write_whole
 from pokediff.model.cascade import LIST, Cascade, write_list
 from pokediff.model.checkpoint import INDEX, write_part_index
 
 if TYPE_CHECKING:
     from pokediff.training.build import Run, Stage
 
+FACTS = "run.json"
 KEEP_STATES = 2
+PARTS = ("denoiser", "average", "optimizer")  # files of a state
 OVERFIT_ROWS, OVERFIT_FACTOR = 3, 1.005  # consecutive validations, and their factor above the lowest loss
 # Settings that a resumed stage cannot change.
 FIXED_KEYS = ("seed", "text_encoder", "dataset", "diffusion")
@@ -118,6 +121,29 @@ def loss_text(loss: float | None) -> str:
 def states(out: Path, name: str) -> list[Path]:
     """The state folders of a stage, oldest first."""
     return [path.parent for path in sorted((out / "state" / name).glob("step-*/progress.json"))]
+
+
+def damage_of(state: Path) -> str:
+    """What is wrong with a state, "" for a whole one."""
+    try:
+        if not isinstance(read_json(state / "progress.json"), dict):
+            return "progress.json"
+        for part in PARTS:
+            with safe_open(state / f"{part}.safetensors", "pt") as file:  # compares its header with its length
+                file.keys()
+    except (OSError, PokediffError, SafetensorError) as error:
+        return first_line(error)
+    return ""
+
+
+def set_aside_damaged(out: Path, names: Sequence[str], say: Callable[[str], None]) -> None:
+    """Rename states that were cut, by a full disk or a loss of power, so that the next older one is used."""
+    for name in names:
+        for state in states(out, name):
+            if damage := damage_of(state):
+                aside = new_folder(state.with_name(f"damaged-{state.name}"))
+                state.replace(aside / state.name)
+                say(f"{name}: {state} is damaged ({damage}), set aside as {aside}; the state before it is used")
 
 
 def find_states(out: Path, names: Sequence[str], resume: str) -> dict[str, Path | None]:
@@ -187,16 +213,20 @@ def save_state(run: Run, stage: Stage) -> None:
     }
     if stage.critic:
         parts |= {"critic": stage.critic.critic.state_dict(), "critic-optimizer": moments(stage.critic.optimizer)}
-    for part, tensors in parts.items():
-        whole = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-        save_file(whole, temporary / f"{part}.safetensors")
     facts = {
         "config": plain(run.config),
         "data_sha256": stage.facts["data_sha256"],
         "updates": int(stage.average.n_averaged),
         "progress": asdict(stage.progress),
     }
-    write_whole(temporary / "progress.json", json.dumps(facts, indent=2) + "\n")
+    try:
+        for part, tensors in parts.items():
+            whole = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+            write_whole(temporary / f"{part}.safetensors", save(whole))
+        write_whole(temporary / "progress.json", json.dumps(facts, indent=2) + "\n")
+    except OSError:  # a full disk needs its space back
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     if target.exists():
         _remove(target)
     temporary.rename(target)
@@ -214,7 +244,9 @@ def _remove(folder: Path) -> None:
 
 def load_state(run: Run, stage: Stage, folder: Path) -> None:
     """Load a saved state into a stage. Raises PokediffError when configuration or data differ."""
-    facts = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+    if damage := damage_of(folder):
+        raise PokediffError(f"{folder} is damaged ({damage}): resume from another state, or with --resume auto")
+    facts = read_json(folder / "progress.json")
     before, now = plain(from_values(facts["config"], TrainConfig, str(folder))), plain(run.config)
     here = f"stages.{stage.name}"
     pairs = [(key, before[key], now[key]) for key in FIXED_KEYS]
@@ -287,7 +319,7 @@ def publish_denoiser(stage: Stage, folder: Path, base: str | None) -> None:
     relative to `folder`, or a name.
     """
     index = folder / "cascade" / LIST
-    listed = json.loads(index.read_text(encoding="utf-8"))["denoisers"] if index.is_file() else []
+    listed = read_json(index)["denoisers"] if index.is_file() else []
 
     def save(target: Path) -> None:
         Cascade({stage.name: _half(stage.average.module)}).save_pretrained(target / "cascade")
@@ -311,6 +343,9 @@ def _replace(folder: Path, save: Callable[[Path], Any]) -> None:
     temporary.mkdir(parents=True)
     save(temporary)
     files = [path for path in temporary.rglob("*") if path.is_file()]
+    for file in files:  # on the disk before the rename
+        with file.open("rb+") as handle:
+            os.fsync(handle.fileno())
     for file in sorted(files, key=lambda path: (path.name == INDEX, path == temporary / "cascade" / LIST)):
         target = folder / file.relative_to(temporary)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -404,12 +439,11 @@ def describe_pictures(run: Run, stage: Stage) -> None:
 
 def read_facts(out: Path) -> dict[str, Any]:
     """run.json, {} where there is none."""
-    path = out / "run.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(out / FACTS) if (out / FACTS).is_file() else {}
 
 
 def write_facts(out: Path, facts: dict[str, Any]) -> None:
-    write_whole(out / "run.json", json.dumps(facts, indent=2) + "\n")
+    write_whole(out / FACTS, json.dumps(facts, indent=2) + "\n")
 
 
 def _commit() -> str | None:

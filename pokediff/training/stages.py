@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -15,9 +16,9 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 
 from pokediff.config import Sampling, StageConfig, TrainConfig, load_yaml
-from pokediff.data.files import write_whole
 from pokediff.data.images import encode_png, enlarge, grid
 from pokediff.errors import PokediffError
+from pokediff.files import LOCK, WRITER, own_folder, refuse_foreign, refuse_inside, write_whole
 from pokediff.model.cascade import Cascade
 from pokediff.model.checkpoint import INDEX, quiet
 from pokediff.model.denoiser import has_bf16
@@ -53,10 +54,25 @@ def train(config: TrainConfig, resume: str = "never", only: Sequence[str] = (), 
     if trial:
         config, names, resume = shortened(config), list(config.stages), "never"
     out = Path(config.out or "checkpoints/run")
+    refuse_inside(out, config.data)
     if not trial:
         refuse_other_run(out, names, resume, only)
-    states = runs.find_states(out, names, resume)
     run = start(config, out, trial)
+    with own_folder(out, runs.FACTS) if run.main else nullcontext():
+        if run.main and trial:
+            remove_trial(out)
+        if run.main:
+            runs.set_aside_damaged(out, names, run.say)
+        run.accelerator.wait_for_everyone()
+        train_run(run, full, names, resume, runs.find_states(out, names, resume), trial)
+    return out
+
+
+def train_run(
+    run: Run, full: TrainConfig, names: Sequence[str], resume: str, states: Mapping[str, Path | None], trial: bool
+) -> None:
+    """`train` with all that it needs: estimate, then the stages. `full` is the configuration that the time is for."""
+    config, out = run.config, run.out
 
     def unfinished() -> list[str]:
         again = [name for name in names if resume not in ("never", "auto") and states[name] == Path(resume)]
@@ -79,7 +95,6 @@ def train(config: TrainConfig, resume: str = "never", only: Sequence[str] = (), 
             run.say(what_to_expect(base.get("steps", 0)))
         run.say(f'draw with: pokediff sample "{max(config.preview_prompts, key=len)}" --checkpoint {out}')
     run.accelerator.end_training()
-    return out
 
 
 def train_stages(run: Run, names: Sequence[str], left: Mapping[str, float], states: Mapping[str, Path | None]) -> None:
@@ -111,10 +126,11 @@ def select(config: TrainConfig, only: Sequence[str]) -> list[str]:
 
 def refuse_other_run(out: Path, names: Sequence[str], resume: str, only: Sequence[str]) -> None:
     """Raise PokediffError when the run would overwrite another one, or has no states to resume from."""
+    refuse_foreign(out, (runs.FACTS, INDEX))
     held = (out / INDEX).exists() or any(runs.states(out, name) for name in names)
     if resume == "never" and held and not only:
         raise PokediffError(f"{out} already holds a run: resume it with --resume auto, or choose another --out")
-    if resume == "auto" and (out / INDEX).exists() and not (out / "run.json").exists():
+    if (out / INDEX).exists() and not (out / runs.FACTS).exists():
         raise PokediffError(f"{out} holds a model without the states to resume from: choose another --out")
 
 
@@ -125,12 +141,9 @@ def start(config: TrainConfig, out: Path, trial: bool = False) -> Run:
     accelerator = Accelerator(mixed_precision=mixed_precision(config.precision))
     if accelerator.device.type == "cpu":  # accelerate launch leaves all but one core idle
         torch.set_num_threads(config.threads or max(1, usable_cores() // accelerator.num_processes))
-    if trial and accelerator.is_main_process:
-        remove_trial(out)
-    accelerator.wait_for_everyone()
     schedule, pipeline = make_noise_schedule(config.diffusion), None
     own = config.base or config.start_from
-    if (source := out if (out / INDEX).is_file() else own) is not None:
+    if (source := out if (out / INDEX).is_file() and not trial else own) is not None:
         pipeline = PokeDiffPipeline.from_pretrained(source)
         if not same_noise(schedule, pipeline.scheduler):
             raise PokediffError(f"{source} has another noise schedule (diffusion.*)")
@@ -255,10 +268,12 @@ def shortened(config: TrainConfig) -> TrainConfig:
 
 
 def remove_trial(out: Path) -> None:
-    """Remove an earlier trial. Raises PokediffError when the folder is something else."""
-    if out.exists() and not (out / "run.json").is_file():
-        raise PokediffError(f"{out} is not an earlier trial: choose another --out")
-    shutil.rmtree(out, ignore_errors=True)
+    """Remove an earlier trial."""
+    for path in out.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in (LOCK, WRITER):
+            path.unlink()
 
 
 def draw_trial(run: Run) -> None:
