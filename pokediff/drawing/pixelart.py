@@ -12,7 +12,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from pokediff.data.colors import to_lab
 from pokediff.data.records import read_text
 from pokediff.errors import PokediffError
 
@@ -20,6 +19,9 @@ MAX_COLORS = 256
 PIXEL_COLORS = 14  # of a drawn pixel sprite: the median of real ones of 64 px is 13 to 15 (docs/LOG.md)
 FAINT = 3  # of 255: alpha below is invisible, but disturbs trimming and counting
 SPLIT_ROUNDS, MAX_ROUNDS = 3, 50  # of k-means, after a split and at the end
+LAB_STEPS = 256  # of one unit of CIE Lab
+# Linear sRGB to CIE XYZ (IEC 61966-2-1).
+XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
 SPECK_SHARE = 0.004  # of the picture's pixels: smaller islands are specks (4 pixels at 32 px, 16 at 64 px)
 
 
@@ -69,17 +71,17 @@ def pick_palette(rgba: np.ndarray, colors: int) -> np.ndarray:
     distinct, counts = np.unique(opaque, axis=0, return_counts=True)
     if len(distinct) <= colors:
         return distinct
-    labels = _cluster(to_lab(distinct), counts, colors)
+    labels = _cluster(_to_lab(distinct), counts, colors)
     groups = (np.repeat(distinct[labels == k], counts[labels == k], axis=0) for k in range(colors))
     return np.unique([np.median(group, axis=0).round() for group in groups if len(group)], axis=0).astype(np.uint8)
 
 
 def _cluster(points: np.ndarray, weights: np.ndarray, number: int) -> np.ndarray:
-    """The cluster, 0 to number - 1, of each of N points (N, 3) with weights (N,).
+    """The cluster, 0 to number - 1, of each of N points (N, 3) of whole numbers, with weights (N,).
 
     k-means that starts by splitting: the cluster with the largest squared error gets a second centre, at its point with
-    the largest error (after Linde, Buzo & Gray 1980). Without chance, so that the browser page, whose pictures.ts has
-    the same steps, finds the same palette.
+    the largest error (after Linde, Buzo & Gray 1980). Without chance, and with centres of whole numbers, so that the
+    browser page, whose pictures.ts has the same steps, finds the same palette. The first of equal values counts.
     """
     labels = np.zeros(len(points), dtype=np.intp)
     centers = _means(points, weights, labels, points[:1])
@@ -101,20 +103,34 @@ def _cluster(points: np.ndarray, weights: np.ndarray, number: int) -> np.ndarray
 
 
 def _means(points: np.ndarray, weights: np.ndarray, labels: np.ndarray, centers: np.ndarray) -> np.ndarray:
-    """The weighted mean of each cluster; an empty one keeps its centre."""
+    """The weighted mean of each cluster, rounded; an empty one keeps its centre."""
     totals = np.bincount(labels, weights, len(centers))[:, None]
     sums = np.stack([np.bincount(labels, weights * axis, len(centers)) for axis in points.T], axis=1)
-    return np.where(totals > 0, sums / np.maximum(totals, 1), centers)
+    return np.where(totals > 0, np.round(sums / np.maximum(totals, 1)), centers)
 
 
 def _squared(points: np.ndarray, centers: np.ndarray) -> np.ndarray:
-    """(N, K) squared distances."""
-    return np.square(points[:, None] - centers).sum(-1)
+    """(N, K) squared distances; exact for whole numbers below 2**24."""
+    return np.square(points).sum(1)[:, None] - 2 * points @ centers.T + np.square(centers).sum(1)
+
+
+def _to_lab(rgb: np.ndarray) -> np.ndarray:
+    """sRGB uint8 (..., 3) to CIE Lab, D65, in whole steps of 1 / LAB_STEPS, float64 (..., 3).
+
+    Whole numbers, since the last digits of a power differ between processors and languages; no colour lies so near to
+    the middle of two steps that they decide. colors.to_lab, which names the colours of captions, is another one.
+    """
+    values = rgb / 255
+    linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+    xyz = linear @ (XYZ / XYZ.sum(1, keepdims=True)).T
+    f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz * (29 / 6) ** 2 / 3 + 4 / 29)
+    x, y, z = np.moveaxis(f, -1, 0)
+    return np.round(LAB_STEPS * np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1))
 
 
 def apply_palette(rgba: np.ndarray, palette: np.ndarray) -> np.ndarray:
     """Every visible pixel in the colour of the palette (K, 3) that is nearest in CIE Lab; alpha stays."""
-    nearest = _squared(to_lab(rgba[..., :3]).reshape(-1, 3), to_lab(palette)).argmin(1)
+    nearest = _squared(_to_lab(rgba[..., :3]).reshape(-1, 3), _to_lab(palette)).argmin(1)
     recolored = palette[nearest].reshape(rgba[..., :3].shape)
     return np.concatenate([np.where(rgba[..., 3:] > 0, recolored, 0), rgba[..., 3:]], axis=-1).astype(np.uint8)
 
