@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from pokediff.drawing.pixelart import (
     FAINT,
+    LAB_STEPS,
+    _to_lab,
     apply_palette,
     finish,
     harden,
@@ -74,6 +79,37 @@ def test_a_palette_of_two_finds_the_two_colours():
         assert np.abs(palette.astype(int) - color).max(1).min() < 12
     assert len(np.unique(apply_palette(picture, palette)[picture[..., 3] > 0][:, :3], axis=0)) <= 3
     np.testing.assert_array_equal(pick_palette(picture, 3), palette)
+
+
+def test_a_palette_depends_on_neither_chance_nor_the_order_of_pixels():
+    picture = creature()
+    shuffled = np.random.default_rng(1).permutation(picture.reshape(-1, 4)).reshape(picture.shape)
+    for colors in (2, 6, 14, 64):
+        np.testing.assert_array_equal(pick_palette(picture, colors), pick_palette(shuffled, colors))
+
+
+def test_a_small_eye_keeps_its_colour():
+    y, x = np.mgrid[:64, :64]
+    picture = np.dstack([x, 120 + x + y // 2, 2 * y, np.full_like(x, 255)]).clip(0, 255).astype(np.uint8)
+    picture[20:22, 20:23, :3] = [230, 20, 40]
+    eye = apply_palette(picture, pick_palette(picture, 8))[20:22, 20:23, :3].astype(int)
+    assert np.abs(eye - [230, 20, 40]).max() < 30
+
+
+def test_lab_is_in_whole_steps():
+    lab = _to_lab(np.array([[255, 255, 255], [0, 0, 0], [255, 0, 0]], np.uint8))
+    np.testing.assert_array_equal(lab, lab.round())
+    np.testing.assert_allclose(lab / LAB_STEPS, [[100, 0, 0], [0, 0, 0], [53.23, 80.11, 67.22]], atol=0.01)
+
+
+def test_the_page_compares_itself_with_these_functions(monkeypatch):
+    root = Path(__file__).parents[1]
+    monkeypatch.syspath_prepend(str(root / "scripts"))
+    import web_picture_values
+
+    for name, values in web_picture_values.sections().items():
+        stored = json.loads((root / "web" / "test" / "values" / f"{name}.json").read_text(encoding="utf-8"))
+        assert values == stored, "run scripts/web_picture_values.py"
 
 
 def test_few_colours_are_kept_as_they_are():

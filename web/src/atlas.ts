@@ -7,7 +7,7 @@ import { grid, roundEven, type Picture } from "./pictures";
 
 /** One or several frames of a size, and how many milliseconds each is shown. */
 export interface Sprite {
-  name: string; // unique in its sheet
+  name: string; // unique in its sheet, with a letter or hyphen: JSON.stringify would move a number to the front
   prompt: string;
   seed: number;
   frames: readonly Picture[];
@@ -45,12 +45,15 @@ export const TOOLS = {
 };
 export type Tool = keyof typeof TOOLS;
 
-/** The sheet and its file's text for a tool: a row for each animation, or a square of single pictures. */
+/**
+ * The sheet and its file's text for a tool: a row for each animation, or a square of single pictures. Throws RangeError
+ * for no sprites, and for frames of several sizes.
+ */
 export function makeSheet(sprites: readonly Sprite[], tool: Tool, version: string): { sheet: Picture; text: string } {
   const longest = Math.max(...sprites.map(({ frames }) => frames.length));
   const columns = longest > 1 ? longest : Math.max(1, roundEven(Math.sqrt(sprites.length)));
-  const side = sprites[0].frames[0].width;
   const sheet = grid(sprites.flatMap(({ frames }) => frames), columns, GAP); // prettier-ignore
+  const side = sprites[0].frames[0].width;
   const layout: Layout = { cells: [], sprites: [], side, columns, width: sheet.width, height: sheet.height, version };
   for (const sprite of sprites) {
     const rows: number[] = [];
@@ -154,8 +157,16 @@ function meta({ width, height, version }: Layout): object {
 
 const json = (values: object) => `${JSON.stringify(values, null, 1)}\n`;
 
-/** Four significant digits, as Python's ".4g". */
-const short = (value: number) => String(Number(value.toPrecision(4)));
+/** Four significant digits, as Python's ".4g" writes them: an exact half goes to the even digit. */
+export function short(value: number): string {
+  const [digits, exponent] = value.toExponential(40).split("e"); // a half has no more digits
+  let rounded = value.toExponential(3);
+  if (/^\d\.\d\d[02468]50*$/.test(digits)) rounded = `${digits.slice(0, 5)}e${exponent}`;
+  const size = Number(rounded.split("e")[1]);
+  if (size >= -4 && size < 4) return String(Number(rounded));
+  const [sign, places] = [size < 0 ? "-" : "+", String(Math.abs(size)).padStart(2, "0")];
+  return `${Number(rounded.split("e")[0])}e${sign}${places}`;
+}
 
 const ESCAPES: Record<string, string> = {
   "&": "&amp;",

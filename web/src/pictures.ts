@@ -14,6 +14,7 @@ const MAX_COLORS = 256;
 const FAINT = 3; // of 255: alpha below is invisible
 const SPECK_SHARE = 0.004; // of the picture's pixels: smaller islands are specks
 const [SPLIT_ROUNDS, MAX_ROUNDS] = [3, 50]; // of k-means, after a split and at the end
+const LAB_STEPS = 256; // of one unit of CIE Lab
 
 /** Whole numbers as numpy and torch round: halves to even. */
 export function roundEven(value: number): number {
@@ -58,28 +59,39 @@ export function enlarge(picture: Picture, factor: number): Picture {
   return { width, height, data: new Uint8ClampedArray(to.buffer) };
 }
 
-/** A picture of which no pixel is transparent, over one colour. */
+/** A picture of which no pixel is transparent, over one colour; rounded as Python does it in float32. */
 export function composite(picture: Picture, background: Rgb = [255, 255, 255]): Picture {
+  const { fround } = Math;
   const result = sameShape(picture);
   for (let k = 0; k < picture.data.length; k += 4) {
-    const alpha = picture.data[k + 3] / 255;
+    const alpha = fround(picture.data[k + 3] / 255);
+    const rest = fround(1 - alpha);
     for (let c = 0; c < 3; c++)
-      result.data[k + c] = roundEven(picture.data[k + c] * alpha + background[c] * (1 - alpha));
+      result.data[k + c] = roundEven(fround(fround(picture.data[k + c] * alpha) + fround(background[c] * rest)));
     result.data[k + 3] = 255;
   }
   return result;
 }
 
-/** Pictures of one size as one sheet, row by row, with `gap` transparent pixels between them. */
-export function grid(pictures: readonly Picture[], columns: number, gap: number): Picture {
-  const side = pictures[0].width + gap;
+/**
+ * Pictures of one size as one sheet, row by row, with `gap` transparent pixels between them; by default about as many
+ * rows as columns. Throws RangeError for none, and for pictures of several sizes.
+ */
+export function grid(
+  pictures: readonly Picture[],
+  columns = Math.max(1, roundEven(Math.sqrt(pictures.length))),
+  gap = 2,
+): Picture {
+  if (pictures.length === 0) throw new RangeError("a sheet of no pictures");
+  const [{ width: own, height: tall }] = pictures;
   const rows = Math.ceil(pictures.length / columns);
-  const [width, height] = [columns * side - gap, rows * side - gap];
+  const [width, height] = [columns * (own + gap) - gap, rows * (tall + gap) - gap];
   const sheet = { width, height, data: new Uint8ClampedArray(4 * width * height) };
-  for (const [index, { width: own, height: tall, data }] of pictures.entries()) {
-    const [top, left] = [Math.floor(index / columns) * side, (index % columns) * side];
+  for (const [index, picture] of pictures.entries()) {
+    if (picture.width !== own || picture.height !== tall) throw new RangeError("pictures of several sizes on a sheet");
+    const [top, left] = [Math.floor(index / columns) * (tall + gap), (index % columns) * (own + gap)];
     for (let row = 0; row < tall; row++)
-      sheet.data.set(data.subarray(4 * row * own, 4 * (row + 1) * own), 4 * ((top + row) * width + left));
+      sheet.data.set(picture.data.subarray(4 * row * own, 4 * (row + 1) * own), 4 * ((top + row) * width + left));
   }
   return sheet;
 }
@@ -108,7 +120,8 @@ export function removeFaint(picture: Picture): Picture {
 
 /**
  * Makes islands of fewer than a share of all pixels transparent; the largest stays whatever its size. An island is a set
- * of connected pixels, corners included, with an alpha above 25; fainter pixels that touch no island go, too.
+ * of connected pixels, corners included, with an alpha above 25; fainter pixels that touch no island go, too. Of equally
+ * large islands the first one counts as the largest, in the order of OpenCV: by blocks of 2 x 2 pixels.
  */
 export function removeSpecks(picture: Picture): Picture {
   const { width, height, data } = picture;
@@ -116,7 +129,7 @@ export function removeSpecks(picture: Picture): Picture {
   const labels = new Int32Array(area); // 0: no island
   const sizes = [0];
   const seen = (pixel: number) => data[4 * pixel + 3] > 25;
-  for (let start = 0; start < area; start++) {
+  for (const start of byBlocks(width, height)) {
     if (!seen(start) || labels[start] > 0) continue;
     const label = sizes.length;
     sizes.push(0);
@@ -129,10 +142,18 @@ export function removeSpecks(picture: Picture): Picture {
         }
   }
   if (sizes.length === 1) return picture;
-  const largest = sizes.indexOf(Math.max(...sizes));
+  const largest = sizes.reduce((best, size, label) => (size > sizes[best] ? label : best), 0);
   const stays = sizes.map((size, label) => label > 0 && (label === largest || size >= Math.max(2, SPECK_SHARE * area)));
   const near = (pixel: number) => around(pixel, width, height).some((other) => stays[labels[other]]);
   return kept(picture, (pixel) => (labels[pixel] > 0 ? stays[labels[pixel]] : near(pixel)));
+}
+
+/** All pixels, those of a block of 2 x 2 after another. */
+function* byBlocks(width: number, height: number): Generator<number> {
+  for (let row = 0; row < height; row += 2)
+    for (let column = 0; column < width; column += 2)
+      for (let r = row; r < Math.min(row + 2, height); r++)
+        for (let c = column; c < Math.min(column + 2, width); c++) yield r * width + c;
 }
 
 /** A pixel and its up to eight neighbours. */
@@ -160,7 +181,7 @@ const XYZ = [
   [0.0193, 0.1192, 0.9505],
 ].map((row) => row.map((value) => value / (row[0] + row[1] + row[2])));
 
-/** sRGB to CIE Lab, L 0 to 100. */
+/** sRGB to CIE Lab in whole steps of 1 / LAB_STEPS, so that Python finds the same distances to the last digit. */
 export function toLab(rgb: Rgb): number[] {
   const linear = rgb.map((level) => {
     const value = level / 255;
@@ -170,7 +191,7 @@ export function toLab(rgb: Rgb): number[] {
     const value = row[0] * linear[0] + row[1] * linear[1] + row[2] * linear[2];
     return value > (6 / 29) ** 3 ? Math.cbrt(value) : (value * (29 / 6) ** 2) / 3 + 4 / 29;
   });
-  return [116 * y - 16, 500 * (x - y), 200 * (y - z)];
+  return [116 * y - 16, 500 * (x - y), 200 * (y - z)].map((value) => roundEven(LAB_STEPS * value));
 }
 
 /**
@@ -178,7 +199,8 @@ export function toLab(rgb: Rgb): number[] {
  * Throws RangeError for a number outside 2 to 256.
  */
 export function pickPalette(picture: Picture, colors: number): Rgb[] {
-  if (!(colors >= 2 && colors <= MAX_COLORS)) throw new RangeError(`a palette has 2 to ${MAX_COLORS} colours`);
+  if (!(Number.isInteger(colors) && colors >= 2 && colors <= MAX_COLORS))
+    throw new RangeError(`a palette has 2 to ${MAX_COLORS} colours, not ${colors}`);
   const counted = new Map<number, number>(); // colour as one number: its pixels
   for (let k = 0; k < picture.data.length; k += 4) {
     if (picture.data[k + 3] < 128) continue;
@@ -189,10 +211,10 @@ export function pickPalette(picture: Picture, colors: number): Rgb[] {
   const distinct = codes.map(channelsOf);
   if (distinct.length <= colors) return distinct;
   const weights = codes.map((code) => counted.get(code)!);
-  const labels = cluster(distinct.map(toLab), weights, colors);
+  const groups = Array.from({ length: colors }, (): number[] => []);
+  cluster(distinct.map(toLab), weights, colors).forEach((label, k) => groups[label].push(k));
   const medians = new Set<number>();
-  for (let label = 0; label < colors; label++) {
-    const members = labels.flatMap((own, k) => (own === label ? [k] : []));
+  for (const members of groups) {
     if (members.length === 0) continue;
     const [r, g, b] = [0, 1, 2].map((c) => median(members.map((k) => [distinct[k][c], weights[k]])));
     medians.add((r << 16) | (g << 8) | b);
@@ -214,9 +236,10 @@ function median(values: [number, number][]): number {
 }
 
 /** The cluster of each point: k-means that starts by splitting, `_cluster` in pixelart.py. */
-function cluster(points: number[][], weights: number[], number: number): number[] {
-  let labels = points.map(() => 0);
-  let centers = means(points, weights, labels, [points[0]]);
+function cluster(points: number[][], weights: number[], number: number): Int32Array {
+  let labels: Int32Array = new Int32Array(points.length);
+  const centers = [points[0]];
+  moveToMeans(centers, points, weights, labels);
   while (centers.length < number) {
     const errors = points.map((point, k) => weights[k] * squared(point, centers[labels[k]]));
     const sums = centers.map(() => 0);
@@ -224,38 +247,55 @@ function cluster(points: number[][], weights: number[], number: number): number[
     const largest = indexOfLargest(sums);
     centers.push(points[indexOfLargest(errors.map((error, k) => (labels[k] === largest ? error : -1)))]);
     for (let round = 0; round < SPLIT_ROUNDS; round++) {
-      labels = points.map((point) => nearest(point, centers));
-      centers = means(points, weights, labels, centers);
+      labels = nearestOf(points, centers);
+      moveToMeans(centers, points, weights, labels);
     }
   }
   for (let round = 0; round < MAX_ROUNDS; round++) {
-    const moved = points.map((point) => nearest(point, centers));
+    const moved = nearestOf(points, centers);
     if (moved.every((label, k) => label === labels[k])) break;
     labels = moved;
-    centers = means(points, weights, labels, centers);
+    moveToMeans(centers, points, weights, labels);
   }
   return labels;
 }
 
-/** The weighted mean of each cluster; an empty one keeps its centre. */
-function means(points: number[][], weights: number[], labels: number[], centers: number[][]): number[][] {
+/** Moves each centre to the weighted mean of its cluster, rounded; that of an empty one stays. */
+function moveToMeans(centers: number[][], points: number[][], weights: number[], labels: Int32Array): void {
   const sums = centers.map(() => [0, 0, 0, 0]);
   points.forEach((point, k) => {
     const sum = sums[labels[k]];
     for (let axis = 0; axis < 3; axis++) sum[axis] += weights[k] * point[axis];
     sum[3] += weights[k];
   });
-  return sums.map((sum, k) => (sum[3] > 0 ? sum.slice(0, 3).map((value) => value / sum[3]) : centers[k]));
+  sums.forEach(([l, a, b, total], k) => {
+    if (total > 0) centers[k] = [l, a, b].map((sum) => roundEven(sum / total));
+  });
 }
 
 const squared = (a: number[], b: number[]) => (a[0] - b[0]) ** 2 + (a[1] - b[1]) ** 2 + (a[2] - b[2]) ** 2;
 
 const indexOfLargest = (values: number[]) => values.reduce((best, value, k) => (value > values[best] ? k : best), 0);
 
-function nearest(point: number[], centers: number[][]): number {
-  let best = 0;
-  for (let k = 1; k < centers.length; k++) if (squared(point, centers[k]) < squared(point, centers[best])) best = k;
-  return best;
+/** The nearest centre of each point, the first of equally near ones. */
+function nearestOf(points: number[][], centers: number[][]): Int32Array {
+  const flat = Float64Array.from(centers.flat()); // plain loops: 256 colours of a large picture take 1e9 distances
+  const labels = new Int32Array(points.length);
+  for (let k = 0; k < points.length; k++) {
+    const [l, a, b] = points[k];
+    let least = Infinity;
+    for (let at = 0; at < flat.length; at += 3) {
+      const x = l - flat[at];
+      const y = a - flat[at + 1];
+      const z = b - flat[at + 2];
+      const distance = x * x + y * y + z * z;
+      if (distance < least) {
+        least = distance;
+        labels[k] = at / 3;
+      }
+    }
+  }
+  return labels;
 }
 
 /** Every visible pixel in the colour of the palette that is nearest in CIE Lab; alpha stays. */
@@ -266,9 +306,8 @@ export function applyPalette(picture: Picture, palette: readonly Rgb[]): Picture
   for (let k = 0; k < picture.data.length; k += 4) {
     result.data[k + 3] = picture.data[k + 3];
     if (picture.data[k + 3] === 0) continue;
-    const [r, g, b] = picture.data.subarray(k, k + 3);
-    const code = (r << 16) | (g << 8) | b;
-    if (!found.has(code)) found.set(code, palette[nearest(toLab([r, g, b]), centers)]);
+    const code = (picture.data[k] << 16) | (picture.data[k + 1] << 8) | picture.data[k + 2];
+    if (!found.has(code)) found.set(code, palette[nearestOf([toLab(channelsOf(code))], centers)[0]]);
     result.data.set(found.get(code)!, k);
   }
   return result;
