@@ -30,9 +30,6 @@ COLOR_ANCHORS: dict[str, str] = {
 }
 # Shadow and shine make parts of every creature gray or white, so people name the other colours first.
 SALIENCE = {"gray": 0.6, "white": 0.8, "black": 0.9}
-# Linear sRGB to CIE XYZ relative to the white of D65 (IEC 61966-2-1).
-XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
-XYZ /= XYZ.sum(1, keepdims=True)
 COLOR_SIZE = 64  # px, so that captions do not depend on the model's size
 
 
@@ -109,13 +106,9 @@ def is_typical(rgb: Sequence[int]) -> bool:
 
 
 def to_lab(rgb: np.ndarray) -> np.ndarray:
-    """sRGB uint8 (..., 3) to CIELAB float64 (..., 3), D65, L in 0..100. The page's pictures.ts has the same formula."""
-    values = rgb / 255
-    linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
-    xyz = linear @ XYZ.T
-    f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz * (29 / 6) ** 2 / 3 + 4 / 29)
-    x, y, z = np.moveaxis(f, -1, 0)
-    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
+    """sRGB uint8 (..., 3) to CIELAB float32 (..., 3), D65, L in 0..100."""
+    flat = rgb.reshape(1, -1, 3).astype(np.float32) / 255
+    return cv2.cvtColor(flat, cv2.COLOR_RGB2LAB).reshape(rgb.shape)
 
 
 @cache
