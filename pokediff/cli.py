@@ -8,11 +8,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import io
 import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_origin
 
@@ -38,7 +41,7 @@ from pokediff.config import (
     TrainConfig,
     load_yaml,
 )
-from pokediff.errors import PokediffError, one_line_errors
+from pokediff.errors import PokediffError, first_line, one_line_errors
 from pokediff.paths import shipped
 
 ALIASES = {  # of the fields of SampleConfig and Sampling
@@ -46,6 +49,20 @@ ALIASES = {  # of the fields of SampleConfig and Sampling
     "num_inference_steps": ("--steps", "--num-steps"),
     "guidance_scale": ("--cfg",),
 }
+ELSEWHERE = {  # names in other programs, and ours
+    **dict.fromkeys(("--lr", "--learning-rate"), "--stages.base-32.learning-rate, for each stage"),
+    **dict.fromkeys(("--batch-size", "--train-batch-size"), "--stages.base-32.batch-size, for each stage"),
+    **dict.fromkeys(("--epochs", "--num-epochs", "--num-train-epochs"), "--max-steps or --max-minutes"),
+    **dict.fromkeys(("--steps", "--max-train-steps", "--iterations"), "--max-steps"),
+    **dict.fromkeys(("--resolution", "--height", "--width", "--image-size"), "--size"),
+    **dict.fromkeys(("--output", "--output-dir", "--outdir", "--output-path"), "--out"),
+    **dict.fromkeys(("--train-data-dir", "--dataset", "--data-dir", "--instance-data-dir"), "--data, or the folder"),
+    **dict.fromkeys(("--num-samples", "--samples", "--number", "--count", "--num-pictures"), "-n"),
+    **dict.fromkeys(("--scale", "--guidance", "--cfg-scale"), "--guidance-scale"),
+    **dict.fromkeys(("--model", "--ckpt", "--weights", "--pretrained-model-name-or-path"), "--checkpoint"),
+    "--negative": "--negative-prompt",
+}
+NUMBERS = {"INT": "a whole number", "FLOAT": "a number"}
 C = TypeVar("C", TrainConfig, BaselineConfig)
 FLAT = ("settings", "sampling")  # fields whose own fields are options without a prefix
 
@@ -196,7 +213,10 @@ def train_defaults(args: list[str]) -> TrainOptions:
     generic = TrainOptions(settings=load_yaml(shipped("configs", "pokemon.yaml"), TrainConfig))
     given = parse(TrainOptions, args, "pokediff train", generic)
     if given.folder is None:
-        raise PokediffError("no training data: give a folder of pictures, or --config FILE")
+        data = early(args, "--data")
+        cure = f": --data goes with --config; without it: pokediff train {data}" if data else ""
+        cure = cure or ": give a folder of pictures, or --config FILE; the folder before --stages"
+        raise PokediffError(f"no training data{cure}")
     from pokediff.training.recipes import recipe_for
 
     return TrainOptions(settings=recipe_for(given.folder, size=given.size))
@@ -269,6 +289,11 @@ def sample(options: SampleOptions) -> None:
     from pokediff.drawing.sample import sample
 
     config = options.settings
+    if len(options.prompts) > 1 and not any(" " in prompt for prompt in options.prompts):
+        raise PokediffError(
+            f'{len(options.prompts)} prompts of one word each: write "{" ".join(options.prompts)}" in quotes, or '
+            f"--prompt {' '.join(options.prompts)} for a picture of each"
+        )
     if options.prompts:
         given = () if options.from_json else config.prompt
         config = replace(config, prompt=(*options.prompts, *given))
@@ -362,9 +387,7 @@ def main(args: Sequence[str] | None = None, command: str | None = None, prog: st
                 return
             command, *words = words
             if command not in COMMANDS:
-                near = difflib.get_close_matches(command, COMMANDS, 1, 0.7)
-                hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
-                raise PokediffError(f"unknown command {command!r}; {hint}")
+                raise PokediffError(f"unknown command {command!r}; {right_command(command, words)}")
             prog = f"{prog} {command}"
         row = COMMANDS[command]
         refuse_duplicates(words)
@@ -372,6 +395,19 @@ def main(args: Sequence[str] | None = None, command: str | None = None, prog: st
         wants_help = {"-h", "--help"} & set(words)
         default = row.defaults(words) if row.defaults and not wants_help else None
         row.run(parse(options, words, prog, default))
+
+
+def right_command(command: str, words: Sequence[str]) -> str:
+    """What to write in place of a command that there is not."""
+    if near := difflib.get_close_matches(command, COMMANDS, 1, 0.7):
+        return f"did you mean {near[0]}?"
+    if command.startswith("-"):
+        return 'the command comes before its options, as in: pokediff sample "a blue turtle" --size 64'
+    if Path(command).is_dir():
+        return f"to train on this folder: pokediff train {command}"
+    if " " in command:
+        return f'to draw: pokediff sample "{command}"'
+    return f"commands: {', '.join(COMMANDS)}"
 
 
 def usage() -> str:
@@ -385,11 +421,53 @@ def usage() -> str:
 
 
 def parse(options: type, args: Sequence[str], prog: str, default: Any = None) -> Any:
-    """The options of a command. Prints help or an error and exits, as argparse does."""
+    """The options of a command. Prints help and exits. Raises PokediffError for options that do not fit."""
     registry = ConstructorRegistry()
     registry.struct_rule(plain_fields({"-h", "--help"} & set(args) != set()))
     given = {} if default is None else {"default": default}
-    return tyro.cli(options, args=args, prog=prog, registry=registry, config=(tyro.conf.DisallowNone,), **given)
+    printed = io.StringIO()
+    try:
+        with redirect_stderr(printed):
+            return tyro.cli(options, args=args, prog=prog, registry=registry, config=(tyro.conf.DisallowNone,), **given)
+    except SystemExit as exit:
+        if not exit.code:
+            raise
+    raise PokediffError(f"{plain_error(printed.getvalue(), prog)} ({prog} --help lists all options)")
+
+
+def plain_error(box: str, prog: str) -> str:
+    """The one line of an error that tyro prints in a box of several sections."""
+    lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()[1:]]  # below the title
+    rules = groupby(filter(None, lines), lambda line: re.fullmatch("[─-]+", line) is not None)
+    sections = [" ".join(part) for is_rule, part in rules if not is_rule]
+    text = sections[0] if sections else first_line(PokediffError(box))
+    if match := re.match(r"Unrecognized options: (.*)", text):
+        return unknown_option(match[1].split(", "), sections, prog)
+    if match := re.match(r"invalid choice (.*) for argument '([^/']*).*Expected one of \((.*)\)", text):
+        choices = sorted((set(re.findall(r"'([^']*)'", match[3])) - {"None"}), key=lambda name: (len(name), name))
+        return f"{match[2]} {match[1]} is none of {', '.join(choices)}"
+    if match := re.match(r"Error parsing ([^/:]*).*no type matching (.*?) could.*from \[(.*?)\]", text):
+        wanted = plain_metavar(match[2])
+        return f"{match[1]} {match[3]} is not {NUMBERS.get(wanted, wanted)}"
+    if match := re.match(r"Missing value for argument '([^/']*)", text):
+        return f"{match[1]} needs a value after it"
+    if match := re.match(r"Missing from .*?: (.*?) \(required\)", text):
+        return f"missing: {match[1]}"
+    return text
+
+
+def unknown_option(words: Sequence[str], sections: Sequence[str], prog: str) -> str:
+    """What to say of words that are no options: their names in other programs, and ours that are spelt alike."""
+    option = next((word for word in words if word.startswith("-")), None)
+    if option is None:
+        quoted = " ".join(words)
+        several = ": join data sets with --data A B and --config FILE" if prog.endswith("train") else ""
+        return f"unexpected {quoted!r}{several}"
+    name = option.partition("=")[0]
+    near = [found for part in sections if part.startswith("Perhaps") for found in re.findall(r"(--[\w.-]+)", part)]
+    if cure := ELSEWHERE.get(name.replace("_", "-")):
+        return f"unknown option {name}: use {cure}"
+    return f"unknown option {name}" + (f": did you mean {' or '.join(dict.fromkeys(near[:2]))}?" if near else "")
 
 
 def plain_fields(for_help: bool) -> Callable[[StructTypeInfo], StructConstructorSpec | None]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pokediff.errors import PokediffError, first_line
-from pokediff.files import read_text
+from pokediff.files import read_text, require_file
 
 T = TypeVar("T")
 DEFAULT_CLIP = "open_clip:ViT-B-32:laion2b_s34b_b79k"  # text encoder of the scraper's caption embeddings
@@ -457,7 +457,7 @@ class SampleConfig:
         _require(1 <= self.enlarge <= 64, "enlarge", "must be 1 to 64")
         _require(self.save_frames >= 0, "save_frames", "must not be negative")
         _require(not (self.raw and (self.palette or self.hard_alpha)), "raw", "excludes palette and hard_alpha")
-        _require(self.seed is None or 0 <= self.seed < 2**63, "seed", "must be a whole number from 0")
+        _require(self.seed is None or 0 <= self.seed < 2**63, "seed", "must be from 0 to 2^63 - 1 (9.2e18)")
         _require(0 < self.strength <= 1, "strength", "must be above 0 and at most 1")
         _require(0 <= self.variation <= 1, "variation", "must be in [0, 1]")
         _require(not self.mask or self.image is not None, "mask", "needs an image")
@@ -478,7 +478,7 @@ class EvaluateConfig:
     styles: tuple[str, ...] | None = None  # styles of the reference pictures (default: artwork, else all)
     out: str | None = None  # folder of the report (default: reports/<checkpoint>-<size>)
     number: int = 500  # pictures to draw, from captions of the reference pictures
-    features: tuple[str, ...] = ("inception",)  # inception, dinov2, clip:MODEL, mobilenet_v2:FILE
+    features: tuple[str, ...] = ("inception",)  # inception, dinov2, clip:MODEL, mobilenet_v2:FILE, or none
     lpips: str | None = None  # squeeze:FILE.safetensors, for the diversity within a prompt
     clip: str | None = None  # a transformers CLIP for CLIP score and retrieval, other than the model's text encoder
     concepts: tuple[str, ...] = ()  # data sets with names, for the recognition figures (default: those of --data)
@@ -495,6 +495,7 @@ class EvaluateConfig:
         _require(not (self.checkpoint and self.images), "images", "excludes checkpoint")
         for name in ("number", "kid_subsets", "kid_subset_size"):
             _require(getattr(self, name) > 1, name, "must be at least 2")
+        _require(self.number >= 7, "number", "must be at least 7, better hundreds")  # see evaluate.FEWEST_DRAWN
         _positive(self, "", "batch_size")
 
 
@@ -542,8 +543,7 @@ def _read_yaml(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
     """The values of a file, laid over those of the one that it extends."""
     import yaml
 
-    if not path.is_file():
-        raise PokediffError(f"{path} not found")
+    require_file(path)
     if path.resolve() in extending:
         raise PokediffError(f"{path} extends itself")
     try:

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -33,8 +34,10 @@ Row = tuple[str, dict[str, Any]]  # its place for error messages, and its column
 def read_text(path: Path) -> str:
     """A UTF-8 text file with or without a byte order mark, or a UTF-16 one with it; any line ends become "\\n".
 
-    Raises PokediffError for any other encoding.
+    Raises PokediffError for any other encoding, and for a pipe or device, which may never end.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise PokediffError(f"{path} is no file")
     data = path.read_bytes()
     wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
@@ -42,6 +45,25 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError:
         raise PokediffError(f"{path} is not UTF-8 text: save it as UTF-8") from None
     return io.StringIO(text, newline=None).read()
+
+
+def require_file(path: Path, what: str = "") -> None:
+    """Raise PokediffError when there is no such file; `what` it is begins the message."""
+    if not path.is_file():
+        raise PokediffError(f"{what} {path} {'is a folder, not a file' if path.is_dir() else 'not found'}".strip())
+
+
+def is_own_file(path: Path, folder: Path) -> bool:
+    """Whether `path` is a plain file that lies in `folder` when all links are resolved: what a stranger's folder names
+    must not open other files of this machine, nor a pipe, which may never end. Files of a download of the Hugging Face
+    hub are links to the blobs of their repository.
+    """
+    places = [folder.resolve()]
+    for parent in folder.absolute().parents:
+        if parent.name == "snapshots" and parent.parent.name.startswith(("models--", "datasets--")):
+            places.append(parent.parent.resolve() / "blobs")
+    found = path.resolve()
+    return path.is_file() and any(found.is_relative_to(place) for place in places)
 
 
 def read_json(path: Path) -> Any:
@@ -125,6 +147,21 @@ def write_whole(path: Path, data: str | bytes) -> None:
         if error.errno is not None and error.filename is None:  # a full disk does not name the file
             error.filename = str(path)
         raise
+
+
+def move_whole(temporary: Path, folder: Path, last: Sequence[str] = ()) -> None:
+    """Move all files of a finished temporary folder, of the same disk, to their places in `folder`, those of the names
+    `last` at the end: a list after what it names. The temporary folder goes.
+    """
+    files = [path for path in temporary.rglob("*") if path.is_file()]
+    for path in files:  # on the disk before the rename
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    for path in sorted(files, key=lambda path: last.index(path.name) if path.name in last else -1):
+        target = folder / path.relative_to(temporary)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+    shutil.rmtree(temporary)
 
 
 def refuse_foreign(folder: Path, marks: Sequence[str]) -> None:

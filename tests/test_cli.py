@@ -97,11 +97,29 @@ def test_help_is_plain(capsys, command, words):
         (("sample", "x", "--checkpoint", "checkpoints/none"), "checkpoints/none"),
         (("sample", "x", "--checkpoint", "creature"), "creature"),
         (("sample", "x", "--sampler", "magic"), "magic"),
-        (("sample", "x", "--seed", "new"), "new"),
+        (("sample", "x", "--seed", "new"), "--seed 'new' is not a whole number"),
+        (("sample", "x", "--seed", "1e20"), "--seed '1e20' is not a whole number"),
+        (("sample", "x", "--seed", str(10**20)), "seed must be from 0 to 2^63 - 1"),
+        (("sample", "x", "--guidance-interval", "1"), "--guidance-interval '1' is not FLOAT FLOAT"),
+        (("sample", "x", "--sizee", "32"), "unknown option --sizee: did you mean --size?"),
+        (("sample", "x", "--width", "32"), "unknown option --width: use --size"),
+        (("sample", "x", "--nothing-like-it", "32"), "unknown option --nothing-like-it (pokediff sample --help lists"),
+        (("sample", "x", "--steps"), "--steps needs a value"),
+        (("sample", "a", "blue", "turtle"), '3 prompts of one word each: write "a blue turtle" in quotes'),
+        (("a blue turtle",), 'to draw: pokediff sample "a blue turtle"'),
+        (("--size", "64"), "the command comes before its options"),
+        (("trian", "d"), "did you mean train?"),
+        (("train", ".", "more"), "unexpected 'more': join data sets with --data A B and --config FILE"),
+        (("train", ".", "--lr", "1"), "unknown option --lr: use --stages.base-32.learning-rate"),
+        (("train", ".", "--size", "48"), "--size '48' is none of 32, 64, 128"),
+        (("train", "--data", "d"), "without it: pokediff train d"),
+        (("train", "--config", "."), ". is a folder, not a file"),
+        (("embed",), "missing: FOLDER"),
         (("sample", "--prompt", "a", "--prompt", "b"), "--prompt is given twice"),
         (("sample", "x", "--guidance-interval", "5", "0.1"), "the smaller first"),
         (("sample", "--from-json", "none.json"), "none.json not found"),
         (("train",), "give a folder of pictures, or --config FILE"),
+        (("train", __file__), "is a file and not a folder of pictures: give the folder it is in"),
         (("train", "none"), "none not found"),
         (("train", "--config", "none.yaml"), "none.yaml not found"),
         (("train", "--config", "pokemon", "--stages", "base-16"), "--stages base-16: not in this configuration"),
@@ -119,7 +137,26 @@ def test_help_is_plain(capsys, command, words):
 )
 def test_mistakes_are_answered_in_a_line(capsys, monkeypatch, tmp_path, args, words):
     monkeypatch.chdir(tmp_path)
-    assert words in answer(capsys, *args, code=2)
+    text = answer(capsys, *args, code=2)
+    assert words in text
+    assert text.startswith("error: ")
+    assert "│" not in text
+
+
+def test_an_archive_is_to_be_unpacked(capsys, tmp_path):
+    (tmp_path / "pics.zip").write_bytes(b"PK")
+    words = "pics.zip is a file and not a folder of pictures: unpack it, and give its folder"
+    assert words in answer(capsys, "train", str(tmp_path / "pics.zip"), code=2)
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "cp932", "ascii"])
+def test_a_console_that_is_not_utf8(tmp_path, encoding):
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    for args, code in ((["train", "--help"], 0), (["sample", "--help"], 0), (["train", "火のé"], 2)):
+        command = [sys.executable, "-m", "pokediff", *args]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
+        assert done.returncode == code, done.stderr
+        assert b"Traceback" not in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------ options

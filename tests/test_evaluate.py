@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
@@ -19,8 +22,9 @@ from pokediff.data.images import encode_png, unpremultiply
 from pokediff.data.records import Record, write_records
 from pokediff.errors import PokediffError
 from pokediff.evaluation import classifiers, model_measures, recognition
-from pokediff.evaluation.evaluate import evaluate, show
+from pokediff.evaluation.evaluate import FEWEST_DRAWN, evaluate, show
 from pokediff.evaluation.generators import Generated, read_generated
+from pokediff.evaluation.measures import cached_features
 from pokediff.evaluation.prompts import held_out_captions
 from pokediff.evaluation.reference import Reference, check_disjoint
 from pokediff.evaluation.report import GENERATED, PAIRS, REAL, Report, compare
@@ -84,7 +88,7 @@ def evaluated(tmp_path_factory, tiny_checkpoint, features, things):
         out=str(folder / "report"),
         number=24,
         styles=("artwork", "sprite"),
-        features=(features, "magic"),
+        features=(features,),
         concepts=(str(things),),
         batch_size=64,
         sampling=Sampling(size=64, num_inference_steps=2, precision="fp32", exact=True),
@@ -114,7 +118,6 @@ def test_a_report_is_complete(evaluated):
     assert kid["real"] < kid["value"] < 1.5 * kid["worthless"]
     c2st = by_name["accuracy of a two-sample classifier (C2ST)"]
     assert c2st["real"] < 0.75 < 0.9 < c2st["value"] <= 1  # a random network is no artist
-    assert "unknown kind" in by_name["all of it"]["note"]
     for name in ("copies in pixels", "the nearest concept is that of the prompt", "other animal, same seed"):
         assert 0 <= by_name[name]["value"] < 1
         assert by_name[name]["real"] is not None
@@ -243,9 +246,10 @@ def test_a_folder_of_copies_is_found(evaluated, tmp_path):
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     out = evaluate(
         EvaluateConfig(
-            images=str(tmp_path), data=config.data, styles=config.styles, out=str(tmp_path / "r"), features=("magic",)
+            images=str(tmp_path), data=config.data, styles=config.styles, out=str(tmp_path / "r"), features=("none",)
         )
     )
+    assert "--features none" in figures_of(out)["all of it"]["note"]
     found = {name: figure["value"] for name, figure in figures_of(out).items()}
     assert found["distance to the nearest training picture"] < 0.01
     assert found["nearer to a training picture than 99 % of real held-out ones"] > 0.5
@@ -265,7 +269,73 @@ def test_folders_that_cannot_be_measured_say_so(evaluated, tmp_path):
     with pytest.raises(PokediffError, match="squares of one size"):
         read_generated(tmp_path)
     with pytest.raises(PokediffError, match="of none"):
-        evaluate(EvaluateConfig(images=config.out + "/pictures", data=config.data, styles=("none",)))
+        evaluate(
+            EvaluateConfig(images=config.out + "/pictures", data=config.data, styles=("none",), features=("none",))
+        )
+
+
+@pytest.mark.slow
+def test_a_missing_part_is_an_error_before_the_first_drawing(evaluated, tmp_path, monkeypatch):
+    config, _ = evaluated
+    config = replace(config, out=str(tmp_path / "r"))
+    monkeypatch.setattr(PokeDiffPipeline, "generate", None)
+    for changes, words in (
+        ({"features": ("magic",)}, "unknown kind"),
+        ({"features": ("mobilenet_v2:none.safetensors",)}, "none.safetensors not found"),
+        ({"lpips": "squeeze:none.safetensors"}, "none.safetensors not found"),
+        ({"out": config.data[0]}, "lies in the data"),
+    ):
+        with pytest.raises(PokediffError, match=words):
+            evaluate(replace(config, **changes))
+    monkeypatch.setattr("pokediff.evaluation.evaluate.find_spec", lambda name: None if name == "jinja2" else name)
+    with pytest.raises(PokediffError, match="needs jinja2: pip install"):
+        evaluate(config)
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.slow
+def test_as_few_pictures_as_can_be_measured_and_one_fewer(evaluated, tmp_path, features):
+    config, out = evaluated
+    config = replace(config, checkpoint=None, images=str(tmp_path / "d"), out=str(tmp_path / "r"), features=(features,))
+    (tmp_path / "d").mkdir()
+    rows = ["\ufeff"]
+    for index, path in enumerate(sorted((out / "pictures").glob("*.png"))[:FEWEST_DRAWN]):
+        shutil.copy(path, tmp_path / "d" / f"{index}.png")
+        rows.append(json.dumps({"file_name": f"{index}.png", "prompt": "a red creature"}))
+        (tmp_path / "d" / "metadata.jsonl").write_text("\n\n".join(rows), encoding="utf-8")
+        if index + 1 == FEWEST_DRAWN - 1:
+            with pytest.raises(PokediffError, match=f"lists {index + 1} pictures; an evaluation needs at least"):
+                evaluate(config)
+    kid = figures_of(evaluate(config))["kernel distance (KID, unbiased) x 1000"]
+    assert kid["low"] <= kid["value"] <= kid["high"]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ('{"text": "x"}', "names None and not a picture"),
+        ('{"file_name": "../x.png"}', "and not a picture in this folder"),
+        ('{"file_name": "x.png"}', "x.png: not a picture"),
+        ("[1]", ":1: a row must be a JSON object"),
+    ],
+)
+def test_a_row_without_a_picture_is_named(tmp_path, row, words):
+    (tmp_path / "x.png").write_text("?")
+    (tmp_path / "metadata.jsonl").write_text(row)
+    with pytest.raises(PokediffError, match=words):
+        read_generated(tmp_path)
+
+
+def test_a_cut_cache_is_made_again(tmp_path):
+    calls = []
+    net = Mock(side_effect=lambda rgba, background: calls.append(1) or np.ones((2, 3), np.float32))
+    net.name = "n"
+    rgba = np.zeros((2, 4, 4, 4), np.uint8)
+    for cut in (None, 0, 9, 40):
+        for path in tmp_path.iterdir():
+            path.write_bytes(path.read_bytes()[:cut])
+        np.testing.assert_array_equal(cached_features(net, rgba, "white", tmp_path), np.ones((2, 3)))
+    assert len(calls) == 4
 
 
 @pytest.mark.slow
@@ -320,10 +390,11 @@ def test_what_was_counted_by_eye_is_in_the_report(evaluated):
 @pytest.mark.slow
 def test_two_processes_draw_what_one_draws(evaluated, tmp_path):
     config, out = evaluated
+    report = str(tmp_path / "r")
     script = (
         "import sys; from pokediff.config import EvaluateConfig, Sampling; "
         "from pokediff.evaluation.evaluate import evaluate; "
-        f"evaluate(EvaluateConfig(checkpoint={config.checkpoint!r}, data={config.data!r}, out={str(tmp_path)!r}, "
+        f"evaluate(EvaluateConfig(checkpoint={config.checkpoint!r}, data={config.data!r}, out={report!r}, "
         f"number=24, styles={config.styles!r}, features=(), batch_size=5, sampling={config.sampling!r}))"
     )
     (tmp_path / "run.py").write_text(script)
@@ -336,8 +407,8 @@ def test_two_processes_draw_what_one_draws(evaluated, tmp_path):
     paths = sorted((out / "pictures").glob("*.png"))
     assert len(paths) == 24
     for path in paths:
-        assert (tmp_path / "pictures" / path.name).read_bytes() == path.read_bytes()
-    assert json.loads((tmp_path / "report.json").read_text())["settings"]["processes"] == 2
+        assert (tmp_path / "r" / "pictures" / path.name).read_bytes() == path.read_bytes()
+    assert json.loads((tmp_path / "r" / "report.json").read_text())["settings"]["processes"] == 2
 
 
 # ------------------------------------------------------------------------------------ recognition and silhouettes

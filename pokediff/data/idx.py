@@ -21,6 +21,7 @@ from pokediff.errors import PokediffError
 
 IMAGES = re.compile(r"(.*)images([-.])idx3-ubyte(\.gz)?")
 IDX_ROW = re.compile(r"(.+idx3-ubyte(?:\.gz)?)#(\d+)")
+LARGEST = 1 << 30  # bytes, unpacked: a small file may unpack to a thousand times its size
 VALIDATION_PART = 12  # one of as many parts: 5,000 of MNIST's 60,000
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -64,7 +65,10 @@ def idx_picture(folder: Path, file: str, index: int) -> bytes:
 def _read(path: Path) -> np.ndarray:
     """The array of an idx file of bytes."""
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            data = file.read(LARGEST + 1)
+        if len(data) > LARGEST:
+            raise ValueError(f"more than {LARGEST >> 20} MB")
         dims = data[3]
         shape = np.frombuffer(data, ">u4", dims, offset=4)
         return np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(shape)

@@ -20,6 +20,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -29,15 +30,16 @@ from typing import Any
 
 from pokediff.data.idx import IDX_ROW, idx_files, idx_picture, read_idx_rows
 from pokediff.data.images import picture_formats
-from pokediff.errors import PokediffError
-from pokediff.files import Row, as_row, read_csv, read_json, read_rows, read_text
+from pokediff.errors import PokediffError, first_line
+from pokediff.files import Row, as_row, is_own_file, read_csv, read_json, read_rows, read_text
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.json", "metadata.parquet")  # the first of a folder is read
 SIDECARS = (".txt", ".caption")
 # Files that may hold captions: named when they are not read.
 TABLES = frozenset(".jsonl .ndjson .csv .tsv .json .parquet .arrow .xlsx .xls .ods .yaml .yml .xml".split())
 # Files that may hold pictures and are not read, beside those that the system knows as pictures, films or archives.
-UNREAD = frozenset(".heic .heif .jxl .xcf .kra .ase .aseprite .clip .eps .ai .zip .rar .7z .tar .tgz .tfrecord".split())
+ARCHIVES = frozenset(".zip .rar .7z .tar .tgz .gz .xz .bz2".split())
+UNREAD = ARCHIVES | frozenset(".heic .heif .jxl .xcf .kra .ase .aseprite .clip .eps .ai .tfrecord".split())
 # Files of the scraper and of `datasets` that hold no captions.
 NO_CAPTIONS = {"failures.jsonl", "state.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
 SYSTEM_FOLDERS = {"__macosx", "@eadir", "$recycle.bin", "system volume information"}
@@ -68,6 +70,9 @@ def read_listing(folder: Path) -> Listing:
     Raises PokediffError when the folder does not exist, holds no pictures, has a broken metadata file, or has parquet
     files and pyarrow is not installed.
     """
+    if folder.is_file():
+        cure = "unpack it, and give its folder" if folder.suffix.lower() in ARCHIVES else "give the folder it is in"
+        raise PokediffError(f"{folder} is a file and not a folder of pictures: {cure}")
     if not folder.is_dir():
         raise PokediffError(f"{folder} not found")
     notes: list[str] = []
@@ -105,17 +110,27 @@ def picture_bytes(folder: Path, file_name: str) -> bytes:
         return idx_picture(folder, match[1], int(match[2]))
     match = PARQUET_ROW.fullmatch(file_name)
     if not match:
-        return (folder / file_name).read_bytes()
+        return _own_bytes(folder / file_name, folder)
     path = folder / match[1]
-    starts = _row_group_starts(path)
-    group = max(index for index, start in enumerate(starts) if start <= int(match[2]))
-    value = _image_column(path, group)[int(match[2]) - starts[group]].as_py()
+    try:
+        with _broken_parquet(path):
+            starts = _row_group_starts(path)
+            group = max(index for index, start in enumerate(starts) if start <= int(match[2]))
+            value = _image_column(path, group)[int(match[2]) - starts[group]].as_py()
+    except PokediffError as error:
+        raise OSError(str(error)) from None
     if isinstance(value, dict) and value.get("bytes") is None and value.get("path"):
-        return (path.parent / PurePosixPath(str(value["path"])).name).read_bytes()  # no other folder
+        return _own_bytes(path.parent / PurePosixPath(str(value["path"])).name, folder)  # no other folder
     data = value.get("bytes") if isinstance(value, dict) else value
     if data is None:
         raise OSError("the row holds no picture")
     return data
+
+
+def _own_bytes(path: Path, folder: Path) -> bytes:
+    if path.exists() and not is_own_file(path, folder):
+        raise OSError("a link out of the folder, or no file")
+    return path.read_bytes()
 
 
 def words_of(name: str, shortest: int = 3) -> str:
@@ -140,20 +155,25 @@ def split_words(text: str, shortest: int) -> list[str]:
 def _walk(folder: Path, notes: list[str]) -> Iterator[PurePosixPath]:
     """All files below a folder, relative to it, without hidden ones and without what systems leave there.
 
-    `notes` gets a line for links to folders, which are not followed, and for names that are not UTF-8.
+    `notes` gets a line for links to folders, which are not followed, for links out of the folder and pipes, and for
+    names that are not UTF-8.
     """
-    links, unnamed = [], []
+    links, foreign, unnamed = [], [], []
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name[0] not in ".~" and name.lower() not in SYSTEM_FOLDERS]
         inside = PurePosixPath(Path(place).relative_to(folder).as_posix())
         links += [inside / name for name in folders if Path(place, name).is_symlink()]
         for file in (inside / name for name in names if name[0] not in ".~"):
-            if _is_text(str(file)):
+            if not is_own_file(folder / file, folder):
+                foreign.append(file)
+            elif _is_text(str(file)):
                 yield file
             else:
                 unnamed.append(PurePosixPath(os.fsencode(str(file)).decode(errors="backslashreplace")))
     if links:
         notes.append(f"not used: {_names(links)} (a link to a folder: give that folder, too)")
+    if foreign:
+        notes.append(f"not used: {_names(foreign)} (a link out of the folder, or no file: copy the file to its place)")
     if unnamed:
         notes.append(f"not used: {_names(unnamed)} (the name is not UTF-8: rename it)")
 
@@ -338,11 +358,12 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     image = _image_name(file)
     columns = [name for name in file.schema_arrow.names if name != image]
     number = 0
-    for batch in file.iter_batches(columns=columns):
-        for row in batch.to_pylist():
-            place = {"file_name": f"{path.name}#{number}"} if image else {}
-            yield f"{path}: row {number}", {**row, **place}
-            number += 1
+    with _broken_parquet(path):
+        for batch in file.iter_batches(columns=columns):
+            for row in batch.to_pylist():
+                place = {"file_name": f"{path.name}#{number}"} if image else {}
+                yield f"{path}: row {number}", {**row, **place}
+                number += 1
 
 
 def _parquet(path: Path) -> Any:
@@ -350,10 +371,19 @@ def _parquet(path: Path) -> Any:
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise PokediffError(f'reading {path.name} needs pyarrow: pip install "pokediff[parquet]"') from None
-    try:
+    with _broken_parquet(path):
         return ParquetFile(path)
-    except (OSError, ValueError) as error:
-        raise PokediffError(f"{path} is not a parquet file ({str(error).splitlines()[0]})") from None
+
+
+@contextmanager
+def _broken_parquet(path: Path) -> Iterator[None]:
+    """Make a PokediffError of the errors of pyarrow, which are OSErrors, ValueErrors, KeyErrors and others."""
+    try:
+        yield
+    except PokediffError:
+        raise
+    except Exception as error:
+        raise PokediffError(f"{path} is not a parquet file, or not whole ({first_line(error)})") from None
 
 
 def _hold_pictures(folder: Path, files: Sequence[PurePosixPath]) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 
 from pokediff.config import SampleConfig
 from pokediff.errors import PokediffError
-from pokediff.files import read_text
+from pokediff.files import read_text, require_file
 
 MAX_SEED = 2**32 - 1  # of a random seed
 
@@ -45,8 +45,7 @@ def read_prompts(config: SampleConfig) -> list[str]:
     prompts = list(config.prompt)
     if config.prompts_file:
         path = Path(config.prompts_file)
-        if not path.is_file():
-            raise PokediffError(f"prompts file {path} not found")
+        require_file(path, "prompts file")
         lines = (line.strip() for line in read_text(path).splitlines())
         prompts += [line for line in lines if line and not line.startswith("#")]
     if not prompts:

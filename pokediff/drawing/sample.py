@@ -22,7 +22,7 @@ from pokediff.drawing.pixelart import PIXEL_COLORS, finish, is_pixel_prompt, rea
 from pokediff.drawing.sheets import Frame, checkpoint_folder, listed_files, weights_sha256, write_drawing
 from pokediff.drawing.table import draw_table, is_table, read_table
 from pokediff.errors import PokediffError
-from pokediff.files import new_folder, read_json
+from pokediff.files import new_folder, read_json, require_file
 from pokediff.model.denoiser import compile_network
 from pokediff.model.pipeline import PokeDiffPipeline, quiet
 from pokediff.model.samplers import slerp
@@ -238,8 +238,7 @@ def read_settings(path: str | Path) -> SampleConfig:
     Raises PokediffError when there is no such file, or it is not a sample.json.
     """
     path = Path(path)
-    if not path.is_file():
-        raise PokediffError(f"{path} not found")
+    require_file(path)
     try:
         settings = read_json(path)["settings"]
     except (KeyError, TypeError):

@@ -27,7 +27,7 @@ from pokediff.data.images import encode_png, enlarge
 from pokediff.drawing.jobs import MAX_SEED, Job, slug
 from pokediff.drawing.sheets import on_background
 from pokediff.errors import PokediffError
-from pokediff.files import own_folder, read_csv, read_text, write_whole
+from pokediff.files import own_folder, read_csv, read_text, require_file, write_whole
 
 MANIFEST = "manifest.csv"
 COLUMNS = ("file", "prompt", "seed", "settings")
@@ -121,8 +121,7 @@ def read_table(config: SampleConfig) -> list[Row]:
     if config.prompt:
         raise PokediffError("prompts from a table exclude other prompts")
     path = Path(str(config.prompts_file))
-    if not path.is_file():
-        raise PokediffError(f"prompts file {path} not found")
+    require_file(path, "prompts file")
     found = [(where, cells) for where, cells in read_csv(path, "prompt") if cells.get("prompt")]
     rows = [_row(cells, config.num_images_per_prompt, where) for where, cells in found]
     if not rows:

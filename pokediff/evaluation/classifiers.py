@@ -17,9 +17,10 @@ from torch import nn
 
 from pokediff.data.captions import style_phrase
 from pokediff.data.dataset import translate
-from pokediff.data.files import write_whole
 from pokediff.data.images import premultiply
 from pokediff.data.records import Record
+from pokediff.evaluation.features import stored
+from pokediff.files import write_whole
 
 FOLDS = 5
 WEIGHT_DECAY = 1e-3  # of the linear classifier
@@ -125,8 +126,8 @@ class Judge:
         content = b"".join(target.tobytes() for target in targets.values()) + pixels.tobytes()
         key = hashlib.sha256(settings + content).hexdigest()[:24]
         path = None if cache is None else cache / f"judge-{key}.safetensors"
-        if path is not None and path.is_file():
-            self.network.load_state_dict(load_file(path))
+        if path is not None and (weights := stored(path, load_file)) is not None:
+            self.network.load_state_dict(weights)
             self.network.eval()
             return
         self._train(pixels, targets, seed)

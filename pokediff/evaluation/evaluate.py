@@ -5,9 +5,10 @@ OUT caches drawings by their settings, and features by the pictures, for the nex
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,17 @@ from pokediff.data.dataset import load_pictures
 from pokediff.data.images import pairs
 from pokediff.errors import PokediffError
 from pokediff.evaluation import measures, model_measures, prompts, recognition, shape_measures, survey
-from pokediff.evaluation.features import FeatureNet, load_features
+from pokediff.evaluation.distances import NEIGHBOURS
+from pokediff.evaluation.features import FeatureNet, Lpips, clip_similarity, load_features
 from pokediff.evaluation.generators import Drawer, Generated, ImageGenerator, denoisers_used, read_generated
 from pokediff.evaluation.reference import Reference, load_reference
 from pokediff.evaluation.report import GENERATED, PAIRS, REAL, Report, write_report
+from pokediff.files import own_folder, read_json, refuse_inside
 from pokediff.model.denoiser import Denoiser
 from pokediff.model.pipeline import PokeDiffPipeline, quiet
 
+MARKS = ("report.json", "pictures/settings.json", "cache", "survey/result.json")  # by which an earlier run is known
+FEWEST_DRAWN = NEIGHBOURS + 2  # precision and recall of all but one need more than NEIGHBOURS
 JUDGED = 20  # pictures of each style for the second judge
 SHOWN = 64  # generated pictures on the page, or pairs
 
@@ -34,33 +39,57 @@ def evaluate(config: EvaluateConfig, generator: ImageGenerator | None = None) ->
     """Measure a checkpoint, a folder of pictures (`config.images`), or another generator. Returns the report's folder.
 
     `generator` needs `config.sampling.size` and takes the place of the checkpoint, whose name it keeps. Several
-    processes share the drawing. Raises PokediffError when data, checkpoint or pictures cannot be used; a figure that
-    cannot be measured is a row of the report with the reason.
+    processes share the drawing. Raises PokediffError before anything is drawn when data, checkpoint, pictures or a
+    network that a figure needs cannot be used; a figure that the data does not allow is a row of the report with the
+    reason.
     """
     from accelerate import Accelerator
 
     quiet()
     state = Accelerator().state  # PartialState alone overlooks the processes of a CPU
-    generated: Generated
+    nets = load_networks(config, str(state.device)) if state.is_main_process else []
+    generated: Generated | None = None
     drawer: Drawer | None = None
     if config.images:
         generated = read_generated(Path(config.images))
+        if len(generated.pixels) < FEWEST_DRAWN:
+            found = f"{config.images} lists {len(generated.pixels)} pictures"
+            raise PokediffError(f"{found}; an evaluation needs at least {FEWEST_DRAWN}, better hundreds")
         size = generated.pixels.shape[1]
         out = Path(config.out or Path("reports") / Path(config.images).name)
     else:
         drawer = make_drawer(config, generator, str(state.device))
         size, out = drawer.size, drawer.folder
-    out.mkdir(parents=True, exist_ok=True)
-
+    refuse_inside(out, (*config.data, *config.concepts))
     reference = load_reference(config, size)
+    with own_folder(out, *MARKS) if state.is_main_process else nullcontext():
+        state.wait_for_everyone()
+        measure(config, generated, drawer, reference, nets, out)
+    return out
+
+
+def measure(
+    config: EvaluateConfig,
+    generated: Generated | None,
+    drawer: Drawer | None,
+    reference: Reference,
+    nets: Sequence[FeatureNet],
+    out: Path,
+) -> None:
+    """Draw, or take what is drawn, measure, and write the report into OUT."""
+    from accelerate import PartialState
+
+    state, size = PartialState(), drawer.size if drawer else reference.pixels.shape[1]
     sets, drawn = None, {}
     if drawer:
         generated = drawer.draw("pictures", prompts.held_out_captions(reference.real.captions, config.number))
         sets = PromptSets(reference, config, size)
         drawn = {name: drawer.draw(name, texts, seeds) for name, (texts, seeds) in sets.of.items()}
+    assert generated is not None
     report = Report(facts_of(config, drawer, reference, size, len(generated.pixels), state.num_processes))
     if state.is_main_process:
-        nets = feature_networks(report, config, str(state.device))
+        if not nets:
+            report.skip("Distance of distributions", "all of it", "--features none")
         for net in nets:
             measures.measure_distances(report, net, generated, reference, config, out / "cache")
         measures.measure_looks(report, generated.pixels, reference.pixels)
@@ -73,7 +102,6 @@ def evaluate(config: EvaluateConfig, generator: ImageGenerator | None = None) ->
             measure_model(report, drawer, generated, reference)
         show(report, generated, reference, out)
         write_report(out, report)
-    return out
 
 
 def facts_of(
@@ -114,15 +142,15 @@ def make_drawer(config: EvaluateConfig, generator: ImageGenerator | None, device
     return Drawer(generator, sampling, out, config.batch_size, facts)
 
 
-def feature_networks(report: Report, config: EvaluateConfig, device: str) -> list[FeatureNet]:
-    """The feature networks that can be loaded; the report gives the reason for the others."""
-    nets = []
-    for name in config.features:
-        try:
-            nets.append(load_features(name, config.device or device))
-        except PokediffError as error:
-            report.skip(measures.distance_section(name), "all of it", str(error))
-    return nets
+def load_networks(config: EvaluateConfig, device: str) -> list[FeatureNet]:
+    """The feature networks; LPIPS and CLIP, if any, are tried. Raises PokediffError for what cannot be loaded."""
+    if missing := [name for name in ("jinja2", "matplotlib", "torchmetrics") if find_spec(name) is None]:
+        raise PokediffError(f'evaluate needs {" and ".join(missing)}: pip install "pokediff[eval]"')
+    if config.lpips:
+        Lpips(config.lpips)
+    if config.clip:
+        clip_similarity(config.clip, np.zeros((1, 32, 32, 4), np.uint8), ["a"])
+    return [load_features(name, config.device or device) for name in config.features if name != "none"]
 
 
 class PromptSets:
@@ -208,7 +236,7 @@ def show(report: Report, generated: Generated, reference: Reference, out: Path) 
     report.tables["captions of the pictures shown"] = [{"caption": generated.prompts[i]} for i in rows[:16]]
     counted = out / "survey" / survey.RESULT
     if counted.is_file():
-        report.tables["counted by eye"] = survey.rows_of(json.loads(counted.read_text(encoding="utf-8")))
+        report.tables["counted by eye"] = survey.rows_of(read_json(counted))
 
 
 def _spread(rows: np.ndarray) -> np.ndarray:

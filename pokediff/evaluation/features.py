@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,8 +20,10 @@ from torch import nn
 
 from pokediff.data.images import composite
 from pokediff.errors import PokediffError, first_line
+from pokediff.files import require_file
 from pokediff.model.text import cached_or_downloaded
 
+T = TypeVar("T")
 EPS = 1e-5  # of torchvision's batch norms
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -57,7 +60,9 @@ def inception(_details: str, device: torch.device) -> FeatureNet:
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError:
-        raise PokediffError("features inception: torch-fidelity is not installed: pip install pokediff[eval]") from None
+        raise PokediffError(
+            f'features inception: torch-fidelity is not installed: pip install "pokediff[eval]", or {OTHERWISE}'
+        ) from None
     try:
         network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).eval().to(device)
     except OSError as error:
@@ -209,8 +214,7 @@ def read_weights(what: str, file: str) -> tuple[dict[str, torch.Tensor], str]:
     from safetensors.torch import load
 
     path = Path(file)
-    if not path.is_file():
-        raise PokediffError(f"{what}: {path} does not exist")
+    require_file(path, f"{what}:")
     data = path.read_bytes()
     try:
         tensors = load(data)
@@ -218,6 +222,16 @@ def read_weights(what: str, file: str) -> tuple[dict[str, torch.Tensor], str]:
         raise PokediffError(f"{what}: {path} is no safetensors file ({first_line(error)})") from None
     floats = {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
     return floats, hashlib.sha256(data).hexdigest()
+
+
+def stored(path: Path, load: Callable[[Path], T]) -> T | None:
+    """What a cache keeps in a safetensors file; None without a whole file: it is made again."""
+    from safetensors import SafetensorError
+
+    try:
+        return load(path)
+    except (OSError, SafetensorError):
+        return None
 
 
 def _load_part(network: nn.Module, tensors: dict[str, torch.Tensor], prefix: str) -> None:
@@ -231,7 +245,7 @@ def _load_part(network: nn.Module, tensors: dict[str, torch.Tensor], prefix: str
         raise RuntimeError(str(error).strip().splitlines()[-1].strip()) from None
 
 
-OTHERWISE = "choose other features, such as mobilenet_v2:FILE.safetensors"
+OTHERWISE = "choose other features, such as mobilenet_v2:FILE.safetensors, or --features none"
 FEATURES: dict[str, Callable[[str, torch.device], FeatureNet]] = {
     "inception": inception,
     "dinov2": dinov2,

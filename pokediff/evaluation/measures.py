@@ -16,16 +16,16 @@ from pokediff.config import EvaluateConfig
 from pokediff.data.captions import style_phrase
 from pokediff.data.dataset import Pictures
 from pokediff.data.images import composite
-from pokediff.data.records import write_whole
 from pokediff.drawing.pixelart import PIXEL_COLORS, finish, is_pixel_prompt
 from pokediff.errors import PokediffError
 from pokediff.evaluation import copies, distances, looks, prompts
 from pokediff.evaluation.classifiers import two_sample_hits
 from pokediff.evaluation.distances import Estimate, jackknife, manifold, mean_estimate, share_estimate
-from pokediff.evaluation.features import FeatureNet, Lpips, clip_similarity
+from pokediff.evaluation.features import FeatureNet, Lpips, clip_similarity, stored
 from pokediff.evaluation.generators import Generated
 from pokediff.evaluation.reference import Reference
 from pokediff.evaluation.report import Report
+from pokediff.files import write_whole
 
 KID_UNIT = 1000  # kernel distances are reported times 1000, as in the literature
 COPIES, PROMPT = "Does it copy?", "Does it follow the prompt?"
@@ -41,8 +41,8 @@ def cached_features(net: FeatureNet, rgba: np.ndarray, background: str, cache: P
 
     key = hashlib.sha256(f"{net.name} {background} {rgba.shape}".encode() + rgba.tobytes()).hexdigest()[:24]
     path = cache / f"{key}.safetensors"
-    if path.is_file():
-        return load_file(path)["features"]
+    if (known := stored(path, load_file)) is not None:
+        return known["features"]
     features = net(rgba, background)
     cache.mkdir(parents=True, exist_ok=True)
     write_whole(path, save({"features": features}))
@@ -267,11 +267,7 @@ def measure_variety(report: Report, drawn: np.ndarray, true: np.ndarray, config:
     if config.lpips is None:
         report.skip(section, name, f"no network was given (--lpips squeeze:FILE). {words}")
         return
-    try:
-        lpips = Lpips(config.lpips)
-    except PokediffError as error:
-        report.skip(section, name, f"{error}. {words}")
-        return
+    lpips = Lpips(config.lpips)
     seeds = prompts.SEEDS_PER_PROMPT
     a, b = np.triu_indices(seeds, 1)
     groups = [drawn[start : start + seeds] for start in range(0, len(drawn), seeds)]
@@ -288,11 +284,7 @@ def measure_clip(report: Report, generated: Generated, config: EvaluateConfig) -
     if config.clip is None:
         report.skip(PROMPT, name, "no CLIP was given (--clip openai/clip-vit-base-patch32, or a folder)")
         return
-    try:
-        similarity = clip_similarity(config.clip, generated.pixels, generated.prompts, config.background)
-    except PokediffError as error:
-        report.skip(PROMPT, name, str(error))
-        return
+    similarity = clip_similarity(config.clip, generated.pixels, generated.prompts, config.background)
     texts = list(dict.fromkeys(generated.prompts))
     own = np.array([texts.index(prompt) for prompt in generated.prompts])
     score = similarity[np.arange(len(own)), own]

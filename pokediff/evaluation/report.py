@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from pokediff.data.images import composite, encode_png, enlarge, grid
-from pokediff.data.records import write_whole
 from pokediff.errors import PokediffError
 from pokediff.evaluation.distances import Estimate
+from pokediff.files import own_folder, read_json, write_whole
 
 SHOWN_SIDE = 64  # px of a picture on the page
 PAIRS, GENERATED, REAL = "Real pictures above generated ones", "Generated pictures", "Real held-out pictures"
@@ -104,8 +104,8 @@ def read_report(folder: Path) -> dict[str, Any]:
     path = folder / "report.json"
     if not path.is_file():
         raise PokediffError(f"{folder} holds no report.json: make one with pokediff evaluate --out {folder}")
-    data = json.loads(path.read_text(encoding="utf-8"))
-    if any("real" not in figure for figure in data["figures"]):
+    data = read_json(path)
+    if not isinstance(data, dict) or any("real" not in figure for figure in data.get("figures", [{}])):
         raise PokediffError(f"{path} was written by an older version: run pokediff evaluate --out {folder} again")
     return data
 
@@ -331,8 +331,6 @@ def compare(folders: Sequence[Path], out: Path) -> Path:
     for section, rows in sections:
         lines += [f"## {section}", "", "| | " + " | ".join(names) + " | real |", "|" + " --- |" * (len(names) + 2)]
         lines += ["| " + " | ".join([row["name"], *row["cells"], row["real"]]) + " |" for row in rows] + [""]
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "comparison.md", "\n".join(lines))
     page = _page(
         title="Comparison",
         about=[line for report in reports for line in about(report["settings"])],
@@ -343,5 +341,7 @@ def compare(folders: Sequence[Path], out: Path) -> Path:
         shown_last=[],
         tables=[],
     )
-    write_whole(out / "comparison.html", page)
+    with own_folder(out, "comparison.md"):
+        write_whole(out / "comparison.md", "\n".join(lines))
+        write_whole(out / "comparison.html", page)
     return out / "comparison.html"

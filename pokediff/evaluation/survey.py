@@ -23,11 +23,11 @@ import numpy as np
 
 from pokediff.data.dataset import load_pictures
 from pokediff.data.images import encode_png, enlarge
-from pokediff.data.records import read_text, write_whole
 from pokediff.errors import PokediffError
 from pokediff.evaluation.distances import share_estimate
 from pokediff.evaluation.generators import read_generated
 from pokediff.evaluation.report import to_json
+from pokediff.files import own_folder, read_json, require_file, write_whole
 
 Questions = Literal["rating", "count", "likeness"]
 RESULT, KEY = "result.json", "key.json"
@@ -114,9 +114,9 @@ def make_survey(
     first = example_pictures(examples, max(one.pixels.shape[1] for one in systems)) if examples else []
     identity = hashlib.sha256(questions.encode() + b"".join(item["png"] for item in items)).hexdigest()[:16]
     key = {"survey": identity, "questions": questions, "systems": [item["system"] for item in items]}
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / KEY, json.dumps(key, indent=1) + "\n")
-    write_whole(out / "survey.html", page(identity, pictures, shown, QUESTIONNAIRES[questions], first))
+    with own_folder(out, KEY):
+        write_whole(out / KEY, json.dumps(key, indent=1) + "\n")
+        write_whole(out / "survey.html", page(identity, pictures, shown, QUESTIONNAIRES[questions], first))
     return out / "survey.html"
 
 
@@ -266,12 +266,8 @@ def _cell(found: dict[str, Any]) -> str:
 
 
 def _json(path: Path) -> Any:
-    if not path.is_file():
-        raise PokediffError(f"{path} not found")
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise PokediffError(f"{path} is not JSON ({error.msg})") from None
+    require_file(path)
+    return read_json(path)
 
 
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Creatures</title>

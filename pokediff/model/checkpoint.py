@@ -97,8 +97,9 @@ def find_folder(name: str | Path, options: dict[str, Any]) -> Path:
         if (folder / INDEX).is_file():
             return folder
     found = sorted(index.parent.as_posix() for index in Path("checkpoints").glob(f"*/{INDEX}"))
-    here = f"checkpoints here: {', '.join(found) or 'none'}"
-    if path.is_dir() or path.parent.is_dir() or str(name).count("/") != 1:
+    here = f"checkpoints in {Path.cwd()}: {', '.join(found) or 'none'}"
+    ours = path.parts[:1] in (("checkpoints",), ("exports",))  # no user of the hub, but a path from another folder
+    if path.is_dir() or path.parent.is_dir() or str(name).count("/") != 1 or ours:
         known = (
             "a baseline, which can only draw" if (path / "baseline.json").is_file() else f"no checkpoint (no {INDEX})"
         )
