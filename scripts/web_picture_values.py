@@ -1,7 +1,5 @@
-"""Write web/test/values/edges.json: what Python makes of edge cases and whole pictures, against which web/test checks
-pictures.ts and atlas.ts.
-
-python scripts/web_picture_values.py
+"""What Python makes of edge cases and whole pictures, against which web/test checks pictures.ts and atlas.ts: a part of
+web_values.py.
 
 Both languages compute the same inputs, and the file has digests of large results, so it stays small.
 """
@@ -9,9 +7,7 @@ Both languages compute the same inputs, and the file has digests of large result
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,13 +18,12 @@ from pokediff.drawing import pixelart
 from pokediff.drawing.atlas import WRITERS, Sprite, make_layout
 from pokediff.drawing.pixelart import apply_palette, finish, harden, pick_palette, remove_faint, remove_specks
 
-FILE = Path(__file__).parents[1] / "web" / "test" / "values" / "edges.json"
 COLORS = (2, 3, 14, 64, 256)
 FRAMES = [(7, 11), (16, 17), (100000, 1), (150, 1650)]  # ms of the two frames of a sprite
 
 
 def sections() -> dict[str, Any]:
-    """{name of the file: its content}."""
+    """{name of the file in web/test/values: its content}."""
     return {
         "edges": {"model": model(), "pictures": pictures(), "composite": blends(), "lab": lab(), "sheets": sheets()}
     }
@@ -143,8 +138,3 @@ def sheets() -> dict[str, str]:
 def digest(values: np.ndarray) -> str:
     """The first 16 digits of the SHA-256 of the bytes."""
     return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()[:16]
-
-
-if __name__ == "__main__":
-    for name, values in sections().items():
-        FILE.with_stem(name).write_text(json.dumps(values, ensure_ascii=False) + "\n", encoding="utf-8")

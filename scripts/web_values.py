@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import web_picture_values
 
 from pokediff import __version__
 from pokediff.config import Sampling
@@ -51,6 +52,7 @@ def sections() -> dict[str, Any]:
         "sampling": sampling(pipeline),
         "pictures": pictures(),
         "sheets": sheets(),
+        **web_picture_values.sections(),
     }
 
 

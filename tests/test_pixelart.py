@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -100,16 +97,6 @@ def test_lab_is_in_whole_steps():
     lab = _to_lab(np.array([[255, 255, 255], [0, 0, 0], [255, 0, 0]], np.uint8))
     np.testing.assert_array_equal(lab, lab.round())
     np.testing.assert_allclose(lab / LAB_STEPS, [[100, 0, 0], [0, 0, 0], [53.23, 80.11, 67.22]], atol=0.01)
-
-
-def test_the_page_compares_itself_with_these_functions(monkeypatch):
-    root = Path(__file__).parents[1]
-    monkeypatch.syspath_prepend(str(root / "scripts"))
-    import web_picture_values
-
-    for name, values in web_picture_values.sections().items():
-        stored = json.loads((root / "web" / "test" / "values" / f"{name}.json").read_text(encoding="utf-8"))
-        assert values == stored, "run scripts/web_picture_values.py"
 
 
 def test_few_colours_are_kept_as_they_are():

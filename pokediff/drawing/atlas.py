@@ -23,9 +23,9 @@ import numpy as np
 
 from pokediff import __version__
 from pokediff.config import SampleConfig
-from pokediff.data.files import write_whole
 from pokediff.data.images import encode_png, grid, read_image
 from pokediff.drawing.jobs import Job, slug
+from pokediff.files import write_whole
 
 IMAGE = "sheet.png"
 FILES = {

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from pokediff import __version__
-from pokediff.data.files import write_whole
 from pokediff.data.vocabulary import ATTRIBUTION, WORDS, read_words
 from pokediff.drawing.export import MODEL, export, load_exported
 from pokediff.drawing.sheets import checkpoint_folder
 from pokediff.errors import PokediffError
+from pokediff.files import write_whole
 from pokediff.model.denoiser import Denoiser
 from pokediff.model.diffusion import schedule_sigmas
 from pokediff.model.pipeline import PokeDiffPipeline

@@ -103,9 +103,11 @@ function Stage() {
         <p>The picture emerges here, from noise.</p>
       </section>
     );
-  const last = Math.max(...all.map(({ frames }) => frames.length)) - 1;
+  const begun = all.filter(({ frames }) => frames.length > 0);
+  const newest = begun[state.drawing.value ? begun.length - 1 : 0]?.frames ?? []; // of the picture that is drawn now
+  const last = newest.length - 1;
   const at = Math.min(state.step.value ?? last, last);
-  const frame = all.map(({ frames }) => frames[Math.min(at, frames.length - 1)]).find(Boolean);
+  const frame = newest[at];
   return (
     <section id="stage" class="stage" aria-label="Drawing">
       <div class={all.length === 1 ? "pictures single" : "pictures"}>
