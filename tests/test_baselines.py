@@ -385,7 +385,7 @@ def test_what_is_no_whole_baseline_says_so(tmp_path, capsys):
     with pytest.raises(PokediffError, match="has no pytorch_lora_weights"):
         load_baseline(tmp_path, CPU)
     (tmp_path / "baseline.json").write_text("{")
-    with pytest.raises(PokediffError, match="is not JSON"):
+    with pytest.raises(PokediffError, match="not JSON"):
         load_baseline(tmp_path, CPU)
     with pytest.raises(SystemExit):
         cli.main(["export", "--checkpoint", str(tmp_path)])

@@ -485,5 +485,5 @@ def test_folders_that_hold_something_else(visible, sdxl, tmp_path):
         load_lora(tmp_path, CPU, str(sdxl))
     assert "\n" not in str(error.value)
     (tmp_path / "baseline.json").write_text("{")
-    with pytest.raises(PokediffError, match=r"baseline.json is not JSON"):
+    with pytest.raises(PokediffError, match=r"baseline.json:1: not JSON"):
         load_lora(tmp_path, CPU, str(sdxl))

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 
 from pokediff.config import BaselineConfig, Precision, Sampling, from_values, plain
-from pokediff.data.files import read_text, write_whole
-from pokediff.errors import PokediffError
+from pokediff.files import read_json, write_whole
 from pokediff.model.pipeline import Evaluation
 
 CONFIG = "baseline.json"
@@ -29,11 +28,7 @@ def read_config(folder: Path) -> BaselineConfig:
     path = folder / CONFIG
     if not path.is_file():
         return BaselineConfig(system="sdxl-lora")
-    try:
-        values = json.loads(read_text(path))
-    except ValueError as error:
-        raise PokediffError(f"{path} is not JSON ({error})") from None
-    return from_values(values, BaselineConfig, str(path))
+    return from_values(read_json(path), BaselineConfig, str(path))
 
 
 def write_config(folder: Path, config: BaselineConfig) -> None:

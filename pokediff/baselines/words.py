@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pokediff.errors import PokediffError, first_line
+from pokediff.model.inspection import check_foreign
 from pokediff.paths import shipped
 
 MAX_TOKENS = 64
@@ -48,11 +49,16 @@ class WordEncoder(nn.Module):
         if not (model / "config.json").is_file():
             raise PokediffError(f"words {name!r}: {model} holds no text model; use builtin or bert:FOLDER")
         try:
-            bert = AutoConfig.from_pretrained(model, local_files_only=True).model_type == "bert"
+            for folder in {model, tokenizer}:
+                check_foreign(folder)
+            only = {"local_files_only": True, "trust_remote_code": False}
+            bert = AutoConfig.from_pretrained(model, **only).model_type == "bert"
             kind = BertModel if bert else CLIPTextModelWithProjection
-            network = kind.from_pretrained(model, local_files_only=True, dtype=torch.float32)
-            return cls(network, AutoTokenizer.from_pretrained(tokenizer, local_files_only=True))
-        except (OSError, ValueError, TypeError) as error:
+            network = kind.from_pretrained(model, local_files_only=True, dtype=torch.float32, use_safetensors=True)
+            return cls(network, AutoTokenizer.from_pretrained(tokenizer, **only))
+        except PokediffError:
+            raise
+        except Exception as error:  # transformers meets a wrong file with errors of many kinds
             raise PokediffError(f"words {name!r} could not be loaded: {first_line(error)}") from None
 
     def save(self, folder: Path) -> None:

@@ -18,7 +18,7 @@ Tokenizer, noise schedule and PyTorch's text encoder are copied, so the folder i
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import math
 import shutil
 import warnings
@@ -32,18 +32,28 @@ from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
 from pokediff.config import Sampling
-from pokediff.data.files import write_whole
 from pokediff.data.images import premultiply
 from pokediff.data.vocabulary import ATTRIBUTION, WORDS
-from pokediff.errors import PokediffError
+from pokediff.errors import PokediffError, first_line
+from pokediff.files import move_whole, own_folder, write_whole
+from pokediff.model import inspection
 from pokediff.model.cascade import LIST, Cascade, write_list
-from pokediff.model.checkpoint import INDEX, base_of, checked_index, find_folder, read_index
+from pokediff.model.checkpoint import (
+    INDEX,
+    base_of,
+    cannot_be_loaded,
+    check_whole,
+    checked_index,
+    find_folder,
+    read_index,
+)
 from pokediff.model.denoiser import Denoiser
 from pokediff.model.pipeline import PokeDiffPipeline
 from pokediff.model.text import ClipTextEncoder
 
 MODEL = "model.onnx"
 NULL_TEXT = "null_text.txt"
+TEMPORARY = ".export.tmp"  # folder in the output folder
 OPSET = 18
 SMALLEST_HALF = 256  # numbers of a tensor that is worth a cast
 TOLERANCE = 2  # of 255 levels: float32 sums in another order
@@ -74,7 +84,14 @@ class OnnxDenoiser(nn.Module):
         self.register_buffer("null_text", null_text)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        self.session = onnxruntime.InferenceSession(path.as_posix(), options, providers=["CPUExecutionProvider"])
+        self.path = path
+        try:
+            self.session = onnxruntime.InferenceSession(path.as_posix(), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its exceptions have no common class
+            raise PokediffError(f"{path} cannot be read: {first_line(error)}") from None
+        names = {"x", "timestep", "text"} | ({"low_res"} if config.upscale > 1 else set())
+        if {value.name for value in self.session.get_inputs()} != names or len(self.session.get_outputs()) != 1:
+            raise PokediffError(f"{path}: its inputs are not {', '.join(sorted(names))}: export the checkpoint again")
 
     @property
     def below(self) -> float:
@@ -92,7 +109,12 @@ class OnnxDenoiser(nn.Module):
         """As `Denoiser.forward`, without augmentation labels."""
         timesteps = torch.as_tensor(timestep, dtype=torch.float32).expand(len(x))
         values = {"x": x, "timestep": timesteps, "text": text} | ({} if low_res is None else {"low_res": low_res})
-        (x0,) = self.session.run(None, {name: value.float().contiguous().numpy() for name, value in values.items()})
+        try:
+            (x0,) = self.session.run(None, {name: value.float().contiguous().numpy() for name, value in values.items()})
+        except Exception as error:
+            raise PokediffError(f"{self.path} cannot be run: {first_line(error)}") from None
+        if x0.shape != tuple(x.shape) or x0.dtype != np.float32:
+            raise PokediffError(f"{self.path} returns {x0.dtype} {x0.shape}, not float32 {tuple(x.shape)}")
         return torch.from_numpy(x0)
 
 
@@ -101,8 +123,10 @@ def export(checkpoint: str | Path, out: str | Path, size: int | None = None, hal
     are stored as float16 and computed in float32, which halves the files.
 
     Returns {"largest_difference": levels of 255 between drawings of both, "megabytes": of the denoisers}. Raises
-    PokediffError when the checkpoint cannot be read or does not draw `size`, `out` is the checkpoint, onnxscript or
-    onnxruntime is not installed, or drawings differ by more than TOLERANCE levels anywhere.
+    PokediffError when the checkpoint cannot be read or does not draw `size`, `out` is the checkpoint or holds other
+    files, onnxscript or onnxruntime is not installed, or drawings differ by more than TOLERANCE levels anywhere.
+
+    The files come to their places when all is verified: after a kill, `out` is as it was, or partly new and whole.
     """
     try:
         import onnxscript  # noqa: F401 (torch needs it, and would say so in many lines)
@@ -113,6 +137,19 @@ def export(checkpoint: str | Path, out: str | Path, size: int | None = None, hal
         raise PokediffError(f"{out} is the checkpoint itself: choose another --out")
     pipeline = PokeDiffPipeline.from_pretrained(folder)
     sizes = pipeline.sizes if size is None else pipeline.cascade.legs(size)
+    temporary = out / TEMPORARY
+    with own_folder(out, INDEX):
+        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+        try:
+            facts = _export(pipeline, folder, temporary, sizes, half)
+            move_whole(temporary, out, last=(LIST, INDEX))
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return facts
+
+
+def _export(pipeline: PokeDiffPipeline, folder: Path, out: Path, sizes: tuple[int, ...], half: bool) -> dict[str, Any]:
+    """Write and verify all files in the new folder `out`. Returns what `export` returns."""
     copy_components(folder, out)
     names = [name for name, denoiser in pipeline.cascade.items() if denoiser.config.image_size in sizes]
     for name in names:
@@ -125,7 +162,7 @@ def export(checkpoint: str | Path, out: str | Path, size: int | None = None, hal
         store_half(path)
     difference = largest_difference(pipeline, load_exported(out), sizes)
     if difference > TOLERANCE:
-        raise PokediffError(f"{out} draws another picture than {checkpoint}: {difference} of 255 levels apart")
+        raise PokediffError(f"the export draws another picture than {folder}: {difference} of 255 levels apart")
     megabytes = sum((out / "cascade" / name / MODEL).stat().st_size for name in names) / 1e6
     return {"largest_difference": difference, "megabytes": round(megabytes, 1)}
 
@@ -222,21 +259,43 @@ def is_exported(folder: str | Path) -> bool:
 
 
 def load_exported(folder: str | Path) -> PokeDiffPipeline:
-    """The pipeline of an exported checkpoint: its denoisers run by ONNX Runtime. Raises PokediffError when that is not
-    installed, or a denoiser is missing.
+    """The pipeline of an exported checkpoint: its denoisers run by ONNX Runtime, which reads no weights outside of the
+    folder of a file. Raises PokediffError when that is not installed, or a file is missing or wrong.
     """
     folder = Path(folder)
-    index, cascade = checked_index(read_index(folder)), folder / "cascade"
-    null_text = torch.from_numpy(np.loadtxt(cascade / NULL_TEXT, dtype=np.float32))
-    denoisers = {}
-    for name in json.loads((cascade / LIST).read_text(encoding="utf-8"))["denoisers"]:
+    with cannot_be_loaded(folder):
+        return _load_exported(folder, folder / "cascade")
+
+
+def _load_exported(folder: Path, cascade: Path) -> PokeDiffPipeline:
+    index = checked_index(read_index(folder), folder / INDEX)
+    inspection.check_files(cascade)
+    inspection.check_scheduler(folder / "scheduler")
+    denoisers, facts = {}, {}
+    for name in inspection.denoiser_names(cascade):
         if not (cascade / name / MODEL).is_file():
             raise PokediffError(f"{cascade / name / MODEL} not found: export the checkpoint again")
-        config = FrozenDict(json.loads((cascade / name / "config.json").read_text(encoding="utf-8")))
+        model, facts[name] = inspection.read_settings(cascade / name / "config.json")
+        config = FrozenDict({**dataclasses.asdict(model), **dataclasses.asdict(facts[name])})
+        null_text = read_null_text(cascade / NULL_TEXT, facts[name].text_dim)
         denoisers[name] = OnnxDenoiser(cascade / name / MODEL, config, null_text)
+    inspection.check_agreement(facts, cascade)
     scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(folder / "scheduler")
     settings = {name: index[name] for name in PokeDiffPipeline.settings if name in index}
     if not (folder / "text_encoder").is_dir():
         return PokeDiffPipeline(Cascade(denoisers), scheduler, **settings)
-    encoder = ClipTextEncoder.from_folder(folder, index["text_encoder_name"])
-    return PokeDiffPipeline(Cascade(denoisers), scheduler, encoder.model, encoder.tokenizer, **settings)
+    encoder = ClipTextEncoder.from_folder(folder, index.get("text_encoder_name", "builtin"))
+    pipeline = PokeDiffPipeline(Cascade(denoisers), scheduler, encoder.model, encoder.tokenizer, **settings)
+    check_whole(pipeline)
+    return pipeline
+
+
+def read_null_text(path: Path, dim: int) -> torch.Tensor:
+    """The vector (D,) of the empty prompt. Raises PokediffError for other than `dim` finite numbers."""
+    try:
+        vector = np.loadtxt(path, dtype=np.float32, max_rows=1, ndmin=1)
+    except (ValueError, OSError) as error:
+        raise PokediffError(f"{path}: {first_line(error)}") from None
+    if vector.shape != (dim,) or not np.isfinite(vector).all():
+        raise PokediffError(f"{path} holds no {dim} finite numbers: export the checkpoint again")
+    return torch.from_numpy(vector)

@@ -18,9 +18,9 @@ from torch import nn
 
 from pokediff.errors import PokediffError
 from pokediff.model.denoiser import Denoiser
+from pokediff.model.inspection import LIST, check_cascade
 
 DEFAULT_SIZE = 64  # px, of a cascade that has it
-LIST = "config.json"
 HIGH_NOISE = 10.0  # sigma above which shapes are decided
 
 
@@ -117,14 +117,11 @@ class Cascade(ModelMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Cascade:
         """Read what `save_pretrained` wrote, safetensors only; `kwargs` are those of a diffusers model.
 
-        Raises PokediffError when the list names a folder outside.
+        Raises PokediffError when the list names a folder outside, or a denoiser does not pass `inspection`.
         """
         kwargs["use_safetensors"] = True
         folder = Path(pretrained_model_name_or_path)
-        names = json.loads((folder / LIST).read_text(encoding="utf-8"))["denoisers"]
-        for name in names:
-            if not name or Path(name).name != name or name.startswith("."):
-                raise PokediffError(f"{folder / LIST}: {name!r} is not a valid denoiser name")
+        names = check_cascade(folder)
         return cls({name: Denoiser.from_pretrained(folder / name, **kwargs) for name in names})
 
 

@@ -1,23 +1,26 @@
 """A pipeline as a folder: safe loading, and the files that diffusers does not write.
 
-A folder is data. `PokeDiffPipeline.from_pretrained` never imports a file of it, whatever its model_index.json says; the
-`pipeline.py` inside is for `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`, which needs one.
+A folder is data, inspected (inspection.py) before a library opens it. `PokeDiffPipeline.from_pretrained` never imports
+a file of it, whatever its model_index.json says; the `pipeline.py` inside is for
+`DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`, which needs one.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PureWindowsPath
 from typing import Any, Self
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError
 
 from pokediff.errors import PokediffError, first_line
+from pokediff.model import inspection
 from pokediff.model.cascade import Cascade
-from pokediff.model.text import cached_or_downloaded
+from pokediff.model.text import ClipTextEncoder, cached_or_downloaded
 from pokediff.paths import shipped
 
 INDEX = "model_index.json"
@@ -25,7 +28,8 @@ CLASS = "PokeDiffPipeline"
 CODE = (
     f"from pokediff import {CLASS}  # noqa: F401 (DiffusionPipeline.from_pretrained(folder, trust_remote_code=True))\n"
 )
-LIBRARIES = {"pokediff", "diffusers", "transformers"}  # the classes of a checkpoint's components come from these
+READ_BESIDE = ("README.md", "words.json", "ATTRIBUTION.md")  # that an export copies
+MOST_BASES = 8  # of a part of a part of ...
 DATA_FILES = ["*.json", "*.safetensors", "*.txt", "*.md"]  # downloaded from a hub repository; no code, no pickle
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
@@ -51,15 +55,18 @@ class CheckpointPipeline(DiffusionPipeline):
             kwargs["dtype"] = torch.float32
         kwargs["use_safetensors"] = True  # never a pickle
         folder = find_folder(pretrained_model_name_or_path, kwargs)
-        try:
-            if base := base_of(folder):
-                pipeline = cls.from_pretrained(base, **kwargs)
+        with cannot_be_loaded(folder):
+            base = base_of(folder)
+        pipeline = cls.from_pretrained(base, **kwargs) if base else None
+        with cannot_be_loaded(folder):
+            if pipeline is None:
+                inspect(folder)
+                pipeline = super().from_pretrained(str(folder), **kwargs)
+            else:
                 part = Cascade.from_pretrained(folder / "cascade", dtype=pipeline.dtype)
                 pipeline.register_modules(cascade=pipeline.cascade.updated(part))
-                return pipeline
-            return super().from_pretrained(str(folder), **kwargs)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
-            raise PokediffError(f"{folder} cannot be loaded: {first_line(error)}") from error
+            check_whole(pipeline)
+        return pipeline
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
@@ -75,16 +82,46 @@ class CheckpointPipeline(DiffusionPipeline):
         complete(Path(save_directory))
 
 
-def checked_index(index: dict[str, Any]) -> dict[str, Any]:
+@contextmanager
+def cannot_be_loaded(folder: Path) -> Iterator[None]:
+    """Make a PokediffError that names the folder of any error: libraries meet a wrong file with all kinds of them."""
+    try:
+        yield
+    except Exception as error:
+        raise PokediffError(f"{folder} cannot be loaded: {first_line(error)}") from error
+
+
+def checked_index(index: dict[str, Any], path: Path = Path(INDEX)) -> dict[str, Any]:
     """The content of a model_index.json, so that loading it runs no code but that of installed libraries.
 
-    Raises PokediffError when a component is of another library than LIBRARIES.
+    Raises PokediffError when a component is of another class than those of `inspection.COMPONENTS`.
     """
-    for name, value in index.items():
-        is_component = isinstance(value, list) and not name.startswith("_")
-        if is_component and value[0] is not None and value[0] not in LIBRARIES:
-            raise PokediffError(f"{INDEX}: {name} is of {value[0]!r}, not of {', '.join(sorted(LIBRARIES))}")
-    return {**index, "_class_name": CLASS}
+    return {**inspection.check_index(index, path), "_class_name": CLASS}
+
+
+def inspect(folder: Path) -> None:
+    """Inspect every component of a whole checkpoint before it is loaded. Raises PokediffError for what is wrong."""
+    for name in (INDEX, *READ_BESIDE):
+        inspection.check_file(folder / name, folder)
+    index = checked_index(read_index(folder), folder / INDEX)
+    inspection.check_cascade(folder / "cascade")
+    inspection.check_scheduler(folder / "scheduler")
+    if index.get("text_encoder", [None])[0] is not None:
+        inspection.check_text(folder)
+
+
+def check_whole(pipeline: Any) -> None:
+    """Raise PokediffError when the loaded parts of a pipeline hold numbers that are not finite, or do not fit each
+    other.
+    """
+    inspection.check_finite("cascade", pipeline.cascade)
+    dims = {denoiser.config.text_dim for _, denoiser in pipeline.cascade.items()}
+    if pipeline.text_encoder is not None:
+        inspection.check_finite("text_encoder", pipeline.text_encoder)
+        encoder = ClipTextEncoder(pipeline.text_encoder, pipeline.tokenizer, "of the checkpoint")
+        dims.add(encoder(["a"]).pooled.shape[1])
+    if len(dims) > 1:
+        raise PokediffError(f"text vectors have {' and '.join(map(str, sorted(dims)))} numbers: the parts do not fit")
 
 
 def find_folder(name: str | Path, options: dict[str, Any]) -> Path:
@@ -116,15 +153,29 @@ def find_folder(name: str | Path, options: dict[str, Any]) -> Path:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    """model_index.json. Raises PokediffError for one that cannot be read."""
+    return inspection.read_object(folder / INDEX)
 
 
 def base_of(folder: Path) -> Path | None:
     """The folder of the checkpoint that `folder` holds a part of; None for a whole one. Its index names the base: a
-    path relative to `folder`, or a name for `find_folder`. Raises PokediffError when it is not there.
+    path relative to `folder`, or a name for `find_folder`.
+
+    Raises PokediffError when it is not there, or is a part whose base, in the end, is itself.
     """
+    bases = [folder]
+    while (base := _named_base(bases[-1])) is not None:
+        if base.resolve() in [earlier.resolve() for earlier in bases] or len(bases) > MOST_BASES:
+            raise PokediffError(f"{folder}: its base, {base}, is itself or a part of it")
+        bases.append(base)
+    return bases[1] if len(bases) > 1 else None
+
+
+def _named_base(folder: Path) -> Path | None:
     if not (base := read_index(folder).get("base")):
         return None
+    if not isinstance(base, str) or not base.isprintable() or PureWindowsPath(base).anchor:
+        raise PokediffError(f"{folder / INDEX}: base must be a name or a relative path, not {str(base)[:80]!r}")
     by_path = base.startswith(".") or (folder / base / INDEX).is_file()
     return find_folder(folder / base if by_path else base, {})
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 from pokediff.data.files import write_whole
 from pokediff.errors import PokediffError, first_line
+from pokediff.model.inspection import check_text
 from pokediff.paths import shipped
 
 T = TypeVar("T")
@@ -58,6 +59,8 @@ class ClipTextEncoder:
         if len(tokenizer) < 0.9 * model.config.vocab_size:
             # transformers makes an empty tokenizer, without an error, where it finds no files
             raise PokediffError(f"text encoder {name}: its tokenizer files are missing; {ALTERNATIVES}")
+        if max(tokenizer.get_vocab().values(), default=0) >= model.config.vocab_size:
+            raise PokediffError(f"text encoder {name}: its tokenizer knows words that the model does not")
 
     @classmethod
     def from_folder(cls, folder: Path, name: str) -> ClipTextEncoder:
@@ -66,8 +69,10 @@ class ClipTextEncoder:
 
         if not (folder / "text_encoder" / "config.json").is_file() or not (folder / "tokenizer").is_dir():
             raise PokediffError(f"text encoder {name}: {folder} has no text_encoder/ and tokenizer/")
-        model = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder", local_files_only=True)
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        check_text(folder)
+        only = {"local_files_only": True}
+        model = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder", use_safetensors=True, **only)
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", **only)
         return cls(model.float(), tokenizer, name)
 
     @classmethod
@@ -85,7 +90,9 @@ class ClipTextEncoder:
         name = f"clip:{repository}"
 
         def load(local: bool) -> ClipTextEncoder:
-            model = CLIPTextModelWithProjection.from_pretrained(repository, local_files_only=local)
+            model = CLIPTextModelWithProjection.from_pretrained(
+                repository, local_files_only=local, use_safetensors=True
+            )
             tokenizer = CLIPTokenizer.from_pretrained(repository, local_files_only=local)
             return cls(model.float(), tokenizer, name)
 

@@ -129,6 +129,8 @@ def damage_of(state: Path) -> str:
         if not isinstance(read_json(state / "progress.json"), dict):
             return "progress.json"
         for part in PARTS:
+            if not (state / f"{part}.safetensors").is_file():
+                return f"{part}.safetensors not found"
             with safe_open(state / f"{part}.safetensors", "pt") as file:  # compares its header with its length
                 file.keys()
     except (OSError, PokediffError, SafetensorError) as error:
