@@ -78,5 +78,6 @@ def test_a_folder_is_all_that_train_needs(tmp_path, capsys):
 
 
 def test_what_to_expect_follows_the_steps():
-    assert "1500 steps" in what_to_expect(1500)
-    assert "--max-minutes" in what_to_expect(100)
+    assert "After 1,500 steps expect your style" in what_to_expect(1500, 1500)
+    assert "After 700 of 1,500 steps expect your colours" in what_to_expect(700, 1500)
+    assert "After 11 of 1,500 steps, too few" in what_to_expect(11, 2)

@@ -21,8 +21,9 @@ from pokediff.model import checkpoint
 from pokediff.model.diffusion import cosine_sigmas
 from pokediff.model.pipeline import PokeDiffPipeline
 from pokediff.model.text import embeddings_path, load_embeddings, save_embeddings
+from pokediff.training.clock import Pace
 from pokediff.training.objectives import trained_timesteps
-from pokediff.training.stages import fitted, remove_trial, resized, select, train, with_steps
+from pokediff.training.stages import fitted, outcome, remove_trial, resized, select, times, timetable, train, with_steps
 
 SHORT = dict(max_steps=3, preview_every=3)
 STAGES = {
@@ -179,24 +180,55 @@ def test_a_sample_of_a_data_set_has_all_splits(data):
 def test_stages_that_fit_a_limit_are_shortened_in_proportion(data, tmp_path):
     steps = {"base-16": 1000, "refiner-16": 600, "upscaler-32": 400}
     long = with_steps(tiny_config(data, tmp_path / "run", STAGES, max_minutes=1.1, fit_limit=True), steps)
-    seconds = {"base-16": 0.2, "refiner-16": 0.1, "upscaler-32": 0.1}
+    seconds = {"base-16": Pace(0.2, 4), "refiner-16": Pace(0.1, 3), "upscaler-32": Pace(0.1, 5)}
+    left = 66 + 12  # seconds
     none = dict.fromkeys(steps)
 
     def lengths(config: TrainConfig) -> list[int]:
         return [stage.max_steps for stage in config.stages.values()]
 
-    short = fitted(long, tmp_path, seconds, none)
+    short = fitted(long, tmp_path, seconds, none, left)
     assert lengths(short) == [200, 120, 80]  # 300 s of steps, 1.1 of them with the rest, in 66 s
-    assert lengths(fitted(long, tmp_path, dict.fromkeys(seconds, 1e-9), none)) == [1000, 600, 400]
+    assert sum(times(short, seconds, none).values()) == pytest.approx(left)
+    assert lengths(fitted(long, tmp_path, dict.fromkeys(seconds, Pace(1e-9)), none, left)) == [1000, 600, 400]
+    assert lengths(fitted(long, tmp_path, seconds, none, 11)) == [1, 1, 1]  # less than the closing alone
 
     (tmp_path / "config.yaml").write_text(dump_yaml(short))
     states = {"base-16": Path("step-00000200"), "refiner-16": Path("step-00000060"), "upscaler-32": None}
-    assert lengths(fitted(long, tmp_path, seconds, states)) == [200, 120, 80]  # it was stopped
+    assert lengths(fitted(long, tmp_path, seconds, states, left)) == [200, 120, 80]  # it was stopped
     states = {name: Path(f"step-{stage.max_steps:08}") for name, stage in short.stages.items()}
     done = {name: {"finished": "steps", "steps": stage.max_steps} for name, stage in short.stages.items()}
     (tmp_path / "run.json").write_text(json.dumps({"stages": done}))
-    assert lengths(fitted(long, tmp_path, seconds, states)) == [400, 240, 160]  # it goes on: a quarter of the rest
-    assert fitted(long, tmp_path, {}, states) == long
+    more = fitted(long, tmp_path, seconds, states, left)
+    assert lengths(more) == [400, 240, 160]  # it goes on: a quarter of the rest
+    assert fitted(long, tmp_path, {}, states, left) == long
+
+
+def test_the_end_says_what_to_expect_and_the_next_command(data, tmp_path):
+    recipe = tiny_config(data, tmp_path / "a run", STAGES, fit_limit=True, max_minutes=1.0)
+    recipe = with_steps(recipe, {"base-16": 2000, "refiner-16": 1000, "upscaler-32": 1000})
+    paces = dict.fromkeys(recipe.stages, Pace(0.06))
+    (tmp_path / "a run").mkdir()
+    facts = {name: {"steps": 11} for name in recipe.stages}
+    (tmp_path / "a run" / "run.json").write_text(json.dumps({"stages": facts}))
+    said = outcome(tmp_path / "a run", recipe, paces)
+    assert "After 11 of 2,000 steps, too few" in said
+    quoted = f"'{tmp_path / 'a run'}'"
+    assert f"pokediff train {data} --out {quoted} --resume auto --max-minutes 6" in said  # 3,967 steps, and a half more
+    facts = {name: {"steps": stage.max_steps} for name, stage in recipe.stages.items()}
+    (tmp_path / "a run" / "run.json").write_text(json.dumps({"stages": facts}))
+    assert "\n" not in outcome(tmp_path / "a run", recipe, paces)
+
+
+def test_the_time_that_is_told_knows_the_limit(data, tmp_path):
+    config = tiny_config(data, tmp_path / "run", max_minutes=5)
+    paces = {"base-16": Pace(1.0, 30.0)}
+    states = {"base-16": None}
+    for steps, words in ((6000, "; --max-minutes 5 ends it before"), (60, "")):
+        long = with_steps(config, {"base-16": steps})
+        told = timetable(long, times(long, paces, states), paces, states, "no")
+        assert told.endswith(f"to draw 16 px{words}")
+        assert "8 pictures/s, fp32" in told
 
 
 @pytest.mark.slow

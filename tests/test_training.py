@@ -514,6 +514,25 @@ def test_max_minutes_stops_with_a_checkpoint(data, tmp_path):
     assert newest_state(tmp_path / "run").name == "step-00000001"
 
 
+@pytest.mark.slow
+def test_the_limit_is_that_of_the_whole_and_every_phase_has_a_bar(data, tmp_path, monkeypatch, capsys):
+    """What follows the last step would take longer than the limit, so the first step is the last."""
+    monkeypatch.setattr("pokediff.training.stages.closing_seconds", lambda *_: 1e6)
+    out = train(tiny_config(data, tmp_path / "run", max_minutes=60))
+    assert json.loads((out / "run.json").read_text())["stages"]["base-16"]["steps"] == 1
+    said = capsys.readouterr()
+    for phase in ("base-16: validation", "base-16: preview", "base-16: checkpoint", "drawing", "measuring the speed"):
+        assert phase in said.err
+    assert "continue with --resume auto" in said.out
+
+
+@pytest.mark.slow
+def test_trainings_of_several_precisions_in_one_process(data, tmp_path):
+    for precision in ("fp32", "bf16", "fp32"):
+        out = train(tiny_config(data, tmp_path / f"{precision}-{len(list(tmp_path.iterdir()))}", precision=precision))
+        assert json.loads((out / "run.json").read_text())["mixed_precision"] == {"fp32": "no"}.get(precision, "bf16")
+
+
 def test_learning_rate_schedule():
     config = StageConfig(max_steps=100, warmup_steps=10, decay_steps=20, learning_rate=1.0)
     rates = [learning_rate(config, step) for step in range(100)]

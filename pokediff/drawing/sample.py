@@ -227,8 +227,9 @@ def pick_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise PokediffError(f"device {name!r} is not available: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, AssertionError):
+        there = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+        raise PokediffError(f"device {name!r} is not available here: use {' or '.join(there)}") from None
     return device
 
 
@@ -245,4 +246,5 @@ def read_settings(path: str | Path) -> SampleConfig:
         raise PokediffError(f"{path} is not a sample.json") from None
     config = from_values(settings, SampleConfig, str(path))
     beside = {name: path.parent / value for name in ("image", "mask") if (value := getattr(config, name))}
-    return replace(config, **{name: file.as_posix() for name, file in beside.items() if file.is_file()})
+    beside_it = {name: file.as_posix() for name, file in beside.items() if file.is_file()}
+    return replace(config, out=None, **beside_it)  # where to write is for the user to say, not for the file

@@ -5,13 +5,15 @@ The reference is the validation split; the test split is used once, at the end.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from pokediff.config import Sampling, ValidationMetricsConfig
 from pokediff.data.dataset import Pictures
 from pokediff.evaluation import copies, distances, looks, prompts
 from pokediff.evaluation.features import load_features
-from pokediff.model.pipeline import PokeDiffPipeline
+from pokediff.model.pipeline import PokeDiffPipeline, Step
 
 FEW = 50  # validation pictures; fewer cannot estimate the 1 % quantile of distances
 COPYING = 0.05  # share of suspicious pictures that counts as copying; 0.01 is chance
@@ -37,10 +39,16 @@ class ValidationMetrics:
         near = copies.nearest_in_pixels(unseen, seen, families)
         self.threshold = float(np.percentile(near.distance, 1))
 
-    def __call__(self, pipeline: PokeDiffPipeline, sampling: Sampling) -> dict[str, float]:
-        """{"kernel_distance" (times 1000, with features only), "color_adherence", "copy_ratio"}; shares 0 to 1."""
-        drawn = pipeline.generate(self.captions, range(len(self.captions)), sampling)
-        colored = pipeline.generate([row.prompt for row in self.colored], range(len(self.colored)), sampling)
+    def __call__(
+        self, pipeline: PokeDiffPipeline, sampling: Sampling, on_step: Callable[[Step], None] = lambda _: None
+    ) -> dict[str, float]:
+        """{"kernel_distance" (times 1000, with features only), "color_adherence", "copy_ratio"}; shares 0 to 1.
+
+        `on_step` gets every step of the drawing.
+        """
+        prompts = [row.prompt for row in self.colored]
+        drawn = pipeline.generate(self.captions, range(len(self.captions)), sampling, on_step=on_step)
+        colored = pipeline.generate(prompts, range(len(prompts)), sampling, on_step=on_step)
         near = copies.nearest_in_pixels(drawn, self.known, self.families)
         result = {
             "color_adherence": float(looks.color_hits(colored, [row.color for row in self.colored])[0].mean()),

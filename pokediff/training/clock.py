@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -49,6 +51,14 @@ class Window:
         return values
 
 
+@dataclass(frozen=True)
+class Pace:
+    """The seconds that a stage takes here."""
+
+    step: float
+    closing: float = 0.0  # what follows the last step: validation, metrics, previews, files
+
+
 class Limit:
     """A limit of wall-clock time; None is no limit."""
 
@@ -59,8 +69,13 @@ class Limit:
         """A limit at this fraction of the remaining time."""
         return Limit(None if self.end is None else share * (self.end - time.monotonic()) / 60)
 
-    def reached(self) -> bool:
-        return self.end is not None and time.monotonic() >= self.end
+    def left(self) -> float:
+        """Seconds."""
+        return math.inf if self.end is None else self.end - time.monotonic()
+
+    def reached(self, ahead: float = 0.0) -> bool:
+        """Whether less than `ahead` seconds are left."""
+        return self.left() <= ahead
 
 
 def agreed(accelerator: Accelerator, reason: str) -> str:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from tqdm import tqdm
 
 from pokediff.config import StageConfig
@@ -23,18 +24,21 @@ from pokediff.data.images import composite, encode_png, enlarge, from_model, gri
 from pokediff.errors import PokediffError
 from pokediff.evaluation.validation_metrics import COPYING
 from pokediff.files import write_whole
-from pokediff.model.denoiser import compile_network
+from pokediff.model.denoiser import compile_network, flops_per_image
+from pokediff.model.pipeline import BATCH_SIZE
 from pokediff.training import runs
 from pokediff.training.build import Run, Stage
 from pokediff.training.clock import Window, agreed, interruptible
 from pokediff.training.objectives import mix, training_batch
 
+FILES_SECONDS = 1.0  # to write a checkpoint, a state and an animation
 BAD_STEPS = 3  # non-finite steps in a row that end the run
 
 
-def train_stage(run: Run, stage: Stage) -> str:
+def train_stage(run: Run, stage: Stage, closing: float = 0.0) -> str:
     """Train until max_steps, copying (of a base, with early_stop), the end of `patience`, the time limit, or a signal.
-    Returns why it stops: one of clock.STOPS, the same on all processes.
+    Returns why it stops: one of clock.STOPS, the same on all processes. `closing` are the seconds that what follows the
+    last step will take, until it is measured: the limit is that of the whole.
 
     Raises PokediffError for a loss that stays non-finite; the last state is intact.
     """
@@ -51,6 +55,7 @@ def train_stage(run: Run, stage: Stage) -> str:
         prefetch_factor=4 if run.config.workers else None,
     )
     actions = periodic_actions(run, stage)
+    costs = [closing / len(actions)] * len(actions)  # seconds
     window, bad, stop = Window(), 0, "steps"
     with (
         interruptible() as interrupted,
@@ -72,12 +77,14 @@ def train_stage(run: Run, stage: Stage) -> str:
             progress.step, progress.images_seen = step + 1, progress.images_seen + config.batch_size
             window.done(config.batch_size, loss, norm)
             bar.update()
+            due = [progress.step % every == 0 for every, _, _ in actions]
+            ahead = sum(costs) + sum(cost for cost, now in zip(costs, due, strict=True) if now)
             reasons = {
                 "steps": progress.step == config.max_steps,
                 "copies": run.config.metrics.early_stop and progress.copying_since is not None,
                 "patience": progress.is_out_of(config.patience, config.validate_every),
                 "signal": interrupted(),
-                "time": run.limit.reached(),
+                "time": run.limit.reached(ahead),
             }
             stop = agreed(accelerator, next((reason for reason, holds in reasons.items() if holds), ""))
             if stop or progress.step % run.config.log_every == 0:
@@ -87,9 +94,13 @@ def train_stage(run: Run, stage: Stage) -> str:
                 progress.training_loss = values.get("loss", progress.training_loss)
                 bar.set_postfix(loss=f"{progress.training_loss or math.nan:.4f}", img_s=f"{values['images_per_s']:.0f}")
                 runs.log(run, stage, values)
-            for every, action in actions:
-                if run.main and (stop or progress.step % every == 0):
+            for number, (_, phase, action) in enumerate(actions):
+                if run.main and (stop or due[number]):
+                    bar.set_description(f"{stage.name}: {phase}")
+                    began = time.monotonic()
                     action()
+                    costs[number] = time.monotonic() - began
+            bar.set_description(stage.name)
             if stop:
                 break
             window.resume()
@@ -125,8 +136,8 @@ def train_step(
     return loss, norm if finite else None
 
 
-def periodic_actions(run: Run, stage: Stage) -> list[tuple[int, Callable[[], None]]]:
-    """(every n steps, what the main process does), in this order."""
+def periodic_actions(run: Run, stage: Stage) -> list[tuple[int, str, Callable[[], None]]]:
+    """(every n steps, the name of the phase, what the main process does), in this order."""
     config, progress = stage.config, stage.progress
 
     def keep_best(measure: str, value: float) -> None:
@@ -134,7 +145,7 @@ def periodic_actions(run: Run, stage: Stage) -> list[tuple[int, Callable[[], Non
             runs.publish_denoiser(stage, run.out / "best", base="..")
 
     def check_loss() -> None:
-        losses = validate(stage, run.accelerator)
+        losses = validate(run, stage)
         runs.log(run, stage, {**losses, "images_seen": progress.images_seen})
         progress.note(progress.training_loss, losses["validation_loss"])
         if (lowest := progress.overfitting_since()) is not None:
@@ -145,7 +156,8 @@ def periodic_actions(run: Run, stage: Stage) -> list[tuple[int, Callable[[], Non
 
     def measure_pictures() -> None:
         assert stage.metrics is not None
-        measured = stage.metrics(stage.pipeline, stage.sampling)
+        with phase_bar(run, stage, 2 * run.config.metrics.number) as bar:
+            measured = stage.metrics(stage.pipeline, stage.sampling, bar)
         runs.log(run, stage, measured)
         # A refiner or upscaler copies what its base draws, so stopping it would not help.
         if measured["copy_ratio"] > COPYING and progress.copying_since is None and config.model.below is None:
@@ -158,11 +170,11 @@ def periodic_actions(run: Run, stage: Stage) -> list[tuple[int, Callable[[], Non
         runs.publish(run, stage)
         runs.save_state(run, stage)
 
-    actions = [(config.validate_every, check_loss)]
+    actions = [(config.validate_every, "validation", check_loss)]
     if stage.metrics is not None:
-        actions.append((run.config.metrics.every, measure_pictures))
-    actions.append((config.preview_every, partial(preview, run, stage)))
-    actions.append((config.checkpoint_every, checkpoint))
+        actions.append((run.config.metrics.every, "metrics", measure_pictures))
+    actions.append((config.preview_every, "preview", partial(preview, run, stage)))
+    actions.append((config.checkpoint_every, "checkpoint", checkpoint))
     return actions
 
 
@@ -176,11 +188,19 @@ def learning_rate(stage: StageConfig, step: int) -> float:
     return stage.learning_rate * rise * fall
 
 
+@contextmanager
+def phase_bar(run: Run, stage: Stage, pictures: int) -> Iterator[Callable[[Any], None]]:
+    """A bar for the drawing of some pictures; gives what to call at every step."""
+    steps = -(-pictures // BATCH_SIZE) * (len(stage.pipeline.evaluations(stage.sampling)) + 1)
+    with tqdm(total=steps, desc="drawing", unit="step", leave=False, disable=not run.main or run.silent) as bar:
+        yield lambda _: bar.update() and None
+
+
 @torch.inference_mode()
-def validate(stage: Stage, accelerator: Accelerator) -> dict[str, float]:
+def validate(run: Run, stage: Stage) -> dict[str, float]:
     """Mean loss of the averaged weights on the validation families, and by thirds of the timesteps."""
-    losses = []
-    for batch in stage.validation:
+    losses, accelerator = [], run.accelerator
+    for batch in run.bar(stage.validation, desc="validation", unit="batch", leave=False):
         with accelerator.autocast():
             losses.append(stage.objective(stage.average.module, batch.to(accelerator.device)).cpu())
     loss, timesteps = torch.cat(losses), torch.cat([batch.timesteps for batch in stage.validation])
@@ -198,7 +218,9 @@ def preview(run: Run, stage: Stage) -> None:
     folder, size = run.out / "previews", stage.config.image_size
     folder.mkdir(exist_ok=True)
     prompts = list(run.config.preview_prompts)
+    total = len(stage.pipeline.evaluations(stage.sampling)) + 1
     states = stage.pipeline.denoise(prompts, range(len(prompts)), stage.sampling)
+    states = run.bar(states, total=total, desc="preview", unit="step", leave=False)
     sheets = [grid(enlarge(from_model(state.x0), size // state.x0.shape[-1]), columns=4) for state in states]
     factor, name = max(1, 128 // size), f"{stage.name}-{stage.progress.step:08}"
     save_animation(folder / f"{name}.gif", [composite(enlarge(sheet, factor)) for sheet in sheets])
@@ -216,10 +238,24 @@ def preview_pairs(run: Run, stage: Stage) -> np.ndarray:
     rows = []
     for pictures in stage.shown:
         captions = [several[0] for several in pictures.captions]
-        drawn = stage.pipeline.generate(captions, range(len(captions)), stage.sampling)
+        with phase_bar(run, stage, len(captions)) as bar:
+            drawn = stage.pipeline.generate(captions, range(len(captions)), stage.sampling, on_step=bar)
         real = from_model(to_model(torch.from_numpy(pictures.pixels[:]), run.config.dataset.channels))
         rows.append(pairs(real, drawn, columns=4))
     return grid(np.concatenate(rows), columns=4)
+
+
+def closing_seconds(run: Run, stage: Stage, step: float) -> float:
+    """An estimate of the seconds of validation, metrics, previews and files, from those of a training step."""
+    own, cascade = stage.facts["gflops"] * 1e9, stage.pipeline.cascade
+    forward = step / (3 * stage.config.batch_size)  # of one picture through the stage's denoiser
+    pictures = len(run.config.preview_prompts) + sum(len(shown) for shown in stage.shown)
+    pictures += 2 * run.config.metrics.number if run.config.metrics.every else 0
+    names = Counter(evaluation.denoiser for evaluation in stage.pipeline.evaluations(stage.sampling))
+    guided = {name: 2 if cascade[name].config.guidance_scale else 1 for name in names}
+    drawing = sum(number * guided[name] * flops_per_image(cascade[name]) / own for name, number in names.items())
+    checked = sum(len(batch.timesteps) for batch in stage.validation)
+    return FILES_SECONDS + forward * (checked + pictures * drawing)
 
 
 def seconds_per_step(run: Run, stage: Stage) -> float:

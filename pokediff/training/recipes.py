@@ -111,8 +111,12 @@ def preview_prompts(records: Sequence[Record]) -> tuple[str, ...]:
     return ("", *(f"a {color} creature" for color in ("red", "blue", "green", "yellow", "gray", "brown", "purple")))
 
 
-def what_to_expect(steps: int) -> str:
-    """The expected quality after `steps` steps of the base, for the last lines of `train FOLDER`."""
-    if steps < FEWEST_STEPS:
-        return f"After {steps} steps expect your colours and outlines; shapes need more: --max-minutes, --resume auto."
-    return f"After {steps} steps expect your style, sizes and colours; faces and limbs need thousands of pictures."
+def what_to_expect(steps: int, wanted: int) -> str:
+    """The expected quality after `steps` of the `wanted` steps of the base, for the last lines of `train FOLDER`."""
+    wanted = max(wanted, FEWEST_STEPS)
+    after = f"After {steps:,} of {wanted:,} steps"
+    if steps < wanted / 10:
+        return f"{after}, too few, drawings hardly differ from those that the training started from."
+    if steps < wanted:
+        return f"{after} expect your colours and outlines; shapes need more."
+    return f"After {steps:,} steps expect your style, sizes and colours; faces and limbs need thousands of pictures."

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -17,7 +19,7 @@ from accelerate.utils import broadcast_object_list
 
 from pokediff.config import Sampling, StageConfig, TrainConfig, load_yaml
 from pokediff.data.images import encode_png, enlarge, grid
-from pokediff.errors import PokediffError
+from pokediff.errors import PokediffError, first_line
 from pokediff.files import LOCK, WRITER, own_folder, refuse_foreign, refuse_inside, write_whole
 from pokediff.model.cascade import Cascade
 from pokediff.model.checkpoint import INDEX, quiet
@@ -26,8 +28,8 @@ from pokediff.model.diffusion import make_noise_schedule, same_noise
 from pokediff.model.pipeline import PokeDiffPipeline
 from pokediff.training import runs
 from pokediff.training.build import Run, new_pipeline, prepare
-from pokediff.training.clock import Limit, agreed, duration
-from pokediff.training.loop import seconds_per_step, train_stage
+from pokediff.training.clock import Limit, Pace, agreed, duration
+from pokediff.training.loop import closing_seconds, seconds_per_step, train_stage
 from pokediff.training.recipes import what_to_expect
 
 SAMPLE = 256  # pictures that a trial and the estimates load
@@ -78,26 +80,45 @@ def train_run(
         again = [name for name in names if resume not in ("never", "auto") and states[name] == Path(resume)]
         return [name for name in names if resume == "never" or name in again or not runs.is_finished(out, name, config)]
 
-    seconds = estimate(run, unfinished())
+    recipe, paces = config, estimate(run, unfinished())
     if config.fit_limit and config.max_minutes is not None:
-        config = full = run.config = fitted(config, out, seconds, states)
+        config = full = run.config = fitted(config, out, paces, states, broadcast_object_list([run.limit.left()])[0])
     if run.main:
         runs.describe(run)
         runs.start_trackers(run.accelerator, run.out, config.wandb)
-    left = times(full, {name: seconds[name] for name in unfinished()}, states)
-    run.say(timetable(full, left, seconds, run.accelerator.mixed_precision))
-    train_stages(run, names, left, states)
+    paces = {name: paces[name] for name in unfinished()}
+    left = times(full, paces, states)
+    run.say(timetable(full, left, paces, states, run.accelerator.mixed_precision))
+    train_stages(run, names, left, paces, states)
     if trial:
         draw_trial(run)
     else:
-        if config.fit_limit:
-            base = runs.read_facts(out).get("stages", {}).get(next(iter(config.stages)), {})
-            run.say(what_to_expect(base.get("steps", 0)))
-        run.say(f'draw with: pokediff sample "{max(config.preview_prompts, key=len)}" --checkpoint {out}')
+        if config.fit_limit and paces:
+            run.say(outcome(out, recipe, paces))
+        drawing = f'"{max(config.preview_prompts, key=len)}" --checkpoint {shlex.quote(str(out))}'
+        run.say(f"draw with: pokediff sample {drawing}")
     run.accelerator.end_training()
 
 
-def train_stages(run: Run, names: Sequence[str], left: Mapping[str, float], states: Mapping[str, Path | None]) -> None:
+def outcome(out: Path, recipe: TrainConfig, paces: Mapping[str, Pace]) -> str:
+    """What to expect of a folder's model, and the command that trains the rest of its recipe, if any is left."""
+    done = {name: facts.get("steps", 0) for name, facts in runs.read_facts(out).get("stages", {}).items()}
+    base = next(iter(recipe.stages))
+    expected = what_to_expect(done.get(base, 0), recipe.stages[base].max_steps)
+    rest = times(recipe, paces, {name: Path(f"step-{done.get(name, 0)}") for name in paces})
+    if all(done.get(name, 0) >= recipe.stages[name].max_steps for name in paces):
+        return expected
+    command = f"pokediff train {shlex.quote(recipe.data[0])} --out {shlex.quote(str(out))} --resume auto"
+    return f"{expected}\ntrain on with: {command} --max-minutes {math.ceil(1.2 * sum(rest.values()) / 60)}"
+
+
+def train_stages(
+    run: Run,
+    names: Sequence[str],
+    left: Mapping[str, float],
+    paces: Mapping[str, Pace],
+    states: Mapping[str, Path | None],
+) -> None:
     """Train the stages of `left`, in seconds, one after the other, until one of them has to be resumed."""
     whole = run.limit
     for number, name in enumerate(names):
@@ -107,7 +128,7 @@ def train_stages(run: Run, names: Sequence[str], left: Mapping[str, float], stat
         rest = sum(left.get(later, 0.0) for later in names[number + 1 :])
         if run.config.fit_limit:  # so that a slower machine does not use up the time of later stages
             run.limit = whole.part(left[name] / (left[name] + rest))
-        stop = train_one(run, name, states[name])
+        stop = train_one(run, name, states[name], paces[name].closing)
         is_left = stop == "signal" or (stop == "time" and not run.config.fit_limit)
         if is_left or (rest and agreed(run.accelerator, "time" if whole.reached() else "")):
             more = f"; later stages need about {duration(rest)}" if rest else ""
@@ -138,7 +159,10 @@ def start(config: TrainConfig, out: Path, trial: bool = False) -> Run:
     """Processes, threads, and the cascade to build on. Raises PokediffError when it has another noise schedule."""
     limit = Limit(config.max_minutes)
     AcceleratorState._reset_state()  # of an earlier training in this process, which may have had another precision
-    accelerator = Accelerator(mixed_precision=mixed_precision(config.precision))
+    try:
+        accelerator = Accelerator(mixed_precision=mixed_precision(config.precision))
+    except ValueError as error:  # of a device without bf16
+        raise PokediffError(f"--precision {config.precision}: {first_line(error)}; use --precision fp32") from None
     if accelerator.device.type == "cpu":  # accelerate launch leaves all but one core idle
         torch.set_num_threads(config.threads or max(1, usable_cores() // accelerator.num_processes))
     schedule, pipeline = make_noise_schedule(config.diffusion), None
@@ -167,37 +191,51 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def estimate(run: Run, names: Sequence[str]) -> dict[str, float]:
-    """{stage: seconds a step}, measured on a few pictures before the first stage starts; the same on all processes."""
+def estimate(run: Run, names: Sequence[str]) -> dict[str, Pace]:
+    """The pace of every stage, measured on a few pictures before the first one starts; the same on all processes."""
     quick = dataclasses.replace(run, sample=SAMPLE, silent=True)
-    seconds = {}
-    for name in names:
+    paces = {}
+    for name in run.bar(names, desc="measuring the speed", unit="stage", leave=False):
         stage = prepare(quick, name)
-        seconds[name] = seconds_per_step(quick, stage)
+        step = seconds_per_step(quick, stage)
+        paces[name] = Pace(step, closing_seconds(quick, stage, step))
         quick.pipeline = stage.pipeline  # later stages check what comes before them
-    return broadcast_object_list([seconds])[0]
+    return broadcast_object_list([paces])[0]
 
 
-def times(config: TrainConfig, seconds: Mapping[str, float], states: Mapping[str, Path | None]) -> dict[str, float]:
+def steps_left(config: TrainConfig, name: str, states: Mapping[str, Path | None]) -> int:
+    return max(1, config.stages[name].max_steps - runs.steps_of(states[name]))
+
+
+def times(config: TrainConfig, paces: Mapping[str, Pace], states: Mapping[str, Path | None]) -> dict[str, float]:
     """{stage: remaining seconds}, validation, previews and checkpoints included."""
-    steps = {name: max(1, config.stages[name].max_steps - runs.steps_of(states[name])) for name in seconds}
-    return {name: OVERHEAD * seconds[name] * number for name, number in steps.items()}
+    return {
+        name: OVERHEAD * pace.step * steps_left(config, name, states) + pace.closing for name, pace in paces.items()
+    }
 
 
-def timetable(config: TrainConfig, left: Mapping[str, float], seconds: Mapping[str, float], precision: str) -> str:
+def timetable(
+    config: TrainConfig,
+    left: Mapping[str, float],
+    paces: Mapping[str, Pace],
+    states: Mapping[str, Path | None],
+    precision: str,
+) -> str:
     """A line for each stage, and the whole."""
-    lines = []
+    lines, precision = [], "fp32" if precision == "no" else precision
     for name, needed in left.items():
-        size, steps = config.stages[name].batch_size, round(needed / seconds[name] / OVERHEAD)
-        speed = f"{size / seconds[name]:.0f} pictures/s, {precision}"
+        size, steps = config.stages[name].batch_size, steps_left(config, name, states)
+        speed = f"{size / paces[name].step:.0f} pictures/s, {precision}"
         lines.append(f"{name}: {steps:,} steps of {size} pictures, about {duration(needed)} ({speed})")
+    whole, limit = sum(left.values()), 60 * (config.max_minutes or math.inf)
+    ends = f"; --max-minutes {config.max_minutes:g} ends it before" if whole > 1.1 * limit else ""
     sizes = ", ".join(f"{size} px" for size in sorted({stage.image_size for stage in config.stages.values()}))
     drawing = f"to draw {sizes}" + (" with hard edges" if config.pixel_art else "")
     compiling = ", before compilation" if config.compile else ""
-    return "\n".join([*lines, f"in total about {duration(sum(left.values()))}{compiling}, {drawing}"])
+    return "\n".join([*lines, f"in total about {duration(whole)}{compiling}, {drawing}{ends}"])
 
 
-def train_one(run: Run, name: str, state: Path | None) -> str:
+def train_one(run: Run, name: str, state: Path | None, closing: float) -> str:
     """One stage: load, train, and add its denoiser to the cascade. Returns why it stops, one of clock.STOPS."""
     began, stage = time.monotonic(), prepare(run, name, state)
     run.say(
@@ -207,7 +245,7 @@ def train_one(run: Run, name: str, state: Path | None) -> str:
     if run.main:
         runs.begin(run, stage)
     run.accelerator.wait_for_everyone()
-    stop = train_stage(run, stage)
+    stop = train_stage(run, stage, closing)
     if run.main:
         report = runs.read_facts(run.out)
         facts = report["stages"][name]
@@ -223,22 +261,24 @@ def train_one(run: Run, name: str, state: Path | None) -> str:
 
 
 def fitted(
-    config: TrainConfig, out: Path, seconds: Mapping[str, float], states: Mapping[str, Path | None]
+    config: TrainConfig, out: Path, paces: Mapping[str, Pace], states: Mapping[str, Path | None], left: float
 ) -> TrainConfig:
-    """The configuration with the remaining stages shortened in proportion to fit max_minutes. A run that was
-    stopped keeps its lengths until all its stages are finished.
+    """The configuration with the remaining stages shortened in proportion to fit into the `left` seconds. A run that
+    was stopped keeps its lengths until all its stages are finished.
     """
-    if not seconds:
+    if not paces:
         return config
     if any(states.values()) and (out / "config.yaml").is_file():
         saved = load_yaml(out / "config.yaml", TrainConfig).stages
-        lengths = {name: saved[name].max_steps for name in seconds if name in saved}
+        lengths = {name: saved[name].max_steps for name in paces if name in saved}
         before = with_steps(config, lengths)
-        if not all(runs.is_finished(out, name, before) for name in seconds):
+        if not all(runs.is_finished(out, name, before) for name in paces):
             return before
-    share = min(1.0, 60 * (config.max_minutes or 0) / sum(times(config, seconds, states).values()))
-    done = {name: runs.steps_of(states[name]) for name in seconds}
-    lengths = {name: done[name] + round(share * (config.stages[name].max_steps - done[name])) for name in seconds}
+    closing = sum(pace.closing for pace in paces.values())
+    steps = sum(times(config, paces, states).values()) - closing
+    share = min(1.0, max(0.0, left - closing) / steps)
+    done = {name: runs.steps_of(states[name]) for name in paces}
+    lengths = {name: done[name] + round(share * (config.stages[name].max_steps - done[name])) for name in paces}
     return with_steps(config, lengths)
 
 
