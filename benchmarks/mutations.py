@@ -66,6 +66,7 @@ class Target:
     make: Callable[[Path], None]
     read: Callable[[Path], Any]
     weight: int  # of all inputs
+    single: bool = False  # files that a user names one by one, and that may be links
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
@@ -317,6 +318,8 @@ def drawing(folder: Path) -> None:
 
 
 def read_drawing(folder: Path) -> None:
+    if (folder / "sample.json").is_symlink():
+        return  # a user who gives a link means it
     listed_files(folder)
     each([read_settings], lambda read: read(folder / "sample.json"))
     read_generated(folder)
@@ -548,22 +551,22 @@ def read_calls(folder: Path) -> None:
 
 
 TARGETS = {
-    "configurations": Target(configurations, read_configurations, 8),
+    "configurations": Target(configurations, read_configurations, 8, single=True),
     "metadata.jsonl": Target(data_jsonl, read_data, 9),
     "metadata.csv": Target(data_csv, read_data, 6),
     "metadata.json": Target(data_json, read_data, 5),
     "captions beside pictures": Target(data_sidecars, read_data, 4),
     "parquet": Target(data_parquet, read_data, 4),
     "idx": Target(data_idx, read_data, 3),
-    "pictures": Target(single_pictures, read_pictures, 12),
+    "pictures": Target(single_pictures, read_pictures, 12, single=True),
     "checkpoint": Target(small_checkpoint, read_checkpoint, 18),
     "part of a checkpoint": Target(small_part, lambda folder: read_checkpoint(find_folder(folder / "best", {})), 4),
     "ONNX": Target(small_export, lambda folder: draw_with(load_exported(folder / "exported")), 6),
     "baseline": Target(small_baseline, read_baseline, 4),
-    "palettes": Target(palettes, read_palettes, 5),
+    "palettes": Target(palettes, read_palettes, 5, single=True),
     "sample.json": Target(drawing, read_drawing, 6),
-    "tables of prompts": Target(tables, read_tables, 6),
-    "prompts": Target(prompts, read_prompt_files, 5),
+    "tables of prompts": Target(tables, read_tables, 6, single=True),
+    "prompts": Target(prompts, read_prompt_files, 5, single=True),
     "state and journal": Target(run_folder, read_run, 5),
     "wiki pages": Target(wiki_pages, read_wiki, 6),
     "HTTP and robots.txt": Target(http_answers, read_answers, 6),

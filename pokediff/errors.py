@@ -15,6 +15,15 @@ class PokediffError(Exception):
     """An error that the user can fix; its message is one line with the remedy."""
 
 
+LONGEST = 1000  # letters of an error
+
+
+def printable(text: str) -> str:
+    """Text of a stranger's file as one line that a terminal shows and does not obey."""
+    line = "".join(sign if sign.isprintable() else "\ufffd" for sign in " ".join(text.split()))
+    return line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}…"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of another library's error message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -50,7 +59,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except PokediffError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
     except BrokenPipeError:  # `| head` has read enough; Python would complain once more when it closes the stream
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -59,7 +68,8 @@ def one_line_errors() -> Iterator[None]:
         if (failure := disk_failure(error)) is None:
             raise
         cure = CURES.get(failure.errno or 0, "")
-        print(f"error: {failure.filename or 'disk'}: {failure.strerror}{cure}", file=sys.stderr)
+        place = printable(str(failure.filename or "disk"))
+        print(f"error: {place}: {failure.strerror}{cure}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -7,6 +7,7 @@ text_encoder/ tokenizer/   where its words come from, in transformers' format
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,9 +23,11 @@ from pokediff.config import BaselineConfig, Sampling
 from pokediff.data.files import write_whole
 from pokediff.data.images import from_model
 from pokediff.errors import PokediffError, first_line
+from pokediff.model.inspection import check_file, shapes_of
 
 WEIGHTS = "model.safetensors"
 BATCH_SIZE = 16
+FREE = 10**7  # numbers that a network may have whatever its file holds
 
 
 def load_baseline(folder: Path, device: torch.device, model: str | None = None) -> Baseline | LoraGenerator:
@@ -63,6 +66,7 @@ class Baseline(DrawsAtOnce):
         config = read_config(folder)
         if config.system not in SYSTEMS:
             raise PokediffError(f"{folder} has no {LORA_WEIGHTS}")
+        check_sizes(config, folder)
         drawing = replace(config, losses={"l1": 1.0}, discriminator="none")  # needs no networks of losses
         system = SYSTEMS[config.system](drawing, f"baseline:{folder}")
         try:
@@ -124,6 +128,15 @@ class Baseline(DrawsAtOnce):
             raise PokediffError(f"{self.name} has no attention to words")
         maps = {name: weights[0].float().cpu().numpy() for name, weights in drawn.attention.items()}
         return Attention(tuple(self.system.words.tokens(prompt)), from_model(drawn.pictures[-1])[0], maps)
+
+
+def check_sizes(config: BaselineConfig, folder: Path) -> None:
+    """Raise PokediffError when a configuration asks for much larger networks than the weights beside it hold."""
+    check_file(folder / WEIGHTS, folder)
+    held = sum(math.prod(shape) for shape in shapes_of(folder / WEIGHTS).values())
+    for name, number in {**vars(config.network), "image_size": config.image_size}.items():
+        if number < 0 or number**2 > 16 * held + FREE or (name == "layers" and number > held):
+            raise PokediffError(f"{folder / CONFIG}: {name} {number} does not fit {WEIGHTS}, of {held:,} numbers")
 
 
 def save_baseline(folder: Path, config: BaselineConfig, system: System) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from pokediff.config import BaselineConfig, Precision, Sampling, from_values, plain
 from pokediff.files import read_json, write_whole
+from pokediff.model.inspection import check_file
 from pokediff.model.pipeline import Evaluation
 
 CONFIG = "baseline.json"
@@ -26,6 +27,8 @@ def is_baseline(folder: str | Path) -> bool:
 def read_config(folder: Path) -> BaselineConfig:
     """The configuration of a baseline; that of an SDXL where there are LoRA weights alone. Raises PokediffError."""
     path = folder / CONFIG
+    for file in (path, folder / LORA_WEIGHTS):
+        check_file(file, folder)
     if not path.is_file():
         return BaselineConfig(system="sdxl-lora")
     return from_values(read_json(path), BaselineConfig, str(path))

@@ -95,7 +95,7 @@ def read_listing(folder: Path) -> Listing:
     rows = [row for file in tables for row in _read_table(folder, file)]
     _find_files(rows, files)
     source = _names(tables)
-    left = len({file.as_posix() for file in pictures} - {row.get("file_name") for _, row in rows})
+    left = len({file.as_posix() for file in pictures} - {str(row.get("file_name")) for _, row in rows})
     if left:
         notes.append(f"not used: {left} picture{'s' * (left > 1)} not in {source}")
     return Listing(_with_splits(rows), source, (*notes, *_unread(files, pictures, tables, source)))

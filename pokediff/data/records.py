@@ -222,7 +222,7 @@ def record_from_json(row: dict[str, Any], where: str) -> Record:
         first = error.errors()[0]
         raise PokediffError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     path = PurePosixPath(record.file_name)
-    if path.is_absolute() or ".." in path.parts or "\\" in record.file_name or ":" in record.file_name:
+    if path.is_absolute() or ".." in path.parts or set("\\:\0") & set(record.file_name):
         raise PokediffError(f"{where}: file_name {record.file_name!r} must lie inside the folder")
     return record
 

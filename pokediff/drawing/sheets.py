@@ -146,7 +146,7 @@ def claim(out: Path, names: Sequence[str], inputs: Sequence[str]) -> None:
         raise PokediffError(
             f"{out / foreign[0]} exists and was not written by an earlier drawing: choose another --out"
         )
-    remove(out, earlier)
+    remove(out, [name for name in earlier if name != FACTS])  # it marks the folder as ours, and is replaced
 
 
 def listed_files(out: Path) -> list[str]:

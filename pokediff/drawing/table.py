@@ -58,8 +58,8 @@ def is_table(config: SampleConfig) -> bool:
 def draw_table(
     config: SampleConfig, out: Path, facts: dict[str, Any], draw: Callable[[Sequence[Job]], np.ndarray]
 ) -> tuple[int, int]:
-    """Draw what OUT does not hold yet, batch by batch, each followed by the manifest. Returns the numbers of pictures
-    that were drawn and that were there.
+    """Draw what OUT does not hold yet, batch by batch, each after its entries in the manifest. Returns the numbers of
+    pictures that were drawn and that were there.
 
     Args:
         config: its settings, resolved.
@@ -86,11 +86,14 @@ def _draw_table(
     for start in range(0, len(missing), config.batch_size):
         batch = missing[start : start + config.batch_size]
         jobs = [Job(entry["prompt"], int(entry["seed"])) for entry in batch]
-        for entry, picture in zip(batch, draw(jobs), strict=True):
+        pictures = draw(jobs)
+        for entry in batch:  # of earlier settings: what is in the manifest and is there counts as drawn
+            (out / entry["file"]).unlink(missing_ok=True)
+            known[entry["file"]] = entry
+        write_manifest(out / MANIFEST, known)  # first, since it marks the pictures as ours
+        for entry, picture in zip(batch, pictures, strict=True):
             shown = on_background(enlarge(picture, config.enlarge), config)
             write_whole(out / entry["file"], encode_png(shown))
-            known[entry["file"]] = entry
-        write_manifest(out / MANIFEST, known)
     return len(missing), len(done)
 
 

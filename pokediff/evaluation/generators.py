@@ -18,7 +18,7 @@ from tqdm import tqdm
 from pokediff.config import Sampling, plain
 from pokediff.data.images import BadImage, encode_png, read_image
 from pokediff.errors import PokediffError
-from pokediff.files import as_row, read_json, read_rows, refuse_foreign, write_whole
+from pokediff.files import as_row, is_own_file, read_json, read_rows, refuse_foreign, write_whole
 from pokediff.model.pipeline import PokeDiffPipeline
 
 LISTS = ("sample.json", "metadata.jsonl")
@@ -65,7 +65,8 @@ def read_generated(folder: Path) -> Generated:
 
 def _read_picture(folder: Path, file: Any) -> np.ndarray:
     """A picture that a list names. Raises PokediffError when it is not named, not there, elsewhere, or broken."""
-    if not isinstance(file, str) or Path(file).is_absolute() or ".." in Path(file).parts:
+    named = isinstance(file, str) and "\0" not in file and not Path(file).is_absolute() and ".." not in Path(file).parts
+    if not named or ((folder / file).exists() and not is_own_file(folder / file, folder)):
         raise PokediffError(f"{folder}: a row of the list names {file!r} and not a picture in this folder")
     try:
         return read_image((folder / file).read_bytes())

@@ -101,7 +101,7 @@ def checked_index(index: dict[str, Any], path: Path = Path(INDEX)) -> dict[str, 
 
 def inspect(folder: Path) -> None:
     """Inspect every component of a whole checkpoint before it is loaded. Raises PokediffError for what is wrong."""
-    for name in (INDEX, *READ_BESIDE):
+    for name in READ_BESIDE:
         inspection.check_file(folder / name, folder)
     index = checked_index(read_index(folder), folder / INDEX)
     inspection.check_cascade(folder / "cascade")
@@ -115,6 +115,7 @@ def check_whole(pipeline: Any) -> None:
     other.
     """
     inspection.check_finite("cascade", pipeline.cascade)
+    inspection.check_steps(pipeline.scheduler)
     dims = {denoiser.config.text_dim for _, denoiser in pipeline.cascade.items()}
     if pipeline.text_encoder is not None:
         inspection.check_finite("text_encoder", pipeline.text_encoder)
@@ -154,6 +155,7 @@ def find_folder(name: str | Path, options: dict[str, Any]) -> Path:
 
 def read_index(folder: Path) -> dict[str, Any]:
     """model_index.json. Raises PokediffError for one that cannot be read."""
+    inspection.check_file(folder / INDEX, folder)
     return inspection.read_object(folder / INDEX)
 
 

@@ -12,10 +12,12 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import SchedulerMixin
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -24,7 +26,7 @@ from pokediff.data.images import CHANNELS
 from pokediff.errors import PokediffError, first_line
 from pokediff.files import as_row, is_own_file, read_json
 from pokediff.model.denoiser import Denoiser
-from pokediff.model.samplers import SCHEDULERS
+from pokediff.model.samplers import SAMPLERS, SCHEDULERS, make_scheduler
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -238,6 +240,25 @@ def check_scheduler(folder: Path) -> None:
     )
     if not numbers:
         raise PokediffError(f"{path}: trained_betas must be {steps} numbers between 0 and 1")
+
+
+def check_steps(scheduler: SchedulerMixin) -> None:
+    """Raise PokediffError when the schedule does not lead a few numbers through a few steps, by any sampler: its
+    configuration has some fifty keys.
+    """
+    for sampler in (None, *SAMPLERS):
+        try:
+            stepping = make_scheduler(scheduler, sampler, 3, torch.device("cpu"))
+            x = torch.ones(1, 1, 2, 2) * stepping.init_noise_sigma
+            generator = torch.Generator().manual_seed(0)
+            for timestep in stepping.timesteps:
+                given = {"generator": generator} if "generator" in signature(stepping.step).parameters else {}
+                scaled = stepping.scale_model_input(x, timestep)
+                x = stepping.step(torch.zeros_like(scaled), timestep, x, **given).prev_sample
+        except Exception as error:  # schedulers check with exceptions of many kinds, or not at all
+            raise PokediffError(f"scheduler: {sampler or 'it'} takes no steps ({first_line(error)})") from None
+        if not torch.isfinite(x).all():
+            raise PokediffError(f"scheduler: the steps of {sampler or 'it'} are not finite")
 
 
 def check_foreign(folder: Path) -> None:
