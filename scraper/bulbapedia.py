@@ -17,6 +17,7 @@ from bs4 import BeautifulSoup, Tag
 from pokediff.errors import PokediffError
 
 LIST_TITLE = "List_of_Pokémon_by_National_Pokédex_number"
+MOST_CELLS = 1_000_000  # of one table, spanned ones included: a cell may span 100 rows and columns
 EXPECTED_SPECIES = 1025  # as of generation IX; to notice a page that is no longer the list
 HOSTS = {"bulbapedia.bulbagarden.net", "archives.bulbagarden.net", "cdn.bulbagarden.net"}
 
@@ -95,6 +96,8 @@ def _grid(table: Tag) -> list[list[Tag | None]]:
                 x += 1
             spanned = product(range(_span(cell, "rowspan")), range(_span(cell, "colspan")))
             cells.update({(y + down, x + right): cell for down, right in spanned})
+            if len(cells) > MOST_CELLS:
+                raise PageChanged(f"a table of the page has more than {MOST_CELLS:,} cells: it is not the list")
     width = max((x + 1 for _, x in cells), default=0)
     return [[cells.get((y, x)) for x in range(width)] for y in range(len(rows))]
 

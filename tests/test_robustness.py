@@ -6,10 +6,17 @@ takes no more memory than its files justify.
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
+import socket
+import struct
 import sys
+import threading
+import time
+import tracemalloc
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +25,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pokediff.data import idx
+from pokediff.data.dataset import load_pictures
+from pokediff.data.records import read_records
+from pokediff.drawing.sample import read_settings
 from pokediff.errors import PokediffError
 from pokediff.model.checkpoint import INDEX, base_of, write_part_index
 from pokediff.model.pipeline import PokeDiffPipeline
+from pokediff.scraper import bulbapedia, client, crawl
+from pokediff.scraper.client import FetchError, PoliteClient, StopRun
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -198,6 +211,7 @@ def test_a_base_is_a_name_or_a_relative_path_and_no_circle(small, tmp_path):
         ("cascade/config.json", {"denoisers": ["base-16"] * 2}, "1 to 64 names"),
         ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**12}, "2 to 100,000"),
         ("scheduler/scheduler_config.json", {"trained_betas": [0.5]}, "must be 1000 numbers"),
+        ("scheduler/scheduler_config.json", {"solver_order": False}, "takes no steps"),
         ("text_encoder/config.json", {"num_hidden_layers": 10**9}, "does not fit"),
         ("text_encoder/config.json", {"vocab_size": 10**9}, "by config.json"),
         ("tokenizer/tokenizer_config.json", {"vocab_file": "../../outside.json"}, "a file elsewhere"),
@@ -261,3 +275,300 @@ def test_parts_that_do_not_fit_each_other_are_refused(stranger, tmp_path):
     vocabulary["model"]["vocab"]["a</w>"] = 10**6
     (stranger / "tokenizer" / "tokenizer.json").write_text(json.dumps(vocabulary))
     refused(stranger, "knows words that the model does not")
+
+
+def test_a_baseline_is_data_likewise(tmp_path):
+    folder = tmp_path / "digits"
+    mutations.small_baseline(folder)
+    mutations.read_baseline(folder)
+    before = (folder / "baseline.json").read_text()
+    values = json.loads(before)
+    for key, number in (("latent", 10**9), ("width", -1)):
+        (folder / "baseline.json").write_text(json.dumps({**values, "network": {**values["network"], key: number}}))
+        with pytest.raises(PokediffError, match=f"{key} {number} does not fit"):
+            mutations.read_baseline(folder)
+    (folder / "baseline.json").unlink()
+    (tmp_path / "outside.json").write_text(before)
+    (folder / "baseline.json").symlink_to(tmp_path / "outside.json")
+    with pytest.raises(PokediffError, match="is a link out of the checkpoint"):
+        mutations.read_baseline(folder)
+
+
+def test_settings_of_a_stranger_do_not_say_where_to_write(tmp_path):
+    mutations.drawing(tmp_path)
+    settings = json.loads((tmp_path / "sample.json").read_text())
+    settings["settings"]["out"] = str(tmp_path / "elsewhere")
+    (tmp_path / "sample.json").write_text(json.dumps(settings))
+    assert read_settings(tmp_path / "sample.json").out is None
+
+
+# ------------------------------------------------------------------------------------------------ a data set likewise
+
+
+def write_set(folder: Path, **row: Any) -> Path:
+    names = mutations.pictures(folder, 20)
+    rows = [{"file_name": name, "text": "a creature"} for name in names[1:]]
+    text = "".join(json.dumps(one) + "\n" for one in [{"file_name": names[0], "text": "a creature", **row}, *rows])
+    (folder / "metadata.jsonl").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.png", "/etc/passwd", "a/../../secret.png", "C:\\secret.png", "a\0.png", "~"]
+)
+def test_a_row_names_no_file_outside(tmp_path, name):
+    shutil.copyfile(ROOT / "docs" / "images" / "grid.png", tmp_path / "secret.png")
+    folder = write_set(tmp_path / "set", file_name=name)
+    if name == "~":  # a file of that name, not a home
+        assert next(iter(read_records(folder))).file_name == "~"
+        return
+    with pytest.raises(PokediffError, match="must lie inside the folder"):
+        read_records(folder)
+
+
+@pytest.mark.parametrize("kind", ["link", "linked folder", "pipe", "device"])
+def test_links_and_pipes_of_a_data_set_are_left_out(tmp_path, kind):
+    outside = tmp_path / "outside"
+    mutations.pictures(outside, 1)
+    name = "x/red_creature_0.png" if kind == "linked folder" else "x.png"
+    folder = write_set(tmp_path / "set", file_name=name)
+    if kind == "pipe":
+        os.mkfifo(folder / name)
+    else:
+        target = {"link": outside / "red_creature_0.png", "device": Path("/dev/zero"), "linked folder": outside}[kind]
+        (folder / Path(name).parts[0]).symlink_to(target)
+    said: list[str] = []
+    loaded = load_pictures(folder, 16, report=said.append)
+    assert name not in [record.file_name for record in loaded.records]
+    assert any(name in line and "link out of the folder, or no file" in line for line in said)
+
+
+def test_a_picture_inside_by_way_of_a_link_is_read(tmp_path):
+    folder = write_set(tmp_path / "set", file_name="x.png")
+    (folder / "x.png").symlink_to("red_creature_0.png")
+    assert len(load_pictures(folder, 16, report=lambda line: None)) == 20
+
+
+def test_a_small_file_does_not_unpack_to_a_large_one(tmp_path):
+    folder = tmp_path / "set"
+    mutations.data_idx(folder)
+    (folder / "train-images-idx3-ubyte").unlink()
+    block = gzip.compress(bytes(1 << 24))  # 16 MB, in 16 kB
+    head = gzip.compress(struct.pack(">4i", 2051, 2**20, 64, 64))
+    (folder / "train-images-idx3-ubyte.gz").write_bytes(head + block * (idx.LARGEST >> 24))
+    labels = folder / "train-labels-idx1-ubyte"
+    (folder / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels.read_bytes()))
+    with pytest.raises(PokediffError, match=r"more than 1024 MB"):
+        read_records(folder)
+
+
+@pytest.mark.parametrize("way", ["huge", "bomb"])
+def test_a_picture_that_would_fill_the_memory_is_skipped(tmp_path, way):
+    data = (write_set(tmp_path / "set") / "red_creature_0.png").read_bytes()
+    sides = struct.pack(">II", 60_000, 60_000)
+    packed = mutations.chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(200_000_000), 9))
+    head = mutations.chunk(b"IHDR", sides + data[24:29]) if way == "huge" else data[8:33] + packed
+    (tmp_path / "set" / "red_creature_0.png").write_bytes(data[:8] + head + data[33:])
+    said: list[str] = []
+    assert len(load_pictures(tmp_path / "set", 16, report=said.append)) == 19
+    assert any("bomb" in line or "Decompressed data too large" in line for line in said)
+
+
+# ------------------------------------------------------------------------------------------------------ the worst wiki
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n"
+
+
+def answer(status: str, *headers: str, body: bytes = b"") -> bytes:
+    return "\r\n".join([f"HTTP/1.1 {status}", *headers, f"Content-Length: {len(body)}", "", ""]).encode() + body
+
+
+def fetch(answers: dict[str, bytes], **options: Any) -> tuple[bytes, list[float]]:
+    """The body of /page from a server with these raw answers, and the pauses that were made."""
+    pauses: list[float] = []
+    whole = {"/robots.txt": answer("404 Not Found"), **answers}
+    with mutations.raw_server(lambda path: whole[path]) as host:
+        polite = PoliteClient({host}, "pokediff/test", sleep=pauses.append)
+        return polite.get(f"http://{host}/page", 1_000_000, **options), pauses
+
+
+def test_redirects_in_circles_end():
+    with pytest.raises(FetchError, match="more than 5 redirects"):
+        fetch({"/page": answer("302 Found", "Location: /other"), "/other": answer("302 Found", "Location: /page")})
+
+
+@pytest.mark.parametrize(
+    "location", ["http://evil.example/x", "//evil.example/", "file:///etc/passwd", "ftp://x/", "http://["]
+)
+def test_a_redirect_leads_to_no_other_host(location):
+    with pytest.raises(FetchError):
+        fetch({"/page": answer("301 Moved", f"Location: {location}")})
+
+
+def endless(start: bytes, more: bytes) -> Callable[[socket.socket], None]:
+    def send(connection: socket.socket) -> None:
+        connection.sendall(start)
+        while True:
+            connection.sendall(more)
+            time.sleep(0.02)
+
+    return send
+
+
+@pytest.mark.parametrize(
+    ("start", "more"),
+    [
+        (OK + b"Content-Length: 99999999\r\n\r\n", b"x"),  # a letter now and then: no timeout of a socket ends it
+        (OK + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n"),
+        (b"HTTP/1.1 200 OK\r\n", b"X"),  # a header without an end
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    ],
+)
+def test_an_answer_that_never_ends_is_hung_up(monkeypatch, start, more):
+    monkeypatch.setattr(client, "WHOLE_S", 0.3)
+    monkeypatch.setattr(client, "ATTEMPTS", 2)
+    listener = socket.create_server(("127.0.0.1", 0))
+    ended: list[type[BaseException]] = []
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            with connection:
+                path = connection.recv(65536).split(b" ")[1]
+                if path == b"/robots.txt":
+                    connection.sendall(answer("404 Not Found", "Connection: close"))
+                    continue
+                try:
+                    endless(start, more)(connection)
+                except OSError as error:
+                    ended.append(type(error))
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    host = f"127.0.0.1:{listener.getsockname()[1]}"
+    with pytest.raises(FetchError, match=r"(connection: .*|did not end .*) \(2 attempts\)"):
+        PoliteClient({host}, "pokediff/test", sleep=lambda _: None).get(f"http://{host}/page", 1_000_000)
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+    thread.join(10)
+    assert ended
+
+
+def test_a_gzip_bomb_is_cut_off():
+    bomb = gzip.compress(bytes(300_000_000), 9)  # 300 kB
+    tracemalloc.start()
+    try:
+        with pytest.raises(FetchError, match="longer than 1,000,000 bytes"):
+            fetch({"/page": answer("200 OK", "Content-Encoding: gzip", "Content-Type: text/html", body=bomb)})
+        assert tracemalloc.get_traced_memory()[1] < 60_000_000
+    finally:
+        tracemalloc.stop()
+    twice = gzip.compress(bomb)
+    with pytest.raises(FetchError, match="content encoding gzip, gzip"):
+        fetch({"/page": answer("200 OK", "Content-Encoding: gzip, gzip", body=twice)})
+
+
+def test_not_modified_without_a_cache_is_a_failure():
+    with pytest.raises(FetchError, match="status 304"):
+        fetch({"/page": b"HTTP/1.1 304 Not Modified\r\nETag: x\r\n\r\n"})
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        # the server's clock is years away from ours, and its dates are half a minute apart
+        (["Date: Wed, 21 Oct 2015 07:28:00 GMT", "Retry-After: Wed, 21 Oct 2015 07:28:30 GMT"], 30),
+        (["Date: Wed, 21 Oct 2099 07:28:00 GMT", "Retry-After: Wed, 21 Oct 2099 07:28:30 GMT"], 30),
+        (["Retry-After: Wed, 21 Oct 2015 07:28:30 GMT"], 0),  # past: the ordinary pauses
+        (["Retry-After: -5"], 0),
+        (["Retry-After: Wed, 99 Foo 99999 07:28:30 GMT"], 0),
+    ],
+)
+def test_the_pause_of_a_server_with_another_clock(monkeypatch, headers, expected):
+    monkeypatch.setattr(client, "ATTEMPTS", 2)
+    pauses: list[float] = []
+    answers = {"/robots.txt": answer("404 Not Found"), "/page": answer("503 Busy", *headers)}
+    with mutations.raw_server(lambda path: answers[path]) as host, pytest.raises(FetchError, match="status 503"):
+        PoliteClient({host}, "x", sleep=pauses.append, clock=lambda: 0.0).get(f"http://{host}/page", 1000)
+    assert max(pauses) == pytest.approx(max(expected, max(pauses) if not expected else 0))
+    assert max(pauses) >= max(expected, 0.5)  # never less than the ordinary pause
+    assert max(pauses) <= max(expected, 2.0)
+
+
+def test_a_pause_of_years_stops_the_run():
+    with pytest.raises(StopRun, match="requests a pause"):
+        fetch({"/page": answer("429 Slow", f"Retry-After: {'9' * 400}")})
+
+
+def test_robots_of_five_megabytes_are_read_as_far_as_required():
+    first = b"User-agent: *\nCrawl-delay: 0\nDisallow: /page\n"
+    filling = b"Disallow: /x/some/other/place\n" * 170_000
+    with pytest.raises(FetchError, match=r"robots\.txt disallows"):
+        fetch({"/robots.txt": answer("200 OK", "Content-Type: text/plain", body=first + filling), "/page": b""})
+    body, _ = fetch({"/robots.txt": answer("200 OK", body=filling), "/page": answer("200 OK", body=b"here")})
+    assert body == b"here"
+
+
+@pytest.mark.parametrize("delay", ["1e9", "999999"])
+def test_robots_that_ask_for_days_stop_the_run(delay):
+    with pytest.raises(StopRun, match="between two requests"):
+        fetch({"/robots.txt": answer("200 OK", body=f"User-agent: *\nCrawl-delay: {delay}\n".encode()), "/page": b""})
+
+
+@pytest.mark.parametrize("delay", ["nan", "-1", "inf", "soon"])
+def test_robots_without_a_real_delay_keep_the_ordinary_one(delay):
+    robots = answer("200 OK", body=f"User-agent: *\nCrawl-delay: {delay}\n".encode())
+    _, pauses = fetch({"/robots.txt": robots, "/page": answer("200 OK", body=b"x")})
+    assert max(pauses) == pytest.approx(client.DEFAULT_INTERVAL_S, abs=0.9)
+
+
+def test_a_rule_of_many_wildcards_takes_no_time():
+    rule = "Disallow: /" + "*a" * 30 + "*b"
+    assert client.simple_rules(rule) == "Disallow: /*a*a*a*a"
+    assert client.simple_rules("Allow: /" + "*a" * 30) == ""
+    assert client.simple_rules("Disallow: /w/*?x=*&y=*") == "Disallow: /w/*?x=*&y=*"
+    robots = answer("200 OK", body=f"User-agent: *\nCrawl-delay: 0\n{rule}\n".encode())
+    whole = {"/robots.txt": robots}
+    with mutations.raw_server(lambda path: whole.get(path, answer("200 OK", body=b"x"))) as host:
+        polite = PoliteClient({host}, "x", sleep=lambda _: None)
+        with pytest.raises(FetchError, match="disallows"):  # the shorter rule forbids more
+            polite.get(f"http://{host}/{'a' * 40}", 1000)
+
+
+def test_what_a_server_says_does_not_reach_the_terminal_as_it_is():
+    with pytest.raises(FetchError) as error:
+        fetch({"/page": b"HTTP/1.1 301 Moved\r\nLocation: http://\x1b[2Jevil/\r\nContent-Length: 0\r\n\r\n"})
+    assert str(error.value).isprintable()
+
+
+def list_page(columns: list[str], rows: list[dict[str, str]]) -> str:
+    cells = ["".join(f"<th>{name}</th>" for name in columns)]
+    cells += ["".join(f"<td>{row[name]}</td>" for name in columns) for row in rows]
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in cells)}</table>"
+
+
+def test_columns_that_moved_and_two_creatures_of_one_number(monkeypatch):
+    monkeypatch.setattr(bulbapedia, "EXPECTED_SPECIES", 3)
+    rows = [
+        {"Ndex": f"#{number:04}", "MS": f'<img src="/a/{name}.png">', "Type": "<a>Fire</a>", "New": "x",
+         "Pokémon": f'<a href="/wiki/{name}_(Pok%C3%A9mon)">{name}</a>'}
+        for number, name in ((1, "Aa"), (2, "Bb"), (2, "Cc"))
+    ]  # fmt: skip
+    columns = ["Ndex", "MS", "Pokémon", "Type", "New"]
+    found = bulbapedia.parse_list(list_page(columns, rows), "https://x/wiki/L")
+    for moved in (columns[::-1], [columns[k] for k in (4, 2, 0, 3, 1)]):
+        assert bulbapedia.parse_list(list_page(moved, rows), "https://x/wiki/L") == found
+    assert list(crawl.by_file_name(found)) == ["images/0001-aa.png", "images/0002-bb.png", "images/0002-cc.png"]
+    with pytest.raises(bulbapedia.PageChanged):
+        bulbapedia.parse_list(list_page(["MS", "Type", "New"], rows), "https://x/wiki/L")
+
+
+def test_a_table_of_spanned_cells_is_no_list():
+    html = f"<table>{'<tr>' + '<td rowspan=9999 colspan=9999>' * 50 + '</tr>'}</table>" * 5
+    wide = "<table>" + ("<tr>" + "<td rowspan=100 colspan=100>x</td>" * 200 + "</tr>") * 3 + "</table>"
+    for page in (html, wide):
+        with pytest.raises(bulbapedia.PageChanged):
+            bulbapedia.parse_list(page, "https://x/wiki/L")
