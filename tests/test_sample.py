@@ -172,6 +172,17 @@ def test_the_same_seed_again_gets_a_folder_of_its_own(settings, tmp_path, monkey
     assert content(first) == before
 
 
+def test_prompts_that_do_not_work_are_told_and_drawn(settings, capsys):
+    prompts = ("a red creature", "una tartaruga azzurra", *(f"a red squirtle {n}" for n in "abcdef"), "a cat " * 60)
+    sample(settings(prompt=prompts, num_images_per_prompt=1))
+    said = capsys.readouterr().err.splitlines()
+    notes = [line for line in said if line.startswith("note: ")]
+    assert "few words of 'una tartaruga azzurra' are known" in notes[0]
+    assert notes[-1] == "note: and 3 more prompts like these"
+    assert len(notes) == 6
+    assert not any("UserWarning" in line for line in said)
+
+
 def test_names_of_folders():
     assert slug("火のドラゴン") != slug("水の亀")
     assert slug("Ein grüner Käfer (klein)") == "ein-grüner-käfer-klein"

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from pokediff.data.records import Record, has_license
-from pokediff.data.vocabulary import attribution, vocabulary
+from pokediff.data.vocabulary import attribution, prompt_note, vocabulary
+from pokediff.model.text import load_text_encoder
 
 
 def things(number: int, **fields) -> list[Record]:
@@ -57,3 +58,37 @@ def test_attribution_names_author_licence_and_origin_once_each():
 )
 def test_share_alike_is_not_attribution_alone(license, kept):
     assert has_license(Record("a.png", license=license), ("CC0-1.0", "CC-BY-[0-9]*")) is kept
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    return load_text_encoder("builtin").tokenizer.tokenize
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("a crimson dragon with spiky wings", ""),
+        ("two blue turtles walking", ""),
+        ("", ""),
+        ("7", ""),
+        ("a red squirtle", "not known, so not drawn: squirtle"),
+        ("un dragon bleu", "not known, so not drawn: bleu"),
+        ("una tartaruga azzurra", "prompts are in English"),
+        ("une tortue verte", "prompts are in English"),
+        ("червоний дракон", "prompts are in English"),
+        ("红色的龙", "prompts are in English"),
+        ("🐢", "no words"),
+        ("a blue turtle, " * 30, "the last 58 of 122 tokens are not read"),
+    ],
+)
+def test_a_prompt_that_will_not_work_is_told(pieces, prompt, words):
+    note = prompt_note(prompt, {"animals": {"turtle": 40}}, pieces, 64)
+    assert words in note
+    assert (note == "") == (words == "")
+
+
+def test_a_model_knows_the_words_of_its_pictures(pieces):
+    words = {"things": {"червоний дракон": 30, "squirtle": 30}}
+    for prompt in ("червоний дракон", "a red squirtle"):
+        assert prompt_note(prompt, words, pieces, 64) == ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pokediff.data.captions import SHAPES, genus_of, style_phrase, subject_of
@@ -16,6 +16,7 @@ from pokediff.files import read_json, write_whole
 WORDS, ATTRIBUTION = "words.json", "ATTRIBUTION.md"  # files of a checkpoint
 FEWEST_PICTURES = 30  # a word of fewer pictures is hardly learnt
 PLURALS = {"person": "people"}  # of the kinds
+ENDINGS = frozenset("s es ed d er ers ing y ly".split())
 NO_WORDS = frozenset("a an and as at by for from in into its lot no non not of off on or out the to up with".split())
 
 Words = dict[str, dict[str, int]]
@@ -59,6 +60,33 @@ def read_words(folder: str | Path) -> Words:
     """words.json of a checkpoint, {} where there is none."""
     path = Path(folder) / WORDS
     return read_json(path) if path.is_file() else {}
+
+
+def prompt_note(prompt: str, words: Words, pieces: Callable[[str], Sequence[str]], most: int) -> str:
+    """What a user should know of a prompt that will not draw what it says, in one line; "" for any other.
+
+    A word is known that training pictures share (words.json), or that the text encoder has as one token; so are its
+    English endings. `pieces` cuts a text into tokens, of which the encoder reads `most`, with a mark at either end.
+    """
+    known = {word for group in words.values() for phrase in group for word in split_words(phrase, 2)}
+
+    def is_known(word: str) -> bool:
+        stems = (word.removesuffix(ending) for ending in ENDINGS if word.endswith(ending))
+        forms = [word, *(stem for stem in stems if len(stem) > 2)]
+        return any(form in known or len(pieces(form)) == 1 for form in forms)
+
+    shown = prompt if len(prompt) <= 60 else f"{prompt[:60]}…"
+    content = [word for word in dict.fromkeys(split_words(prompt, 2)) if word not in NO_WORDS]
+    unknown = [word for word in content if not is_known(word)]
+    if prompt.strip() and not content and not any(sign.isalnum() for sign in prompt):
+        return f"no words in {shown!r}: it says as much as an empty prompt"
+    if len(unknown) > len(content) / 2:
+        return f"few words of {shown!r} are known; prompts are in English, such as 'a blue water turtle'"
+    if (length := len(pieces(prompt)) + 2) > most:
+        return f"{shown!r} is too long: the last {length - most} of {length} tokens are not read"
+    if unknown:
+        return f"not known, so not drawn: {', '.join(unknown)} (in {shown!r})"
+    return ""
 
 
 def word_list(words: Words) -> str:

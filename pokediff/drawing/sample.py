@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from pokediff.baselines.interface import DrawsAtOnce, is_baseline
 from pokediff.config import SampleConfig, from_values
 from pokediff.data.colors import cut_backdrop
 from pokediff.data.images import BadImage, composite, fit_square, from_model, parse_color, read_image
+from pokediff.data.vocabulary import prompt_note, read_words
 from pokediff.drawing.export import is_exported, load_exported
 from pokediff.drawing.jobs import MAX_SEED, Job, make_jobs, read_prompts, slug
 from pokediff.drawing.pixelart import PIXEL_COLORS, finish, is_pixel_prompt, read_palette
@@ -27,6 +30,7 @@ from pokediff.model.denoiser import compile_network
 from pokediff.model.pipeline import PokeDiffPipeline, quiet
 from pokediff.model.samplers import slerp
 
+NOTES = 5  # of prompts, that are printed
 Model = PokeDiffPipeline | DrawsAtOnce
 
 
@@ -53,15 +57,19 @@ def sample(config: SampleConfig) -> Path:
     out = Path(config.out) if config.out else new_folder(Path("outputs") / f"{slug(prompts[0])}-{seed}")
     if listed_files(out):
         print(f"the earlier drawing in {out} is replaced")
-    number = write_drawing(out, config, pipeline, jobs, batches(pipeline, jobs, config, init))
+    print_notes(pipeline, config, prompts)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "only the first")  # as the note says
+        number = write_drawing(out, config, pipeline, jobs, batches(pipeline, jobs, config, init))
     print(f"{number} picture{'s' * (number > 1)}, seed {seed}: {out}")
     return out
 
 
 def sample_table(config: SampleConfig) -> Path:
     """Draw the prompts of a CSV file, as `table` describes. Returns the folder."""
-    read_table(config)  # before the model
+    rows = read_table(config)  # before the model
     pipeline = load_pipeline(config)
+    print_notes(pipeline, config, [row.prompt for row in rows])
     config = resolved(config, pipeline)
     out = Path(config.out or Path("outputs") / Path(str(config.prompts_file)).stem)
     facts = {"weights": weights_sha256(checkpoint_folder(config.lora or config.checkpoint))}
@@ -72,6 +80,25 @@ def sample_table(config: SampleConfig) -> Path:
     new, there = draw_table(config, out, facts, finished)
     print(f"{new} picture{'s' * (new != 1)} drawn, {there} were there: {out}")
     return out
+
+
+def prompt_notes(pipeline: Model, folder: Path, prompts: Sequence[str]) -> list[str]:
+    """A line for each prompt that will not draw what it says; `folder` is that of the checkpoint."""
+    tokenizer = None if isinstance(pipeline, DrawsAtOnce) else pipeline.tokenizer
+    if tokenizer is None:  # a text encoder of its own kind
+        return []
+    words, most = read_words(folder), pipeline.text_encoder.config.max_position_embeddings
+    notes = (prompt_note(prompt, words, tokenizer.tokenize, most) for prompt in dict.fromkeys(prompts))
+    return [note for note in notes if note]
+
+
+def print_notes(pipeline: Model, config: SampleConfig, prompts: Sequence[str]) -> None:
+    """Print at most NOTES lines of `prompt_notes`."""
+    notes = [] if config.lora else prompt_notes(pipeline, checkpoint_folder(config.checkpoint), prompts)
+    for note in notes[:NOTES]:
+        print(f"note: {note}", file=sys.stderr)
+    if more := len(notes[NOTES:]):
+        print(f"note: and {more} more prompts like these", file=sys.stderr)
 
 
 def resolved(config: SampleConfig, pipeline: Model) -> SampleConfig:
