@@ -18,6 +18,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,11 +33,12 @@ from PIL import Image
 
 from pokediff.baselines.generator import save_baseline
 from pokediff.baselines.systems import SYSTEMS
-from pokediff.config import BaselineConfig, DemoConfig, NetworkConfig
-from pokediff.data.images import can_write_mp4, encode_png
+from pokediff.config import BaselineConfig, DemoConfig, LoraConfig, NetworkConfig
+from pokediff.data.images import can_write_mp4, encode_png, premultiply
 from pokediff.demo import uploads
 from pokediff.demo.downloads import Downloads, labelled_sheet
 from pokediff.demo.studio import LIMITS, Studio
+from pokediff.drawing.jobs import make_jobs
 from pokediff.drawing.sample import read_settings, sample
 from pokediff.errors import PokediffError
 from pokediff.model.cascade import Cascade
@@ -152,12 +154,39 @@ def test_the_files_of_a_drawing_draw_the_same_pictures_again(studio, downloads, 
     )
     paths = downloads.write(studio.pipeline_of(config), config, list(studio.draw(config)))
     files = {path.name: path for path in paths}
-    assert {"0000.png", "0001.png", "grid.png", "denoising.gif", "sample.json"} <= set(files)
-    assert ("denoising.mp4" in files) == can_write_mp4()
-    again = sample(replace(read_settings(files["sample.json"]), out=str(tmp_path / "again")))
-    for name in ("0000.png", "0001.png"):
-        assert (again / name).read_bytes() == files[name].read_bytes()
-    assert Image.open(files["0000.png"]).size == (128, 128)
+    animations = {f"a-red-dragon-5.{kind}" for kind in ("gif", "mp4")[: 1 + can_write_mp4()]}
+    pictures = ["a-red-dragon-5.png", "a-red-dragon-6.png"]
+    assert set(files) == {*pictures, "a-red-dragon-5-all.png", "a-red-dragon-5.json", *animations}
+    assert paths[-1].name == "a-red-dragon-5.json"
+    facts = json.loads(paths[-1].read_text())
+    assert [row["file"] for row in facts["pictures"]] == pictures
+    assert set(facts["files"]) == set(files)
+    again = sample(replace(read_settings(paths[-1]), out=str(tmp_path / "again")))
+    for drawn, name in zip(("0000.png", "0001.png"), pictures, strict=True):
+        assert (again / drawn).read_bytes() == files[name].read_bytes()
+    assert Image.open(files[pictures[0]]).size == (128, 128)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["draw", "batch"])
+def test_a_sprite_sheet_is_of_the_pictures_own_size_and_its_files_find_each_other(studio, downloads, tmp_path, whole):
+    config = studio.settings(prompt=("a red dragon",), num_images_per_prompt=2, seed=5, num_inference_steps=2, size=32,
+                             enlarge=8, sheet=["aseprite", "texturepacker", "godot", "tiled"])  # fmt: skip
+    frames, pipeline = list(studio.draw(config)), studio.pipeline_of(config)
+    if whole:
+        archive = downloads.write_zip(pipeline, config, make_jobs(config.prompt, config), frames[-1].x0)
+    else:
+        archive, *others = downloads.write(pipeline, config, frames)
+        assert archive.name == "a-red-dragon-5-sheet.zip"
+        assert Image.open(others[-2]).size == (32, 32)
+        assert "sheet.png" not in {path.name for path in others}
+    with zipfile.ZipFile(archive) as bundle:
+        bundle.extractall(tmp_path)
+    found = {path.name for path in tmp_path.iterdir() if path.name.startswith("sheet")}
+    assert found == {"sheet.png", "sheet.aseprite.json", "sheet.texturepacker.json", "sheet.tres", "sheet.tsx"}
+    assert json.loads((tmp_path / "sheet.aseprite.json").read_text())["meta"]["image"] == "sheet.png"
+    frame = json.loads((tmp_path / "sheet.texturepacker.json").read_text())["frames"]["a-red-dragon-6"]["frame"]
+    left, top, sheet = frame["x"], frame["y"], np.asarray(Image.open(tmp_path / "sheet.png"))
+    np.testing.assert_array_equal(sheet[top : top + 32, left : left + 32], frames[-1].x0[1])
 
 
 def test_img2img_and_inpainting_files_include_their_inputs(studio, downloads, tmp_path, monkeypatch):
@@ -171,8 +200,11 @@ def test_img2img_and_inpainting_files_include_their_inputs(studio, downloads, tm
     shutil.copytree(out, tmp_path / "moved")
     shutil.rmtree(downloads.folder)
     monkeypatch.chdir(tmp_path / "moved")  # downloaded to another machine
-    again = sample(replace(read_settings("sample.json"), out="again"))
-    assert (again / "0000.png").read_bytes() == Path("0000.png").read_bytes()
+    name = f"a-red-dragon-{config.seed}"
+    assert Path(f"{name}-image.png").is_file()
+    assert Path(f"{name}-mask.png").is_file()
+    again = sample(replace(read_settings(f"{name}.json"), out="again"))
+    assert (again / "0000.png").read_bytes() == Path(f"{name}.png").read_bytes()
 
 
 @pytest.mark.parametrize(("sampler", "steps", "strength"), [("ddim", 4, 0.05), ("heun", 20, 0.3), ("heun", 3, 0.9)])
@@ -195,11 +227,17 @@ def test_many_pictures_as_one_zip(studio, downloads):
     parts = list(studio.draw_all(config, batch_size=4))
     assert [len(part[0]) for part in parts if part] == [4, 6]
     assert parts.count(None) == 2 * (2 + 1)  # it can be stopped at every step
-    with zipfile.ZipFile(downloads.write_zip(studio.pipeline_of(config), config, *parts[-1])) as bundle:
-        rows = json.loads(bundle.read("sample.json"))["pictures"]
-        assert {row["file"] for row in rows} <= set(bundle.namelist())
+    archive = downloads.write_zip(studio.pipeline_of(config), config, *parts[-1])
+    first = f"a-red-dragon-{config.seed}"
+    assert archive.name == f"{first}-and-5-more.zip"
+    with zipfile.ZipFile(archive) as bundle:
+        rows = json.loads(bundle.read(f"{first}.json"))["pictures"]
+        names = [f"a-red-dragon-{config.seed + k}.png" for k in range(3)]
+        names += [f"a-blue-turtle-{config.seed + k}.png" for k in range(3, 6)]
+        assert [row["file"] for row in rows] == names
+        assert set(bundle.namelist()) == {*names, f"{first}.json", "labelled.png"}
         assert [row["prompt"] for row in rows] == ["a red dragon"] * 3 + ["a blue turtle"] * 3
-        sheet = Image.open(io.BytesIO(bundle.read("sheet.png")))
+        sheet = Image.open(io.BytesIO(bundle.read("labelled.png")))
     assert sheet.size == (4 * 168, 2 * 208)
 
 
@@ -279,6 +317,49 @@ def test_a_baseline_draws_at_once(studio):
         studio.cascade_of(settings)
     with pytest.raises(PokediffError, match="has no time steps: it draws at once; leave out num_inference_steps"):
         studio.settings(prompt=("a blue turtle",), checkpoint="gan", num_inference_steps=5)
+
+
+def test_lora_folders_stand_among_the_checkpoints(checkpoints, downloads, tmp_path):
+    pytest.importorskip("peft")
+    from test_lora import make_pipeline
+
+    from pokediff.baselines.lora import add_adapter, load_sdxl, save
+
+    make_pipeline().save_pretrained(tmp_path / "sdxl")
+    config = BaselineConfig(system="sdxl-lora", image_size=48, lora=LoraConfig(model=str(tmp_path / "sdxl")))
+    pipeline = load_sdxl(config.lora.model, torch.float32)
+    add_adapter(pipeline, 4, 0)
+    (tmp_path / "lora").mkdir()
+    save(config, pipeline, tmp_path / "lora")
+    studio = Studio([*checkpoints, tmp_path / "lora"])
+    assert list(studio.checkpoints) == ["tiny", "fast", "gan", "lora"]
+    settings = studio.settings(
+        "lora", prompt=("a cat",), num_images_per_prompt=2, num_inference_steps=2, seed=3, size=48
+    )
+    parts = [part for part in studio.draw_all(settings) if part]
+    assert [len(jobs) for jobs, _ in parts] == [1, 2]  # one after another, so that it can be stopped
+    jobs, drawn = parts[-1]
+    assert drawn.shape == (2, 48, 48, 4)
+    (frame,) = studio.draw(settings)
+    np.testing.assert_array_equal(frame.x0, drawn)
+    with zipfile.ZipFile(downloads.write_zip(studio.pipeline_of(settings), settings, jobs, drawn)) as bundle:
+        assert {"a-cat-3.png", "a-cat-4.png", "a-cat-3.json"} <= set(bundle.namelist())
+
+
+def test_a_checkpoint_that_cannot_be_loaded_says_so_beside_its_name(server, checkpoints, tmp_path):
+    from pokediff.demo.controls import MODEL_INFO, SKIP, _choose
+
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "pytorch_lora_weights.safetensors").write_bytes(b"")
+    (tmp_path / "broken" / "baseline.json").write_text(
+        json.dumps({"system": "sdxl-lora", "lora": {"model": "nowhere"}})
+    )
+    studio = Studio([checkpoints[1], tmp_path / "broken"])
+    ((model, *others),) = _choose(studio, "broken")
+    assert "nowhere" in model.info
+    assert others == [SKIP] * 4
+    ((model, *others),) = _choose(studio, "fast")
+    assert model.info == MODEL_INFO
 
 
 def test_denoisers_run_in_one_thread(studio):
@@ -369,10 +450,10 @@ def test_an_unexpected_error_is_in_the_log_and_not_on_the_page(server, capsys):
 
 
 def test_a_film_shows_all_steps_at_one_size_each_with_its_denoiser(server, studio):
-    from pokediff.demo import draw, show
+    from pokediff.demo import show
 
     config = studio.settings(prompt=('a "red" <dragon>',), num_images_per_prompt=2, seed=5)
-    words, frames = draw.step_words(studio.evaluations(config)), list(studio.draw(config))
+    words, frames = show.step_words(studio.evaluations(config)), list(studio.draw(config))
     film = show.film(frames, config.prompt[0], words)
     strips = [base64.b64decode(part.partition(")")[0]) for part in film.split("base64,")[1:]]
     assert [Image.open(io.BytesIO(strip)).size for strip in strips] == [
@@ -381,7 +462,7 @@ def test_a_film_shows_all_steps_at_one_size_each_with_its_denoiser(server, studi
     assert "base-32, 32 px, sigma" in film
     assert "upscaler-64, 64 px, sigma" in film
     assert "<dragon>" not in film
-    assert "6 steps at 32 px and 2 steps at 64 px" in draw.summary(config, studio.evaluations(config))
+    assert "6 steps at 32 px and 2 steps at 64 px" in show.summary(config, studio.evaluations(config))
 
 
 def test_reports_and_training_runs_are_shown_or_refused_in_a_sentence(server, tmp_path):
@@ -637,24 +718,10 @@ def is_up(url: str) -> bool:
 # ------------------------------------------------------------------------------------------------- in a browser
 
 
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("needs chromium")
-    quiet = ["background-networking", "component-update", "sync", "quic", "gpu"]
-    arguments = ["--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in quiet)]
-    with sync_api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=chromium, args=arguments)
-        yield running
-        running.close()
-
-
-@pytest.fixture
-def page(browser, server):
-    """The page, newly opened; it must neither contact other hosts nor log errors."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
+@contextmanager
+def opened(browser, server, **options) -> Iterator[Any]:
+    """The page, newly opened by another visitor; it must neither contact other hosts nor log errors."""
+    context = browser.new_context(accept_downloads=True, **options)
     page = context.new_page()
     page.set_default_timeout(120_000)  # a slow machine is no failure
     elsewhere, broken = [], []
@@ -669,6 +736,19 @@ def page(browser, server):
     assert broken == []
 
 
+@pytest.fixture
+def page(browser, server):
+    with opened(browser, server, viewport={"width": 1280, "height": 900}) as page:
+        yield page
+
+
+@pytest.fixture
+def phone(browser, server):
+    """The page on a phone in dark mode."""
+    with opened(browser, server, viewport={"width": 390, "height": 844}, color_scheme="dark") as page:
+        yield page
+
+
 DONE = "document.querySelector('#status').innerText.startsWith('Done')"
 COUNT = """() => { window.seen = 0;
   new MutationObserver(() => { const strip = document.querySelector('#film .strip');
@@ -677,12 +757,13 @@ COUNT = """() => { window.seen = 0;
     .observe(document.querySelector('#film'), {childList: true, subtree: true, attributes: true}); }"""
 
 
-def save(page, name: str, folder: Path) -> Path:
-    """Click the file called `name` and keep it."""
+def save(page, end: str, folder: Path) -> Path:
+    """Click the visible file whose name ends so, and keep it."""
+    link = page.locator(f'a[download$="{end}"]').locator("visible=true").first
     with page.expect_download() as download:
-        page.locator(f'a[download="{name}"]').first.click()
-    download.value.save_as(folder / name)
-    return folder / name
+        link.click()
+    download.value.save_as(path := folder / download.value.suggested_filename)
+    return path
 
 
 def open_tab(page, name: str) -> None:
@@ -698,7 +779,7 @@ def test_type_click_and_watch_it_emerge(page, tmp_path):
     page.wait_for_function(DONE)
     assert page.evaluate("window.seen") >= 4  # of 10: a browser on a busy machine may show two as one
     assert "6 steps at 32 px and 2 steps at 64 px" in page.inner_text("#status")
-    page.wait_for_selector('a[download="sample.json"]')
+    page.wait_for_selector('a[download$=".json"]')
     # the slider shows every step
     strip = page.locator("#film .strip").last
     assert strip.evaluate("e => e.style.getPropertyValue('--frames')") == "9"
@@ -706,14 +787,17 @@ def test_type_click_and_watch_it_emerge(page, tmp_path):
     page.wait_for_function("document.querySelector('#film .step').innerText.includes('upscaler-64')")
     assert strip.evaluate("e => Number(e.style.getPropertyValue('--at'))") == pytest.approx(7 / 8)
     # download
-    picture = Image.open(save(page, "0000.png", tmp_path))
+    file = save(page, ".png", tmp_path)
+    picture = Image.open(file)
     assert picture.size == (512, 512)
     assert picture.mode == "RGBA"
-    assert Image.open(save(page, "denoising.gif", tmp_path)).n_frames > 5
-    settings = read_settings(save(page, "sample.json", tmp_path))
+    assert Image.open(save(page, ".gif", tmp_path)).n_frames > 5
+    facts = save(page, ".json", tmp_path)
+    settings = read_settings(facts)
+    assert (file.name, facts.name) == (f"a-green-frog-{settings.seed}.png", f"a-green-frog-{settings.seed}.json")
     assert settings.prompt == ("a green frog",)
     again = sample(replace(settings, out=str(tmp_path / "again")))
-    assert (again / "0000.png").read_bytes() == (tmp_path / "0000.png").read_bytes()
+    assert (again / "0000.png").read_bytes() == file.read_bytes()
     page.wait_for_selector("#near .verdict-new, #near .verdict-close, #near .verdict-copy")
 
 
@@ -738,9 +822,9 @@ def test_model_size_and_fast_are_offered_where_the_checkpoint_has_them(page):
 
 @pytest.mark.slow
 def test_a_baseline_in_the_page(page):
-    page.get_by_text("More settings").first.click()
     page.get_by_label("Model").first.click()
     page.get_by_role("option", name="gan").click()
+    page.get_by_text("More settings").first.click()
     steps = page.locator("input[aria-label='number input for Steps']").first
     steps.wait_for(state="hidden")
     page.click("#draw")
@@ -792,17 +876,23 @@ def test_word_buttons_write_into_the_prompt(page):
 
 @pytest.mark.slow
 def test_stop_stops_at_the_next_step(page, demo):
+    page.click("#draw")
+    page.wait_for_selector('a[download$=".json"]')
+    page.locator("#scrub").wait_for()
     page.get_by_text("More settings").first.click()
     page.locator("input[aria-label='number input for Steps']").first.fill("100")
+    page.wait_for_function("!document.querySelector('#film .pending, #film .generating')")
     page.click("#draw")
-    page.wait_for_selector("#film .strip")
+    page.wait_for_function("document.querySelector('#status').innerText.startsWith('Step')")
     demo.gate.clear()
-    page.click("#stop")
+    page.click("#draw-stop")
     page.wait_for_function("document.querySelector('#status').innerText === 'Stopped.'")
     demo.gate.set()
-    wait_for(lambda: demo.ended)
-    assert demo.drawn[0][0] < 100 + 2 + 1
+    wait_for(lambda: len(demo.ended) == 2)
+    assert demo.drawn[1][0] < 100 + 2 + 1
     assert page.inner_text("#status") == "Stopped."
+    assert not page.locator("#scrub, a[download]").locator("visible=true").count()  # of the drawing before
+    assert page.locator(".past").count() == 1
 
 
 @pytest.mark.slow
@@ -841,9 +931,9 @@ def test_a_batch_is_one_zip(page, tmp_path):
     page.wait_for_function("document.querySelector('#prompts textarea').value.includes('not this')")
     page.click("#draw-all")
     page.wait_for_function("document.querySelector('#batch-status').innerText.includes('Done')")
-    page.wait_for_selector('a[download="pictures.zip"]')
-    with zipfile.ZipFile(save(page, "pictures.zip", tmp_path)) as bundle:
-        rows = json.loads(bundle.read("sample.json"))["pictures"]
+    page.wait_for_selector('a[download="a-red-cat-7-and-3-more.zip"]')
+    with zipfile.ZipFile(save(page, ".zip", tmp_path)) as bundle:
+        rows = json.loads(bundle.read("a-red-cat-7.json"))["pictures"]
     assert [row["prompt"] for row in rows] == ["a red cat"] * 2 + ["a blue cat"] * 2
 
 
@@ -872,23 +962,245 @@ def test_the_other_tabs(page):
         page.wait_for_selector(result)
 
 
+def box(page, selector: str) -> tuple[float, float]:
+    """Top and bottom of an element, px below the top of the window."""
+    found = page.locator(selector).locator("visible=true").bounding_box()
+    return found["y"], found["y"] + found["height"]
+
+
+def panels(page) -> list[str]:
+    """The panels of the film that are seen: x, x0."""
+    seen = page.locator("#film .strip").locator("visible=true").all()
+    return [strip.get_attribute("aria-label").rpartition(", ")[2] for strip in seen]
+
+
 @pytest.mark.slow
-def test_a_phone_in_dark_mode(browser, server):
-    page = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme="dark")
-    page.set_default_timeout(120_000)
-    page.goto(server.url)
-    page.wait_for_selector("#draw")
-    page.click("#draw")
-    page.wait_for_function(DONE)
-    page.wait_for_selector('a[download="sample.json"]')
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    assert page.evaluate("document.body.classList.contains('dark')")
-    for control in page.locator("input:visible, textarea:visible").all():  # screen readers need a name for each
+def test_a_phone_in_dark_mode(phone):
+    for tab in ("Draw", "Batch", "img2img", "Interpolation", "Variations", "Palette", "Inside", "Reports"):
+        found = phone.get_by_role("tab", name=tab, exact=True).bounding_box()  # None if it were in a menu
+        assert 0 <= found["x"] <= found["x"] + found["width"] <= 390
+    assert not phone.get_by_label("More tabs").is_visible()
+    assert phone.get_by_label("Model").first.is_visible()  # in no closed group
+    assert not phone.locator("#scrub").is_visible()
+    phone.click("#draw")
+    phone.wait_for_function(DONE)
+    phone.wait_for_selector('a[download$=".json"]')
+    phone.wait_for_selector(".past")
+    heights = [box(phone, selector) for selector in ("#draw", "#status", "#film .frame", "#history")]
+    assert heights[0][0] >= 0
+    assert heights == sorted(heights)  # button, status and picture, nothing over them
+    assert heights[2][1] <= heights[3][0] <= heights[3][1] <= 844
+    assert heights[2][0] - heights[0][1] < 150
+    assert heights[2][1] - heights[2][0] > 250
+    assert panels(phone) == ["x0"]  # the picture, once
+    assert not phone.locator("#film figcaption").locator("visible=true").count()
+    place = phone.locator("#scrub").bounding_box()
+    phone.locator("#scrub input[type=range]").fill("3")
+    phone.wait_for_function("document.querySelector('#film .step').innerText.startsWith('Step 3 of 9')")
+    assert panels(phone) == ["x", "x0"]
+    assert phone.get_by_text("x0: the predicted clean picture; corner: x").is_visible()
+    assert phone.locator("#scrub").bounding_box() == place  # it stays under the finger
+    phone.click("#replay")
+    phone.wait_for_function("document.querySelector('#film .step').innerText.startsWith('Step 9 of 9')")
+    assert panels(phone) == ["x0"]
+    assert phone.evaluate("document.documentElement.scrollWidth") <= 390
+    assert phone.evaluate("document.body.classList.contains('dark')")
+    for control in phone.locator("input:visible, textarea:visible").all():  # screen readers need a name for each
         named = (
             "e => !!(e.labels?.length || e.getAttribute('aria-label') || e.getAttribute('aria-labelledby') || e.title)"
         )
         assert control.evaluate(named), control.evaluate("e => e.outerHTML")
-    page.close()
+
+
+@pytest.mark.slow
+def test_on_a_phone_every_tab_scrolls_to_its_pictures(phone):
+    for tab, button, name in (
+        ("Batch", "#draw-all", "batch"),
+        ("Interpolation", "#interpolate", "interpolation"),
+        ("Variations", "#variations", "variations"),
+        ("Palette", "#reduce", "palette"),
+    ):
+        open_tab(phone, tab)
+        phone.evaluate(f"document.querySelector('{button}').scrollIntoView({{block: 'end'}})")
+        phone.click(button)
+        phone.wait_for_function(f"document.querySelector('#{name}-status').innerText.startsWith('Done')")
+        (status, _), (top, _) = box(phone, f"#{name}-status"), box(phone, f"#{name}-result")
+        assert 0 <= status < top < 844 - 250
+        assert phone.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+# ------------------------------------------------------------------------------------------------------- the history
+
+
+def choose(page, index: int) -> str:
+    """Choose a picture of the history, 0 for the newest. Returns its words."""
+    page.locator(".past").nth(index).click()
+    page.locator("#reuse").wait_for()
+    words = page.locator(".past").nth(index).get_attribute("title")
+    page.wait_for_function("words => document.querySelector('#past-words').innerText.endsWith(words)", arg=words)
+    return words
+
+
+def send_to(page, tab: str) -> None:
+    page.locator("#send").get_by_role("button", name=f"→ {tab}").click()
+    until_tab(page, tab)
+
+
+def until_tab(page, tab: str) -> None:
+    page.wait_for_function(f"document.querySelector('[role=tab][aria-selected=true]').innerText === '{tab}'")
+
+
+def value(page, label: str) -> str:
+    return page.get_by_label(label).locator("visible=true").first.input_value()
+
+
+@pytest.mark.slow
+def test_a_picture_of_the_history_goes_on_in_any_tab_and_comes_back(page, tmp_path):
+    page.fill("#prompt textarea", "a green frog")
+    page.get_by_label("32 px").first.check()
+    page.click("#draw")
+    page.wait_for_selector('a[download^="a-green-frog"][download$=".json"]')
+    seed = page.locator(".past").get_attribute("title").split("seed ")[1].split(",")[0]
+    drawn = np.asarray(Image.open(save(page, ".png", tmp_path)))[::8, ::8]
+    page.fill("#prompt textarea", "a red cat")
+    page.get_by_label("64 px").first.check()
+    page.wait_for_timeout(500)
+    page.click("#draw")
+    page.wait_for_selector('a[download^="a-red-cat"][download$=".json"]')
+    assert page.locator(".past").count() == 2
+    assert choose(page, 1) == f"a green frog, seed {seed}, 32 px"
+    for tab in ("Interpolation", "Variations", "Inside"):
+        send_to(page, tab)
+        page.wait_for_timeout(500)
+        assert value(page, "From" if tab == "Interpolation" else "Prompt") == "a green frog"
+        assert value(page, "Seed") == seed
+        assert page.get_by_role("radio", name="32 px").locator("visible=true").is_checked()
+    send_to(page, "img2img")
+    page.wait_for_selector("#canvas canvas")
+    page.wait_for_timeout(1000)
+    page.click("#img2img")
+    given = np.asarray(Image.open(save(page, "-image.png", tmp_path)))
+    assert given.shape == (256, 256, 4)
+    difference = np.abs(premultiply(given[4::8, 4::8]).astype(int) - premultiply(drawn))
+    assert difference.max() <= 12  # a browser rounds
+    send_to(page, "Palette")
+    page.locator(f'a[download="a-green-frog-{seed}.png"]').locator("visible=true").wait_for()
+    page.click("#reduce")
+    page.wait_for_selector('a[download$="-colours.png"]')
+    reduced = np.asarray(Image.open(save(page, "-colours.png", tmp_path)))
+    assert reduced.shape == (256, 256, 4)
+    assert 0 < len(np.unique(reduced[reduced[..., 3] > 0], axis=0)) <= 12
+    assert page.locator(".past").count() == 4
+    page.click("#reuse")
+    until_tab(page, "Draw")
+    page.wait_for_function("document.querySelector('#prompt textarea').value === 'a green frog'")
+    page.wait_for_timeout(500)
+    page.click("#draw")
+    page.wait_for_function("document.querySelectorAll('.past').length === 5")
+    same = "e => e.map(past => past.querySelector('img').src + past.title)"
+    pictures = page.locator(".past").evaluate_all(same)
+    assert pictures[0] == pictures[4]
+    assert len(set(pictures)) == 4
+
+
+@pytest.mark.slow
+def test_nobody_sees_the_history_of_another_and_a_closed_page_leaves_none(browser, server, monkeypatch):
+    from pokediff.demo.history import History
+
+    original, forgotten = History.forget, []
+
+    def forget(self: History, session: str) -> None:
+        before = self.drawn(session)
+        original(self, session)
+        forgotten.append((before, self.drawn(session)))
+
+    monkeypatch.setattr(History, "forget", forget)
+    with opened(browser, server) as other:
+        with opened(browser, server) as mine:
+            mine.click("#draw")
+            mine.wait_for_selector(".past")
+            other.click("#draw")
+            other.wait_for_selector(".past")
+            pictures = [page.locator(".past").evaluate_all("e => e.map(p => p.title)") for page in (mine, other)]
+            assert len(pictures[0]) == len(pictures[1]) == 1
+            assert pictures[0] != pictures[1]  # of random seeds
+        wait_for(lambda: (1, 0) in forgotten)  # other pages may have been closed just before
+        assert other.locator(".past").count() == 1
+
+
+@pytest.fixture
+def history(server):
+    from pokediff.demo.history import History
+
+    return History()
+
+
+def kept(studio, history, tab: str, **settings: Any) -> list[Any]:
+    """Past pictures of a drawing, the first one first."""
+    config = studio.settings(**settings)
+    jobs = make_jobs(config.prompt, config)
+    history.add("me", tab, settings, config, jobs, [np.full((32, 32, 4), k, np.uint8) for k in range(len(jobs))])
+    return [history.choose("me", history.drawn("me") - len(jobs) + k) for k in range(len(jobs))]
+
+
+def test_the_history_is_bounded(studio, history, monkeypatch):
+    from pokediff.demo import history as module
+
+    rng, config = np.random.default_rng(0), studio.settings(prompt=("a cat",), num_images_per_prompt=16)
+    noise = rng.integers(0, 256, (16, 32, 32, 4), np.uint8)
+    for _ in range(5):
+        history.add("me", "Draw", {}, config, make_jobs(config.prompt, config), noise)
+    assert history.html("me").count('class="past"') == module.MOST
+    assert history.choose("me", 0) is None  # the oldest ones go
+    np.testing.assert_array_equal(history.choose("me", 79).picture, noise[15])
+    monkeypatch.setattr(module, "MOST_BYTES", 10 * len(encode_png(noise[0])))
+    history.add("me", "Draw", {}, config, make_jobs(config.prompt, config)[:1], noise[:1])
+    assert history.html("me").count('class="past"') in (9, 10)
+    assert history.html("other") == ""
+    for number in range(module.VISITORS):
+        history.drawn(str(number))
+    assert history.drawn("me") == 0
+
+
+def test_what_was_typed_is_escaped_in_the_history(studio, history):
+    kept(studio, history, "Draw", prompt=('<b>"x"</b>',))
+    assert "<b>" not in history.html("me")
+    assert "&lt;b&gt;&quot;x&quot;" in history.html("me")
+
+
+def test_prompt_seed_and_settings_of_a_past_picture(studio, history):
+    from pokediff.demo.controls import DEFAULT_SAMPLER, SKIP
+    from pokediff.demo.send import past_values, sampling_values
+
+    third = kept(studio, history, "Draw", prompt=("a cat",), num_images_per_prompt=3, seed=5, sampler="ddim")[2]
+    values = past_values(third, "Draw", again=True) | sampling_values(studio, third, "Draw")
+    assert (values["prompt"], values["seed"], values["random"], values["num_images_per_prompt"]) == (
+        "a cat",
+        7,
+        False,
+        1,
+    )
+    assert (values["checkpoint"], values["sampler"], values["low"], values["high"]) == ("tiny", "ddim", 0, 100)
+    assert values["size"].value == 64
+
+    varied = kept(studio, history, "Variations", prompt=("a cat",), num_images_per_prompt=3, seed=5, variation=0.3)[2]
+    assert past_values(varied, "Draw", again=False)["seed"] == 5  # it is near to the picture of that seed
+    again = past_values(varied, "Variations", again=True)
+    assert (again["seed"], again["num_images_per_prompt"], again["variation"]) == (5, 3, 0.3)
+
+    between = dict(prompt=("a cat", "a dog"), interpolate=5, seed=5)
+    near, far = (kept(studio, history, "Interpolation", **between)[k] for k in (1, 3))
+    assert [past_values(one, "Draw", again=False)["prompt"] for one in (near, far)] == ["a cat", "a dog"]
+    assert [past_values(one, "Draw", again=False)["seed"] for one in (near, far)] == [5, 6]
+    assert past_values(far, "Interpolation", again=True)["seed"] == 5
+
+    (one,) = kept(studio, history, "Draw", prompt=("a cat",), checkpoint="gan")
+    assert sampling_values(studio, one, "Draw")["checkpoint"] == "gan"
+    assert sampling_values(studio, one, "Draw")["sampler"] == DEFAULT_SAMPLER
+    assert set(map(str, sampling_values(studio, one, "img2img").values())) == {str(SKIP)}  # it draws from prompts alone
+
+
+# ------------------------------------------------------------------------------------------------ the sketch pad
 
 
 BRUSH = (0x3B, 0x82, 0xF6)
@@ -926,8 +1238,8 @@ def test_a_sketch_and_inpainting(page, tmp_path):
     page.wait_for_selector("#canvas canvas")
     until_seen(page, BRUSH, lambda: paint(page, -40, 41))
     page.click("#img2img")
-    page.wait_for_selector('a[download="image.png"]')
-    sketch = np.asarray(Image.open(save(page, "image.png", tmp_path)).convert("RGB")).reshape(-1, 3)
+    page.wait_for_selector('a[download$="-image.png"]')
+    sketch = np.asarray(Image.open(save(page, "-image.png", tmp_path)).convert("RGB")).reshape(-1, 3)
     assert (np.abs(sketch.astype(int) - BRUSH).max(1) < 8).mean() > 0.1
     picture = tmp_path / "picture.png"
     Image.fromarray(np.full((128, 128, 4), (200, 30, 30, 255), np.uint8)).save(picture)
@@ -938,7 +1250,7 @@ def test_a_sketch_and_inpainting(page, tmp_path):
     until_seen(page, (200, 30, 30))
     until_seen(page, BRUSH, lambda: paint(page, -60, -20))
     page.click("#img2img")
-    page.wait_for_selector('a[download="mask.png"]')
-    mask = np.asarray(Image.open(save(page, "mask.png", tmp_path)).convert("L")) > 0
+    page.wait_for_selector('a[download$="-mask.png"]')
+    mask = np.asarray(Image.open(save(page, "-mask.png", tmp_path)).convert("L")) > 0
     assert 0.05 < mask.mean() < 0.6
     assert not mask[-30:].any()

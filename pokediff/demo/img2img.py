@@ -9,15 +9,20 @@ import gradio as gr
 
 from pokediff.demo.controls import (
     AT_ONCE,
-    download,
+    Controls,
+    Keep,
     film_and_files,
-    on_click,
+    go_and_stop,
+    model_controls,
+    on_draw,
     prompt_box,
-    sampling_controls,
+    results,
     seed_box,
+    step_controls,
     uploaded,
 )
 from pokediff.demo.downloads import Downloads
+from pokediff.demo.history import History
 from pokediff.demo.patches import sketch_pad
 from pokediff.demo.studio import Studio
 from pokediff.demo.uploads import canvas_mask, canvas_picture, read_picture
@@ -28,7 +33,7 @@ MODES = [
 ]
 
 
-def img2img_tab(studio: Studio, downloads: Downloads) -> None:
+def img2img_tab(studio: Studio, downloads: Downloads, history: History) -> Controls:
     gr.Markdown("Upload a picture or sketch one; the strokes are part of it (img2img) or a mask over it (inpainting).")
     with gr.Row():
         with gr.Column():
@@ -52,11 +57,11 @@ def img2img_tab(studio: Studio, downloads: Downloads) -> None:
             )
             number = gr.Slider(1, 8, 4, step=1, label="Pictures", info="With seed, seed + 1, ...")
             seed = seed_box()
+            model = model_controls(studio)
             with gr.Accordion("More settings", open=False):
-                sampling = sampling_controls(studio)
-            go = gr.Button("Draw", variant="primary", elem_id="img2img")
-    result = gr.HTML(elem_id="img2img-result")
-    files = download("pictures, animation, settings, and the input picture")
+                steps = step_controls(studio, model)
+            buttons = go_and_stop("Draw", "img2img")
+    outputs = results("img2img")
     inputs = {
         "canvas": canvas,
         "prompt": prompt,
@@ -64,10 +69,12 @@ def img2img_tab(studio: Studio, downloads: Downloads) -> None:
         "strength": strength,
         "num_images_per_prompt": number,
         "seed": seed,
-        **sampling,
+        **model,
+        **steps,
     }
     upload.upload(uploaded(canvas_value), upload, [canvas, message], **AT_ONCE)
-    on_click(go, draw, [studio, downloads], inputs, [result, files], show_progress_on=result)
+    on_draw(history, "img2img", buttons, draw, [studio, downloads], inputs, outputs, prompt)
+    return inputs
 
 
 def canvas_value(path: str) -> dict[str, Any]:
@@ -76,10 +83,10 @@ def canvas_value(path: str) -> dict[str, Any]:
 
 
 def draw(
-    studio: Studio, downloads: Downloads, canvas: Any, prompt: str, mode: str, **settings: Any
-) -> Iterator[tuple[Any, Any]]:
-    """Updates of the film and the files."""
+    studio: Studio, downloads: Downloads, keep: Keep, canvas: Any, prompt: str, mode: str, **settings: Any
+) -> Iterator[tuple[Any, Any, Any]]:
+    """Updates of status, film and files."""
     picture, mask = (canvas_picture(canvas), None) if mode == "img2img" else canvas_mask(canvas)
     given = downloads.keep_input(picture, mask)
     config = studio.settings(prompt=(prompt,), enlarge=8, **given, **settings)
-    yield from film_and_files(studio, downloads, config)
+    yield from film_and_files(studio, downloads, keep, config)

@@ -11,29 +11,39 @@ import gradio as gr
 import numpy as np
 
 from pokediff.baselines.attention import attention_plot
+from pokediff.config import SampleConfig
 from pokediff.demo import show
 from pokediff.demo.controls import (
+    BEGUN,
     SKIP,
     Controls,
+    Keep,
+    go_and_stop,
     interval_boxes,
     interval_of,
+    model_controls,
     on_click,
+    on_draw,
     prompt_box,
     sampler_choice,
     sampler_of,
-    sampling_controls,
     seed_box,
+    step_controls,
 )
+from pokediff.demo.history import History
 from pokediff.demo.studio import Compared, Studio
 from pokediff.drawing.attribution import Influence
+from pokediff.drawing.jobs import make_jobs
 from pokediff.errors import PokediffError
 from pokediff.evaluation.report import plot_uri
 from pokediff.model.pipeline import Evaluation, PokeDiffPipeline
 from pokediff.model.samplers import SAMPLERS
 
 
-def inside_tab(studio: Studio) -> None:
-    inputs: Controls = {"prompt": prompt_box(), "seed": seed_box(), **sampling_controls(studio)}
+def inside_tab(studio: Studio, history: History) -> Controls:
+    inputs: Controls = {"prompt": prompt_box(), "seed": seed_box(), **(model := model_controls(studio))}
+    with gr.Accordion("More settings", open=False):
+        inputs |= step_controls(studio, model)
     with gr.Accordion("What each word changes"):
         gr.Markdown(
             "After drawing, x0 is predicted again without each word; the maps show where it changes. "
@@ -51,11 +61,14 @@ def inside_tab(studio: Studio) -> None:
             list(SAMPLERS), value=["dpmpp_2m", "unipc", "ddim"], label="Samplers", info="All start from the same noise."
         )
         steps = gr.Textbox("4, 8, 20", label="Steps", info="Numbers, separated by commas.")
-        compare = gr.Button("Draw", variant="primary", elem_id="compare")
-        compared = gr.HTML(elem_id="compare-result")
+        buttons = go_and_stop("Draw", "compare")
+        with gr.Column(elem_classes="result"):
+            status, compared = gr.Markdown("Ready.", elem_id="compare-status"), gr.HTML(elem_id="compare-result")
     on_click(attribute, show_words, [studio], inputs, found)
     on_click(plot, show_schedule, [studio], schedule_inputs, plotted)
-    on_click(compare, show_samplers, [studio], {**inputs, "samplers": samplers, "steps": steps}, compared)
+    compare_inputs = {**inputs, "samplers": samplers, "steps": steps}
+    on_draw(history, "Inside", buttons, show_samplers, [studio], compare_inputs, [status, compared])
+    return schedule_inputs
 
 
 def show_words(studio: Studio, prompt: str, **settings: Any) -> Iterator[Any]:
@@ -80,19 +93,28 @@ def show_schedule(
     yield plot + denoiser_table(pipeline)
 
 
-def show_samplers(studio: Studio, prompt: str, samplers: Sequence[str], steps: str, **settings: Any) -> Iterator[Any]:
-    """Updates of the pictures, one after another."""
+def show_samplers(
+    studio: Studio, keep: Keep, prompt: str, samplers: Sequence[str], steps: str, **settings: Any
+) -> Iterator[tuple[Any, Any]]:
+    """Updates of the status and of the pictures, one after another."""
     config = studio.settings(prompt=(prompt,), **settings)
     parts = [part.strip() for part in steps.split(",") if part.strip()]
     if not all(part.isdecimal() and len(part) < 5 for part in parts):
         raise PokediffError("Steps are whole numbers, separated by commas, for example 4, 8, 20.")
+    yield BEGUN, show.empty("")
     done: list[Compared] = []
     for one in studio.compare(config, samplers, [int(part) for part in parts]):
         if one is None:
-            yield SKIP
+            yield SKIP, SKIP
             continue
         done.append(one)
-        yield show.pictures([(one.picture, f"{one.sampler}, {one.steps} steps, {one.seconds:.2f} s") for one in done])
+        keep(one.config, make_jobs(one.config.prompt, one.config), [one.picture])
+        shown = [(one.picture, f"{_way(one.config)}, {one.seconds:.2f} s") for one in done]
+        yield f"{len(done)} of {len(samplers) * len(parts)} pictures.", show.pictures(shown)
+
+
+def _way(config: SampleConfig) -> str:
+    return f"{config.sampling.sampler}, {config.sampling.num_inference_steps} steps"
 
 
 # ----------------------------------------------------------------------------------------------------------- HTML

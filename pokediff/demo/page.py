@@ -11,14 +11,16 @@ import gradio as gr
 
 from pokediff.demo import show
 from pokediff.demo.batch import batch_tab
-from pokediff.demo.controls import MIN_INTERVAL_S, TURNS, streamed
+from pokediff.demo.controls import MIN_INTERVAL_S, TURNS, Controls, streamed
 from pokediff.demo.downloads import Downloads
 from pokediff.demo.draw import draw_tab
+from pokediff.demo.history import History
 from pokediff.demo.img2img import img2img_tab
 from pokediff.demo.inside import inside_tab
 from pokediff.demo.interpolation import interpolation_tab
 from pokediff.demo.palette import palette_tab
 from pokediff.demo.reports import reports_tab
+from pokediff.demo.send import history_panel
 from pokediff.demo.studio import Studio
 from pokediff.demo.variations import variations_tab
 
@@ -29,22 +31,26 @@ def make_page(studio: Studio, downloads: Downloads, reports: Path, runs: Path) -
     """The whole page; `reports` and `runs` are the folders whose reports and training runs its last tab shows."""
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=False, delete_cache=(600, 3600)) as page:
         gr.Markdown("# pokediff\nEnter a prompt and watch every denoising step.")
-        with gr.Tab("Draw"):
-            draw_tab(studio, downloads)
-        with gr.Tab("Batch"):
-            batch_tab(studio, downloads)
-        with gr.Tab("img2img"):
-            img2img_tab(studio, downloads)
-        with gr.Tab("Interpolation"):
-            interpolation_tab(studio, downloads)
-        with gr.Tab("Variations"):
-            variations_tab(studio, downloads)
-        with gr.Tab("Palette"):
-            palette_tab(studio, downloads)
-        with gr.Tab("Inside"):
-            inside_tab(studio)
-        with gr.Tab("Reports"):
-            reports_tab(page, reports, runs)
+        history = History()
+        given, boxes = (studio, downloads, history), dict[str, Controls]()
+        with gr.Tabs(overflow_behavior="wrap") as tabs:
+            with gr.Tab("Draw", id="Draw"):
+                boxes["Draw"] = draw_tab(*given)
+            with gr.Tab("Batch", id="Batch"):
+                batch_tab(*given)
+            with gr.Tab("img2img", id="img2img"):
+                boxes["img2img"] = img2img_tab(*given)
+            with gr.Tab("Interpolation", id="Interpolation"):
+                boxes["Interpolation"] = interpolation_tab(*given)
+            with gr.Tab("Variations", id="Variations"):
+                boxes["Variations"] = variations_tab(*given)
+            with gr.Tab("Palette", id="Palette"):
+                boxes["Palette"] = palette_tab(*given)
+            with gr.Tab("Inside", id="Inside"):
+                boxes["Inside"] = inside_tab(studio, history)
+            with gr.Tab("Reports", id="Reports"):
+                reports_tab(page, reports, runs)
+        history_panel(page, tabs, history, studio, downloads, boxes)
         gr.api(Program(studio).sprite, api_name="sprite", **TURNS)
     return page
 

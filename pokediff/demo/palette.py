@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -10,15 +11,30 @@ import numpy as np
 
 from pokediff.data.images import fit_square, unpremultiply
 from pokediff.demo import show
-from pokediff.demo.controls import SKIP, download, offered, on_click, prompt_box, sampling_controls, seed_box
-from pokediff.demo.downloads import Downloads
+from pokediff.demo.controls import (
+    BEGUN,
+    SKIP,
+    Controls,
+    Keep,
+    go_and_stop,
+    model_controls,
+    offered,
+    on_draw,
+    prompt_box,
+    results,
+    seed_box,
+    step_controls,
+)
+from pokediff.demo.downloads import Downloads, name_of
+from pokediff.demo.history import History
 from pokediff.demo.studio import Studio
 from pokediff.demo.uploads import read_picture
+from pokediff.drawing.jobs import make_jobs, slug
 from pokediff.drawing.pixelart import finish, read_palette
 from pokediff.errors import PokediffError
 
 
-def palette_tab(studio: Studio, downloads: Downloads) -> None:
+def palette_tab(studio: Studio, downloads: Downloads, history: History) -> Controls:
     gr.Markdown("Reduce a picture to few colours: an uploaded one, or one drawn from a prompt and a seed.")
     with gr.Row():
         upload = gr.File(label="Picture (optional)", file_count="single", height=150)
@@ -30,11 +46,10 @@ def palette_tab(studio: Studio, downloads: Downloads) -> None:
         colors = gr.Slider(2, 64, 12, step=1, label="Colours", info="Ignored when a palette is uploaded.")
         hard = gr.Checkbox(True, label="Hard edges", info="Every pixel opaque or transparent.")
         seed = seed_box()
+    model = model_controls(studio)
     with gr.Accordion("More settings", open=False):
-        sampling = sampling_controls(studio)
-    go = gr.Button("Reduce colours", variant="primary", elem_id="reduce")
-    result = gr.HTML(elem_id="palette-result")
-    files = download("PNG")
+        steps = step_controls(studio, model)
+    buttons, outputs = go_and_stop("Reduce colours", "reduce"), results("palette")
     inputs = {
         "upload": upload,
         "file": file,
@@ -42,33 +57,44 @@ def palette_tab(studio: Studio, downloads: Downloads) -> None:
         "colors": colors,
         "hard": hard,
         "seed": seed,
-        **sampling,
+        **model,
+        **steps,
     }
-    on_click(go, draw, [studio, downloads], inputs, [result, files], show_progress_on=result)
+    on_draw(history, "Palette", buttons, draw, [studio, downloads], inputs, outputs, prompt)
+    return inputs
 
 
 def draw(
     studio: Studio,
     downloads: Downloads,
+    keep: Keep,
     upload: str | None,
     file: str | None,
     prompt: str,
     colors: int,
     hard: bool,
     **settings: Any,
-) -> Iterator[tuple[Any, Any]]:
-    """Updates of the pictures before and after, and of the file."""
+) -> Iterator[tuple[Any, Any, Any]]:
+    """Updates of the status, of the pictures before and after, and of the file."""
     palette = palette_of(file, int(colors))
+    config = studio.settings(prompt=(prompt.strip() or "a picture" if upload else prompt,), raw=True, **settings)
+    (job,) = make_jobs(config.prompt, config)
+    yield BEGUN, show.empty(""), offered()
     if upload:
-        size = studio.resolved(settings["checkpoint"], size=settings["size"]).size
-        before = unpremultiply(fit_square(read_picture(upload), size or 0))
+        before, name = (
+            unpremultiply(fit_square(read_picture(upload), config.sampling.size or 0)),
+            slug(Path(upload).stem),
+        )
     else:
-        for frame in studio.draw(studio.settings(prompt=(prompt,), raw=True, **settings)):
-            before = frame.x0[0]
-            yield SKIP, SKIP
+        for frame in studio.draw(config):
+            before, name = frame.x0[0], name_of(job)
+            yield SKIP, SKIP, SKIP
         before = finish(before)
     after = finish(before, palette, hard, clean=False)
-    yield show.before_and_after(before, after), offered([downloads.write_picture(after, factor=8)])
+    keep(config, [job], [after])
+    number = show.colors_of(after)
+    path = downloads.write_picture(after, f"{name}-{number}-colours", factor=8)
+    yield f"Done: {number} colours.", show.before_and_after(before, after), offered([path])
 
 
 def palette_of(file: str | None, colors: int) -> int | np.ndarray:

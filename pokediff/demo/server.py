@@ -7,10 +7,10 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 from pokediff.config import DemoConfig
 from pokediff.demo import uploads
@@ -20,6 +20,7 @@ from pokediff.errors import PokediffError
 from pokediff.model.checkpoint import INDEX
 from pokediff.paths import shipped
 
+LARGEST_BODY = 4 * uploads.MAX_MB * 2**20  # of a request: a canvas is up to three pictures
 SHIPPED = ("pokediff", "creatures")  # the default checkpoints, as far as they exist
 # The browser must not contact other hosts (fonts, telemetry).
 POLICY = "; ".join(
@@ -110,7 +111,9 @@ def prepare(config: DemoConfig, folder: Path) -> tuple[Any, dict[str, Any]]:
 
 
 class Guard:
-    """Before every request: only files of our folder, links resolved first; no proxying; the content policy."""
+    """Before every request: only files of our folder, links resolved first; no proxying; nothing that the page of
+    another site sends from a visitor's browser; no body beyond LARGEST_BODY; the content policy.
+    """
 
     def __init__(self, app: Any, folder: Path) -> None:
         self.app, self.folder = app, folder
@@ -122,13 +125,28 @@ class Guard:
         if not self.allowed(scope["path"]):
             await answer(send, 403, "Not served here.")
             return
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        if scope["method"] not in ("GET", "HEAD", "OPTIONS") and is_foreign(headers):
+            await answer(send, 403, "Sent by the page of another site.")
+            return
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or int(length) > LARGEST_BODY:
+            await answer(send, 413, "Too large.")
+            return
+        received = 0
+
+        async def limited() -> dict[str, Any]:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            return message if received <= LARGEST_BODY else {"type": "http.disconnect"}
 
         async def guarded(message: dict[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", ()), *HEADERS]
             await send(message)
 
-        await self.app(scope, receive, guarded)
+        await self.app(scope, limited, guarded)
 
     def allowed(self, path: str) -> bool:
         """Whether the request is for no file, or for one inside our folder after all links are resolved."""
@@ -143,6 +161,17 @@ class Guard:
                 except (ValueError, OSError):  # not a possible file name
                     return False
         return True
+
+
+def is_foreign(headers: Mapping[str, str]) -> bool:
+    """Whether a request comes from the page of another site: by the browser's own header or, where a browser sends none
+    (plain HTTP in a local network), by its origin. Programs send neither.
+    """
+    if site := headers.get("sec-fetch-site"):
+        return site == "cross-site"
+    if (origin := headers.get("origin")) is None:
+        return False
+    return urlsplit(origin).netloc not in (headers.get("host"), headers.get("x-forwarded-host"))
 
 
 HEADERS: Sequence[tuple[bytes, bytes]] = (

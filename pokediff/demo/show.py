@@ -1,20 +1,23 @@
-"""HTML that several tabs share: the film of a drawing, pictures with captions, neighbours; style and script of the
-page. Text that people typed is escaped.
+"""What several tabs show: the film of a drawing and its captions, pictures, neighbours; style and script of the page.
+Text that people typed is escaped.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+from collections import Counter
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
 import numpy as np
 
+from pokediff.config import SampleConfig
 from pokediff.data.images import encode_png, enlarge, grid
 from pokediff.demo.neighbours import Neighbour
 from pokediff.drawing.sheets import Frame
+from pokediff.model.pipeline import Evaluation
 
 MAX_FRAMES, MAX_FILM_PIXELS = 41, 1_000_000
 VERDICTS = {
@@ -24,10 +27,13 @@ VERDICTS = {
 }
 
 CSS = """
-.film, .pictures { display: flex; flex-wrap: wrap; gap: 12px; }
+.film, .pictures { display: flex; flex-wrap: wrap; gap: 12px; position: relative; }
 .film figure, .pictures figure { margin: 0; flex: 1 1 130px; min-width: 0; }
-.film figure { max-width: 400px; } .pictures figure { max-width: 170px; }
+.film figure { max-width: min(400px, 50% - 6px); } .pictures figure { max-width: 170px; }
 .film figcaption, .pictures figcaption { font-size: 13px; overflow-wrap: anywhere; padding-top: 4px; }
+.film.last figure:not(:last-child), .film .inset { display: none; }
+.film figure:only-child figcaption { display: none; }
+.film.last figcaption { visibility: hidden; } /* it keeps its place, so that the slider does */
 .step { font-size: 13px; margin: 6px 0 0; font-variant-numeric: tabular-nums; }
 .frame, .pictures img { width: 100%; image-rendering: pixelated; border-radius: 8px;
   background-color: #fff; background-image: conic-gradient(#e6e6e6 25%, #fff 0 50%, #e6e6e6 0 75%, #fff 0);
@@ -45,19 +51,54 @@ CSS = """
 .wide td, .wide th { border-bottom: 1px solid color-mix(in srgb, currentColor 25%, transparent); padding: 4px 8px;
   text-align: left; vertical-align: top; }
 .plot { max-width: 100%; background: #fff; border-radius: 8px; }
+.result .empty { min-height: 270px; }
+.result [id$=result], #film { scroll-margin: 90px 0 96px; } /* with the status above, over the history below */
+.result .pictures { max-height: 70vh; overflow-y: auto; } /* so that the downloads are never far below */
+.files { max-height: 320px; overflow-y: auto; } .files .stem { white-space: normal; overflow-wrap: anywhere; }
+.gradio-container { overflow: clip !important; } /* hidden, as Gradio has it, nothing in it would be sticky */
+#draw-tab { display: grid; grid-template: "ask result" auto "more result" 1fr / 5fr 6fr; align-items: start; }
+#draw-tab > .ask { grid-area: ask; } #draw-tab > .result { grid-area: result; } #draw-tab > .more { grid-area: more; }
+#draw-tab > * { min-width: 0 !important; }
+#history { position: sticky; bottom: 0; z-index: 60; gap: 4px; padding: 6px 0; margin-top: 8px;
+  background: var(--body-background-fill); border-top: 1px solid var(--border-color-primary); }
+#history:not(:has(.past)) { display: none; }
+#history .html-container, #history .block { padding: 0; overflow: visible; }
+.history { display: flex; gap: 6px; align-items: center; overflow-x: auto; padding: 3px; }
+.history span { flex: none; font-size: 13px; padding-right: 6px; }
+.past { flex: none; width: 52px; height: 52px; padding: 0; margin: 0 !important; border-radius: 6px; cursor: pointer;
+  border: 1px solid var(--border-color-primary); background: #fff; }
+.past img { width: 100%; height: 100%; object-fit: contain; border-radius: 6px; }
+.past[aria-pressed=true], .past:focus-visible { outline: 2px solid var(--color-accent); }
+#chosen { flex-flow: row wrap; align-items: center; gap: 4px 16px; }
+#past-words { flex: 0 1 auto; width: auto; min-width: 0; padding: 0 3px; font-size: 13px; overflow-wrap: anywhere; }
+#send { flex: 0 1 auto; width: auto; max-width: 100%; gap: 6px; flex-wrap: nowrap; overflow-x: auto; padding: 3px; }
+#send button { flex: none; width: auto; }
+@media (max-width: 767px) {
+  .tab-container button { padding: 0 8px !important; }
+  #draw-tab { grid-template: "ask" auto "result" auto "more" auto / 100%; }
+  .film figure { flex-basis: 100%; max-width: 400px; }
+  .film figure:not(:last-child) { position: absolute; top: 6px; right: 6px; width: 32%; z-index: 1; }
+  .film figure:not(:last-child) figcaption { display: none; }
+  .film figure:not(:last-child) .frame { border: 2px solid #fff; box-shadow: 0 1px 6px #0008; }
+  .film .inset { display: inline; }
+  .result .empty { min-height: 80vw; }
+}
 """
 
 # window.pokediff of the page; `--at` runs from 0, the noise, to 1, the pictures.
 SCRIPT = """
 window.pokediff = {
   show(step) {
-    for (const strip of document.querySelectorAll('#film .strip')) {
+    const film = document.querySelector('#film .film');
+    for (const strip of film?.querySelectorAll('.strip') ?? []) {
       const frames = Number(strip.style.getPropertyValue('--frames'));
       strip.style.setProperty('--at', frames > 1 ? Math.min(step, frames - 1) / (frames - 1) : 1);
+      film.classList.toggle('last', step >= frames - 1);
     }
     const caption = document.querySelector('#film .step');
     if (caption) caption.textContent = JSON.parse(caption.dataset.captions)[step] ?? caption.textContent;
   },
+  reveal(id) { document.getElementById(id)?.scrollIntoView({block: 'nearest'}); },
   play() {
     const strip = document.querySelector('#film .strip');
     const frames = strip ? Number(strip.style.getPropertyValue('--frames')) : 0;
@@ -106,13 +147,14 @@ def spread(total: int, number: int) -> list[int]:
 
 
 def film(frames: Sequence[Frame], prompt: str, captions: Sequence[str] = ()) -> str:
-    """The noisy pictures x beside the predicted clean ones x0. Several frames lie one above another in one image, all
-    as large as the largest; `pokediff.show` shows one of them with its caption. What is drawn at once is shown alone.
+    """The noisy pictures x beside the predicted clean ones x0, on a phone in their corner; the finished pictures, at
+    the last step, alone. Several frames lie one above another in one image, all as large as the largest;
+    `pokediff.show` shows one of them with its caption.
     """
     side = max(frame.x0.shape[1] for frame in frames)
-    panels = [("x", "x: the noisy picture"), ("x0", "x0: the predicted clean picture")]
-    parts = []
-    for name, words in panels if frames[0].sigma > 0 else [("x0", "the picture")]:
+    clean = 'x0: the predicted clean picture<span class="inset">; corner: x</span>'
+    panels, parts = [("x", "x: the noisy picture"), ("x0", clean)], []
+    for name, words in panels if frames[0].sigma > 0 else panels[1:]:
         native = [getattr(frame, name) for frame in frames]  # (B, S, S, 4), S that of the denoiser
         sheets = [grid(enlarge(values, side // values.shape[1]), gap=1) for values in native]
         height, width = sheets[0].shape[:2]
@@ -123,7 +165,27 @@ def film(frames: Sequence[Frame], prompt: str, captions: Sequence[str] = ()) -> 
     step = ""
     if captions:
         step = f'<p class="step" data-captions="{escape(json.dumps(list(captions)))}">{escape(captions[-1])}</p>'
-    return f'<div class="film">{"".join(parts)}</div>{step}'
+    last = " last" if frames[-1].sigma == 0 else ""
+    return f'<div class="film{last}">{"".join(parts)}</div>{step}'
+
+
+def step_words(evaluations: Sequence[Evaluation]) -> list[str]:
+    """A caption for each frame of a drawing: step, denoiser, size, sigma."""
+    total = len(evaluations) + 1
+    words = [
+        f"Step {index} of {total}: {one.denoiser}, {one.size} px, sigma {one.sigma:.2g}."
+        for index, one in enumerate(evaluations, 1)
+    ]
+    return [*words, f"Step {total} of {total}: the picture."]
+
+
+def summary(config: SampleConfig, evaluations: Sequence[Evaluation]) -> str:
+    """One sentence about a finished drawing: seed, steps, guidance scale."""
+    steps = Counter(one.size for one in evaluations)
+    if not steps:
+        return f"Done: seed {config.seed}."
+    words = " and ".join(f"{number} steps at {size} px" for size, number in steps.items())
+    return f"Done: seed {config.seed}, {words}, guidance scale {config.sampling.guidance_scale or 1:g}."
 
 
 def pictures(shown: Sequence[tuple[np.ndarray, str]]) -> str:
@@ -159,8 +221,12 @@ def labelled(drawn: np.ndarray, labels: Sequence[str]) -> str:
     return pictures(list(zip(drawn, labels, strict=True)))
 
 
+def colors_of(picture: np.ndarray) -> int:
+    """The number of colours of a picture, straight RGBA (H, W, 4), where it is visible."""
+    return len(np.unique(picture[picture[..., 3] > 0][:, :3], axis=0))
+
+
 def before_and_after(before: np.ndarray, after: np.ndarray) -> str:
     """Two pictures of one size, and the number of colours of the second."""
-    factor = max(1, 128 // before.shape[0])
-    colors = len(np.unique(after[after[..., 3] > 0][:, :3], axis=0))
-    return pictures([(enlarge(before, factor), "before"), (enlarge(after, factor), f"after: {colors} colours")])
+    factor, words = max(1, 128 // before.shape[0]), f"after: {colors_of(after)} colours"
+    return pictures([(enlarge(before, factor), "before"), (enlarge(after, factor), words)])

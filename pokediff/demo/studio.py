@@ -52,8 +52,7 @@ LIMITS = Limits()
 class Compared:
     """One prompt and seed, drawn one way."""
 
-    sampler: str
-    steps: int
+    config: SampleConfig
     picture: np.ndarray  # straight RGBA uint8 (H, W, 4)
     seconds: float
 
@@ -168,6 +167,8 @@ class Studio:
     def draw_all(self, config: SampleConfig, batch_size: int = 8) -> Iterator[tuple[list[Job], np.ndarray] | None]:
         """Many pictures, batch by batch: all jobs done so far and their pictures (N, H, W, 4)."""
         jobs, done = sampling.make_jobs(config.prompt, config), list[np.ndarray]()
+        if isinstance(pipeline := self.pipeline_of(config), DrawsAtOnce) and pipeline.slow:
+            batch_size = 1  # so that it can be stopped
         for start in range(0, len(jobs), batch_size):
             for frame in self.draw(config, jobs[start : start + batch_size]):
                 last = frame
@@ -202,7 +203,7 @@ class Studio:
                 for frame in self.draw(one):
                     last = frame
                     yield None
-                yield Compared(sampler, number, last.x0[0], time.monotonic() - begin)
+                yield Compared(one, last.x0[0], time.monotonic() - begin)
 
     # ------------------------------------------------------------------------------------------------ neighbours
 

@@ -7,12 +7,24 @@ from typing import Any
 
 import gradio as gr
 
-from pokediff.demo.controls import download, film_and_files, on_click, prompt_box, sampling_controls, seed_box
+from pokediff.demo.controls import (
+    Controls,
+    Keep,
+    film_and_files,
+    go_and_stop,
+    model_controls,
+    on_draw,
+    prompt_box,
+    results,
+    seed_box,
+    step_controls,
+)
 from pokediff.demo.downloads import Downloads
+from pokediff.demo.history import History
 from pokediff.demo.studio import Studio
 
 
-def variations_tab(studio: Studio, downloads: Downloads) -> None:
+def variations_tab(studio: Studio, downloads: Downloads, history: History) -> Controls:
     prompt = prompt_box()
     with gr.Row():
         distance = gr.Slider(
@@ -20,15 +32,17 @@ def variations_tab(studio: Studio, downloads: Downloads) -> None:
         )
         number = gr.Slider(2, 12, 6, step=1, label="Pictures", info="The first is the picture of this seed.")
         seed = seed_box()
+    model = model_controls(studio)
     with gr.Accordion("More settings", open=False):
-        sampling = sampling_controls(studio)
-    go = gr.Button("Draw variations", variant="primary", elem_id="variations")
-    result = gr.HTML(elem_id="variations-result")
-    files = download("pictures, animation, and settings")
-    inputs = {"prompt": prompt, "variation": distance, "num_images_per_prompt": number, "seed": seed, **sampling}
-    on_click(go, draw, [studio, downloads], inputs, [result, files], show_progress_on=result)
+        steps = step_controls(studio, model)
+    buttons, outputs = go_and_stop("Draw variations", "variations"), results("variations")
+    inputs = {"prompt": prompt, "variation": distance, "num_images_per_prompt": number, "seed": seed, **model, **steps}
+    on_draw(history, "Variations", buttons, draw, [studio, downloads], inputs, outputs, prompt)
+    return inputs
 
 
-def draw(studio: Studio, downloads: Downloads, prompt: str, **settings: Any) -> Iterator[tuple[Any, Any]]:
-    """Updates of the film and the files."""
-    yield from film_and_files(studio, downloads, studio.settings(prompt=(prompt,), enlarge=8, **settings))
+def draw(
+    studio: Studio, downloads: Downloads, keep: Keep, prompt: str, **settings: Any
+) -> Iterator[tuple[Any, Any, Any]]:
+    """Updates of status, film and files."""
+    yield from film_and_files(studio, downloads, keep, studio.settings(prompt=(prompt,), enlarge=8, **settings))
