@@ -531,6 +531,9 @@ def _positive(config: Any, path: str, *names: str) -> None:
         _require(value is None or value > 0, f"{path}.{name}".lstrip("."), "must be positive")
 
 
+LARGEST_YAML, MOST_VALUES = 200_000, 20_000  # bytes and values; a whole configuration has 5 kB and 250
+
+
 def load_yaml(path: str | Path, kind: type[T]) -> T:
     """A configuration of `kind` from a YAML file. `extends: FILE`, relative to it, names a file to start from.
 
@@ -546,13 +549,32 @@ def _read_yaml(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
     require_file(path)
     if path.resolve() in extending:
         raise PokediffError(f"{path} extends itself")
+    if path.stat().st_size > LARGEST_YAML:
+        raise PokediffError(f"{path} has more than {LARGEST_YAML // 1000} kB, so it is no configuration")
     try:
         values = yaml.safe_load(read_text(path)) or {}
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise PokediffError(f"{path}: not YAML ({first_line(error)})") from None
+    if _number_of_values(values) > MOST_VALUES:
+        raise PokediffError(
+            f"{path} holds more than {MOST_VALUES:,} values, some of them by aliases: it is no configuration"
+        )
     if not isinstance(values, dict) or (name := values.pop("extends", None)) is None:
         return values
     return _merged(_read_yaml(path.parent / str(name), (*extending, path.resolve())), values)
+
+
+def _number_of_values(values: Any) -> int:
+    """How many values there are, aliases counted each time, but at most one more than MOST_VALUES: aliases of aliases
+    grow without limit, and may hold themselves.
+    """
+    waiting, number = [values], 0
+    while waiting and number <= MOST_VALUES:
+        value = waiting.pop()
+        number += 1
+        if isinstance(value, dict | list):
+            waiting.extend(list(value.values() if isinstance(value, dict) else value)[: MOST_VALUES + 1])
+    return number
 
 
 def _merged(below: Any, above: Any) -> Any:

@@ -7,11 +7,13 @@ takes no more memory than its files justify.
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
 import shutil
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -25,11 +27,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pokediff.config import TrainConfig, load_yaml
 from pokediff.data import idx
 from pokediff.data.dataset import load_pictures
 from pokediff.data.records import read_records
+from pokediff.demo.server import is_foreign
 from pokediff.drawing.sample import read_settings
 from pokediff.errors import PokediffError
+from pokediff.files import move_whole
 from pokediff.model.checkpoint import INDEX, base_of, write_part_index
 from pokediff.model.pipeline import PokeDiffPipeline
 from pokediff.scraper import bulbapedia, client, crawl
@@ -41,6 +46,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import mutations  # noqa: E402 (benchmarks/ is no package)
 
 WEIGHTS = "cascade/base-16/diffusion_pytorch_model.safetensors"
+linux = pytest.mark.skipif(sys.platform != "linux", reason="forks, limits and /proc")
 EVIL_CODE = "from pathlib import Path\nPath({marker!r}).touch()\n"
 
 
@@ -300,6 +306,25 @@ def test_settings_of_a_stranger_do_not_say_where_to_write(tmp_path):
     settings["settings"]["out"] = str(tmp_path / "elsewhere")
     (tmp_path / "sample.json").write_text(json.dumps(settings))
     assert read_settings(tmp_path / "sample.json").out is None
+
+
+LAUGHS = "a: &a [x, x]\n" + "".join(f"{k}: &{k} [*{p}, *{p}, *{p}]\n" for p, k in itertools.pairwise("abcdefghijklmno"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (LAUGHS, "values, some of them by aliases"),
+        ("seed: &a [*a, *a]", "values, some of them by aliases"),
+        ("data: [" + "x, " * 100_000 + "]", "more than 200 kB"),
+        ("seed: !!python/object/apply:os.system ['true']", "not YAML"),
+        ("[" * 10_000, "not YAML"),
+    ],
+)
+def test_a_configuration_of_a_stranger(tmp_path, text, words):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(PokediffError, match=words):
+        load_yaml(tmp_path / "x.yaml", TrainConfig)
 
 
 # ------------------------------------------------------------------------------------------------ a data set likewise
@@ -572,3 +597,98 @@ def test_a_table_of_spanned_cells_is_no_list():
     for page in (html, wide):
         with pytest.raises(bulbapedia.PageChanged):
             bulbapedia.parse_list(page, "https://x/wiki/L")
+
+
+# ----------------------------------------------------------------------------------------- the order of a whole write
+
+
+def test_files_are_on_the_disk_before_they_move_and_a_list_moves_last(tmp_path, monkeypatch):
+    done: list[tuple[str, str]] = []
+    names = {"model_index.json", "cascade/config.json", "cascade/base/model.onnx", "README.md"}
+    for name in names:
+        (tmp_path / "new" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "new" / name).write_text(name)
+    sync, replace = os.fsync, os.replace
+    opened = {}
+
+    def fsync(handle: int) -> None:
+        opened[handle] = os.readlink(f"/proc/self/fd/{handle}") if Path("/proc/self/fd").exists() else str(handle)
+        done.append(("fsync", Path(opened[handle]).name))
+        sync(handle)
+
+    def move(old: Path, new: Path) -> None:
+        done.append(("rename", Path(new).name))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", move)
+    move_whole(tmp_path / "new", tmp_path / "out", last=("config.json", "model_index.json"))
+    assert [what for what, _ in done] == ["fsync"] * 4 + ["rename"] * 4
+    assert [name for _, name in done[-2:]] == ["config.json", "model_index.json"]
+    assert {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*")} == names
+    assert not (tmp_path / "new").exists()
+
+
+# ---------------------------------------------------------------------------------------------- the attack, in short
+
+
+def attack(*arguments: str) -> list[dict[str, Any]]:
+    """The rows that benchmarks/robustness.py prints, in a process of its own: it forks, and threads would be lost."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "robustness.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0, (rows, done.stderr[-2000:])
+    return rows
+
+
+@pytest.mark.slow
+@linux
+@pytest.mark.parametrize(
+    ("names", "number"), [(("embed", "sample", "sample, a table"), 6), (("trainer",), 4), (("export",), 2)]
+)
+def test_a_killed_command_ends_as_an_undisturbed_one(names, number):
+    rows = attack("kills", "--only", *names, "--number", str(number), "--no-time", "--seed", "3")
+    assert [(row["number"], row["findings"]) for row in rows] == [(number, 0)] * len(names)
+
+
+@pytest.mark.slow
+@linux
+def test_a_full_disk_is_one_line_and_with_room_the_work_ends():
+    rows = attack("disk", "--only", "embed", "sample", "sample, a table", "--number", "2", "--no-mount")
+    assert [row["findings"] for row in rows] == [0, 0, 0]
+    assert all(row["full"] for row in rows)
+
+
+@pytest.mark.slow
+@linux
+def test_mutated_inputs_of_every_kind():
+    *rows, last = attack("inputs", "--number", "250", "--seed", "11")
+    assert last["findings"] == 0
+    assert {row["inputs"] for row in rows} == set(mutations.TARGETS)
+    assert all(row["read"] + row["refused_in_one_line"] >= 3 for row in rows)
+
+
+@pytest.mark.slow
+@linux
+def test_a_crowd_at_the_demo():
+    pytest.importorskip("gradio")
+    (row,) = attack("load", "--clients", "8", "--minutes", "0.15")
+    assert row["findings"] == 0
+    assert row["draw: own picture"] > 0
+    assert row["after_the_crowd"] == "own picture"
+
+
+@pytest.mark.parametrize(
+    ("headers", "foreign"),
+    [
+        ({}, False),  # a program
+        ({"origin": "http://127.0.0.1:7860", "host": "127.0.0.1:7860"}, False),
+        ({"origin": "http://evil.example", "host": "127.0.0.1:7860"}, True),
+        ({"origin": "null", "host": "127.0.0.1:7860"}, True),
+        ({"origin": "https://draw.example", "host": "127.0.0.1:7860", "x-forwarded-host": "draw.example"}, False),
+        ({"sec-fetch-site": "same-origin", "origin": "https://draw.example", "host": "inside:1"}, False),
+        ({"sec-fetch-site": "cross-site", "origin": "http://127.0.0.1:7860", "host": "127.0.0.1:7860"}, True),
+    ],
+)
+def test_what_the_page_of_another_site_sends_is_known(headers, foreign):
+    assert is_foreign(headers) is foreign
