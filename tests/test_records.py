@@ -5,8 +5,9 @@ from collections import Counter
 
 import pytest
 
-from pokediff.data.records import Record, read_records, split_of, with_full_splits, write_records, write_whole
+from pokediff.data.records import Record, read_records, split_of, with_full_splits, write_records
 from pokediff.errors import PokediffError
+from pokediff.files import write_whole
 
 
 def write_rows(folder, *rows) -> None:

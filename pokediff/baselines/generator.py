@@ -20,9 +20,9 @@ from pokediff.baselines.lora import LoraGenerator, load_lora
 from pokediff.baselines.networks import Drawn
 from pokediff.baselines.systems import DISCRIMINATOR, SYSTEMS, System
 from pokediff.config import BaselineConfig, Sampling
-from pokediff.data.files import write_whole
 from pokediff.data.images import from_model
 from pokediff.errors import PokediffError, first_line
+from pokediff.files import write_whole
 from pokediff.model.inspection import check_file, shapes_of
 
 WEIGHTS = "model.safetensors"

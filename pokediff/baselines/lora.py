@@ -31,10 +31,10 @@ from pokediff.baselines.interface import LORA_WEIGHTS, DrawsAtOnce, read_config,
 from pokediff.baselines.loop import Values, make_accelerator, train_steps, training_batches
 from pokediff.config import BaselineConfig, Sampling
 from pokediff.data.dataset import CaptionVectors, TrainingBatches, load_pictures
-from pokediff.data.files import write_whole
 from pokediff.data.images import composite, encode_png, from_model, grid, to_model
 from pokediff.data.records import picture_bytes
 from pokediff.errors import PokediffError, first_line
+from pokediff.files import write_whole
 from pokediff.model.text import cached_or_downloaded
 from pokediff.training.objectives import mix
 from pokediff.training.runs import log_images, start_trackers

@@ -258,19 +258,27 @@ def save_animation(path: Path, frames: Sequence[np.ndarray], seconds: float = 3.
     suffix, and for MP4 without imageio-ffmpeg.
     """
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    try:
+        _save_frames(temporary, path.name, frames, seconds, hold)
+        os.replace(temporary, path)
+    except OSError:  # a full disk needs its space back
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _save_frames(temporary: Path, name: str, frames: Sequence[np.ndarray], seconds: float, hold: float) -> None:
     frame_ms = max(20, round(1000 * seconds / len(frames)))  # viewers show shorter frames for 100 ms
-    if path.suffix == ".gif":
+    if temporary.suffix == ".gif":
         _save_gif(temporary, frames, frame_ms, round(1000 * hold))
-    elif path.suffix in (".png", ".apng"):
+    elif temporary.suffix in (".png", ".apng"):
         durations = [frame_ms] * (len(frames) - 1) + [frame_ms + round(1000 * hold)]
         images = [Image.fromarray(frame) for frame in frames]
         images[0].save(temporary, "PNG", save_all=True, append_images=images[1:], duration=durations, loop=0)
-    elif path.suffix == ".mp4":
+    elif temporary.suffix == ".mp4":
         still = [frames[-1]] * round(1000 * hold / frame_ms)
         _save_mp4(temporary, [*frames, *still], 1000 / frame_ms)
     else:
-        raise PokediffError(f"{path.name}: the suffix of an animation is .gif, .png, .apng or .mp4")
-    os.replace(temporary, path)
+        raise PokediffError(f"{name}: the suffix of an animation is .gif, .png, .apng or .mp4")
 
 
 def _save_gif(path: Path, frames: Sequence[np.ndarray], frame_ms: int, hold_ms: int) -> None:

@@ -17,9 +17,7 @@ from typing import Any, Literal
 
 from pokediff.data import layouts
 from pokediff.errors import PokediffError
-from pokediff.files import read_text, write_whole
-
-__all__ = ["Record", "Split", "picture_bytes", "read_records", "read_text", "split_of", "write_records", "write_whole"]
+from pokediff.files import write_whole
 
 CAPTION_COLUMNS = ("captions", "text", "caption", "prompt")  # the first that is not empty is read
 LISTS = ("types", "colors")  # in a CSV their values are separated by commas

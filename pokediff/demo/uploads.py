@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from pokediff.data.images import BadImage, premultiply, read_image, unpremultiply
-from pokediff.data.records import read_text
 from pokediff.errors import PokediffError
+from pokediff.files import read_text
 
 MAX_MB, MAX_PIXELS = 8, 16_000_000
 MAX_TEXT_BYTES = 100_000

@@ -12,8 +12,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from pokediff.data.records import read_text
 from pokediff.errors import PokediffError
+from pokediff.files import read_text
 
 MAX_COLORS = 256
 PIXEL_COLORS = 14  # of a drawn pixel sprite: the median of real ones of 64 px is 13 to 15 (docs/LOG.md)

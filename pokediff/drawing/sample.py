@@ -84,11 +84,10 @@ def sample_table(config: SampleConfig) -> Path:
 
 def prompt_notes(pipeline: Model, folder: Path, prompts: Sequence[str]) -> list[str]:
     """A line for each prompt that will not draw what it says; `folder` is that of the checkpoint."""
-    tokenizer = None if isinstance(pipeline, DrawsAtOnce) else pipeline.tokenizer
-    if tokenizer is None:  # a text encoder of its own kind
+    if isinstance(pipeline, DrawsAtOnce) or pipeline.tokenizer is None:  # text encoders of their own kinds
         return []
     words, most = read_words(folder), pipeline.text_encoder.config.max_position_embeddings
-    notes = (prompt_note(prompt, words, tokenizer.tokenize, most) for prompt in dict.fromkeys(prompts))
+    notes = (prompt_note(prompt, words, pipeline.tokenizer.tokenize, most) for prompt in dict.fromkeys(prompts))
     return [note for note in notes if note]
 
 

@@ -20,8 +20,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 import torch.nn.functional as F
 
-from pokediff.data.files import write_whole
 from pokediff.errors import PokediffError, first_line
+from pokediff.files import write_whole
 from pokediff.model.inspection import check_text
 from pokediff.paths import shipped
 
