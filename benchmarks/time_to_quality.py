@@ -33,8 +33,8 @@ from pokediff.data.dataset import Pictures, TrainingBatches, caption_vectors, lo
 from pokediff.data.images import to_model
 from pokediff.model.diffusion import cosine_timestep, denoising_loss, make_noise_schedule
 from pokediff.training.build import ema_with_warmup, make_denoiser, make_optimizer
+from pokediff.training.launch import threads_per_process
 from pokediff.training.objectives import trained_timesteps
-from pokediff.training.stages import usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGE = "base-32"
@@ -203,7 +203,7 @@ def main() -> None:
     )
     parser.add_argument("--data", default="data/bulbapedia")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "quality")
-    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--threads", type=int, default=threads_per_process())
     parser.add_argument("--plot", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -43,6 +43,7 @@ from pokediff.config import (
 )
 from pokediff.errors import PokediffError, first_line, one_line_errors
 from pokediff.paths import shipped
+from pokediff.training.launch import processes
 
 ALIASES = {  # of the fields of SampleConfig and Sampling
     "num_images_per_prompt": ("-n", "--num-images"),
@@ -75,6 +76,7 @@ class Command:
     options: type | Callable[[], type]  # a dataclass, or a function that imports it
     run: Callable[[Any], None]
     defaults: Callable[[list[str]], Any] | None = None  # defaults of the options that depend on an argument
+    shares: bool = False  # its work, among the processes that torchrun starts
 
 
 # ---------------------------------------------------------------------------------------------------------- options
@@ -237,10 +239,8 @@ def read_config(file: str, kind: type[C], place: str = "") -> C:
 
 
 def train(options: TrainOptions) -> None:
-    from pokediff.training.launch import start_missing_processes
     from pokediff.training.stages import select, train, with_steps
 
-    start_missing_processes()
     config = options.settings
     if options.folder and options.config:
         config = replace(config, data=(options.folder.as_posix(),))
@@ -356,11 +356,13 @@ COMMANDS = {
         "build a data set from Bulbapedia: pictures, metadata.jsonl, text embeddings", scrape_options, scrape
     ),
     "embed": Command("write the text embeddings of a data set's captions", EmbedOptions, embed),
-    "train": Command("train a cascade; `train FOLDER` on your own pictures", TrainOptions, train, train_defaults),
-    "distill": Command("add a few-step base to a checkpoint", DistillOptions, distill, distill_defaults),
+    "train": Command("train a cascade; `train FOLDER` on your own pictures", TrainOptions, train, train_defaults, True),
+    "distill": Command("add a few-step base to a checkpoint", DistillOptions, distill, distill_defaults, True),
     "baseline": Command("train an older system to compare with", BaselineOptions, baseline, baseline_defaults),
-    "sample": Command("draw pictures from prompts", SampleOptions, sample, sample_defaults),
-    "evaluate": Command("measure a checkpoint or a folder of pictures against test pictures", EvaluateConfig, evaluate),
+    "sample": Command("draw pictures from prompts", SampleOptions, sample, sample_defaults, True),
+    "evaluate": Command(
+        "measure a checkpoint or a folder of pictures against test pictures", EvaluateConfig, evaluate, shares=True
+    ),
     "export": Command("write a checkpoint as ONNX, for machines without PyTorch", ExportOptions, export),
     "web": Command("write a page that draws in the browser, without a server", WebOptions, web),
     "compare": Command("compare several reports", CompareOptions, compare),
@@ -394,7 +396,9 @@ def main(args: Sequence[str] | None = None, command: str | None = None, prog: st
         options = row.options if isinstance(row.options, type) else row.options()
         wants_help = {"-h", "--help"} & set(words)
         default = row.defaults(words) if row.defaults and not wants_help else None
-        row.run(parse(options, words, prog, default))
+        options = parse(options, words, prog, default)
+        with processes(row.shares):
+            row.run(options)
 
 
 def right_command(command: str, words: Sequence[str]) -> str:

@@ -303,11 +303,11 @@ def test_one_step_of_a_stage_from_the_command_line(data, tmp_path, capsys):
 def test_processes_that_accelerate_did_not_start_are_counted(monkeypatch):
     for name in (*launch.STARTED_BY, "ACCELERATE_USE_CPU", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
-    assert missing_processes() == 0
+    assert missing_processes() == []
     code = "from pokediff.training.launch import missing_processes; print(missing_processes())"
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1"}
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"  # as accelerate's launcher
-    for options, printed in ((["--num_processes", "2"], "2"), ([], "give it --num_processes N")):
+    for options, printed in ((["--num_processes", "2"], "2"), ([], "--num_processes N on its command line")):
         command = [sys.executable, "-c", parent, *options]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert printed in done.stdout + done.stderr

@@ -28,6 +28,7 @@ from pokediff.evaluation.report import GENERATED, PAIRS, REAL, Report, write_rep
 from pokediff.files import own_folder, read_json, refuse_inside
 from pokediff.model.denoiser import Denoiser
 from pokediff.model.pipeline import PokeDiffPipeline, quiet
+from pokediff.training.launch import join
 
 MARKS = ("report.json", "pictures/settings.json", "cache", "survey/result.json")  # by which an earlier run is known
 FEWEST_DRAWN = NEIGHBOURS + 2  # precision and recall of all but one need more than NEIGHBOURS
@@ -43,10 +44,8 @@ def evaluate(config: EvaluateConfig, generator: ImageGenerator | None = None) ->
     network that a figure needs cannot be used; a figure that the data does not allow is a row of the report with the
     reason.
     """
-    from accelerate import Accelerator
-
     quiet()
-    state = Accelerator().state  # PartialState alone overlooks the processes of a CPU
+    state = join()
     nets = load_networks(config, str(state.device)) if state.is_main_process else []
     generated: Generated | None = None
     drawer: Drawer | None = None

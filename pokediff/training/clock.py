@@ -45,6 +45,7 @@ class Window:
     def close(self, accelerator: Accelerator) -> dict[str, float]:
         """The averages, the loss over all processes."""
         values = {"images_per_s": self.images / self.seconds, "data_wait_share": self.waiting / self.seconds}
+        values["processes"] = accelerator.num_processes  # a state may go on with others
         if self.losses:  # empty when every step was skipped; the same on all processes, which share the gradient
             loss = accelerator.reduce(torch.stack(self.losses).mean(), "mean").item()
             values = {"loss": loss, "grad_norm": torch.stack(self.norms).mean().item(), **values}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import shlex
 import shutil
 import time
@@ -15,9 +14,9 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
-from pokediff.config import Sampling, StageConfig, TrainConfig, load_yaml
+from pokediff.config import Sampling, StageConfig, TrainConfig, load_yaml, plain
 from pokediff.data.images import encode_png, enlarge, grid
 from pokediff.errors import PokediffError, first_line
 from pokediff.files import LOCK, WRITER, own_folder, refuse_foreign, refuse_inside, write_whole
@@ -29,11 +28,14 @@ from pokediff.model.pipeline import PokeDiffPipeline
 from pokediff.training import runs
 from pokediff.training.build import Run, new_pipeline, prepare
 from pokediff.training.clock import Limit, Pace, agreed, duration
+from pokediff.training.launch import join, machines, threads_per_process
 from pokediff.training.loop import closing_seconds, seconds_per_step, train_stage
 from pokediff.training.recipes import what_to_expect
 
 SAMPLE = 256  # pictures that a trial and the estimates load
 TRIAL_STEPS = 4
+# Settings that may differ between processes.
+OF_ONE_MACHINE = ("out", "data", "base", "start_from", "threads", "workers")
 OVERHEAD = 1.1  # validation, previews and checkpoints, beside the steps
 
 
@@ -66,7 +68,11 @@ def train(config: TrainConfig, resume: str = "never", only: Sequence[str] = (), 
         if run.main:
             runs.set_aside_damaged(out, names, run.say)
         run.accelerator.wait_for_everyone()
-        train_run(run, full, names, resume, runs.find_states(out, names, resume), trial)
+        states = runs.find_states(out, names, resume)
+        settings = {key: value for key, value in plain(config).items() if key not in OF_ONE_MACHINE}
+        require_same(run, "settings", settings)
+        require_same(run, f"states in {out}", {name: runs.steps_of(state) for name, state in states.items()})
+        train_run(run, full, names, resume, states, trial)
     return out
 
 
@@ -88,6 +94,8 @@ def train_run(
         runs.start_trackers(run.accelerator, run.out, config.wandb)
     paces = {name: paces[name] for name in unfinished()}
     left = times(full, paces, states)
+    if (number := run.accelerator.num_processes) > 1:
+        run.say(f"{number} processes on {machines()} machine{'s' * (machines() > 1)}, batches are shared")
     run.say(timetable(full, left, paces, states, run.accelerator.mixed_precision))
     train_stages(run, names, left, paces, states)
     if trial:
@@ -97,7 +105,8 @@ def train_run(
             run.say(outcome(out, recipe, paces))
         drawing = f'"{max(config.preview_prompts, key=len)}" --checkpoint {shlex.quote(str(out))}'
         run.say(f"draw with: pokediff sample {drawing}")
-    run.accelerator.end_training()
+    for tracker in run.accelerator.trackers:  # end_training would disconnect the processes, too
+        tracker.finish()
 
 
 def outcome(out: Path, recipe: TrainConfig, paces: Mapping[str, Pace]) -> str:
@@ -158,13 +167,14 @@ def refuse_other_run(out: Path, names: Sequence[str], resume: str, only: Sequenc
 def start(config: TrainConfig, out: Path, trial: bool = False) -> Run:
     """Processes, threads, and the cascade to build on. Raises PokediffError when it has another noise schedule."""
     limit = Limit(config.max_minutes)
+    join()
     AcceleratorState._reset_state()  # of an earlier training in this process, which may have had another precision
     try:
         accelerator = Accelerator(mixed_precision=mixed_precision(config.precision))
     except ValueError as error:  # of a device without bf16
         raise PokediffError(f"--precision {config.precision}: {first_line(error)}; use --precision fp32") from None
     if accelerator.device.type == "cpu":  # accelerate launch leaves all but one core idle
-        torch.set_num_threads(config.threads or max(1, usable_cores() // accelerator.num_processes))
+        torch.set_num_threads(config.threads or threads_per_process())
     schedule, pipeline = make_noise_schedule(config.diffusion), None
     own = config.base or config.start_from
     if (source := out if (out / INDEX).is_file() and not trial else own) is not None:
@@ -186,9 +196,13 @@ def mixed_precision(precision: str) -> str:
     return "no" if precision == "fp32" else precision
 
 
-def usable_cores() -> int:
-    """How many cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def require_same(run: Run, what: str, here: object) -> None:
+    """Raise PokediffError, in all processes, when they differ: they would train different models, or wait for ever."""
+    if any(there != here for there in gather_object([here])):
+        raise PokediffError(
+            f"the processes have different {what}: start all with the same options, and put --data and --out on a disk "
+            "that all machines share"
+        )
 
 
 def estimate(run: Run, names: Sequence[str]) -> dict[str, Pace]:
@@ -242,6 +256,7 @@ def train_one(run: Run, name: str, state: Path | None, closing: float) -> str:
         f"{name}: {stage.facts['parameters'] / 1e6:.2f} M parameters, {stage.facts['gflops']:.2f} GFLOP a picture, "
         f"{stage.facts['training_pictures']} training and {stage.facts['validation_pictures']} validation pictures"
     )
+    require_same(run, "data", stage.facts["data_sha256"])
     if run.main:
         runs.begin(run, stage)
     run.accelerator.wait_for_everyone()
