@@ -7,8 +7,9 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,29 +23,33 @@ from pokediff.data.vocabulary import prompt_note, read_words
 from pokediff.drawing.export import is_exported, load_exported
 from pokediff.drawing.jobs import MAX_SEED, Job, make_jobs, read_prompts, slug
 from pokediff.drawing.pixelart import PIXEL_COLORS, finish, is_pixel_prompt, read_palette
-from pokediff.drawing.sheets import Frame, checkpoint_folder, listed_files, weights_sha256, write_drawing
+from pokediff.drawing.sheets import FACTS, Frame, checkpoint_folder, share_drawing, weights_sha256
 from pokediff.drawing.table import draw_table, is_table, read_table
 from pokediff.errors import PokediffError
 from pokediff.files import new_folder, read_json, require_file
 from pokediff.model.denoiser import compile_network
 from pokediff.model.pipeline import PokeDiffPipeline, quiet
 from pokediff.model.samplers import slerp
+from pokediff.training.launch import join
 
 NOTES = 5  # of prompts, that are printed
 Model = PokeDiffPipeline | DrawsAtOnce
+T = TypeVar("T")
 
 
 def sample(config: SampleConfig) -> Path:
     """Draw, and write what `sheets` lists. Returns the folder: `config.out`, or a new one in outputs/.
 
-    Ctrl-C keeps the pictures that are done, with a sheet and a sample.json of them, and is raised again.
+    Several processes share the pictures. Ctrl-C keeps those that are done, with a sheet and a sample.json of them, and
+    is raised again; the same settings again draw the others.
     Raises PokediffError for a prompt, checkpoint, image, palette, background or folder that cannot be used.
     """
     quiet()
     if is_table(config):
         return sample_table(config)
+    main = join().is_main_process
     prompts = tuple(read_prompts(config))
-    seed = random.SystemRandom().randint(0, MAX_SEED) if config.seed is None else config.seed
+    seed = of_first_process(choose_seed(config, prompts))
     config = replace(config, prompt=prompts, prompts_file=None, seed=seed)
     jobs = make_jobs(prompts, config)
     if config.background:
@@ -54,22 +59,52 @@ def sample(config: SampleConfig) -> Path:
     pipeline = load_pipeline(config)
     config = resolved(config, pipeline)
     init = read_init_image(config)
-    out = Path(config.out) if config.out else new_folder(Path("outputs") / f"{slug(prompts[0])}-{seed}")
-    if listed_files(out):
-        print(f"the earlier drawing in {out} is replaced")
-    print_notes(pipeline, config, prompts)
+    own = Path("outputs") / f"{slug(prompts[0])}-{seed}"
+    out = Path(config.out) if config.out else of_first_process(new_folder(own) if main else own)
+    if main:
+        print_notes(pipeline, config, prompts)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "only the first")  # as the note says
-        number = write_drawing(out, config, pipeline, jobs, batches(pipeline, jobs, config, init))
-    print(f"{number} picture{'s' * (number > 1)}, seed {seed}: {out}")
+        number = share_drawing(out, config, pipeline, jobs, partial(batches, pipeline, jobs, config, init))
+    if main:
+        print(f"{number} picture{'s' * (number > 1)}, seed {seed}: {out}")
     return out
+
+
+def choose_seed(config: SampleConfig, prompts: Sequence[str]) -> int:
+    """That of the settings, of a drawing of these prompts in OUT that was interrupted, or a random one."""
+    if config.seed is not None:
+        return config.seed
+    earlier = interrupted(Path(config.out)) if config.out else None
+    if earlier is not None and earlier.prompt == tuple(prompts) and earlier.seed is not None:
+        return earlier.seed
+    return random.SystemRandom().randint(0, MAX_SEED)
+
+
+def interrupted(out: Path) -> SampleConfig | None:
+    """The settings of the drawing in a folder when pictures are missing."""
+    try:
+        config = read_settings(out / FACTS)
+        number = len(make_jobs(config.prompt, config))
+    except (OSError, PokediffError, AssertionError):
+        return None
+    return config if any(not (out / f"{index:04}.png").is_file() for index in range(number)) else None
+
+
+def of_first_process(value: T) -> T:
+    """The value that the first process has."""
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0]
 
 
 def sample_table(config: SampleConfig) -> Path:
     """Draw the prompts of a CSV file, as `table` describes. Returns the folder."""
     rows = read_table(config)  # before the model
     pipeline = load_pipeline(config)
-    print_notes(pipeline, config, [row.prompt for row in rows])
+    main = join().is_main_process
+    if main:
+        print_notes(pipeline, config, [row.prompt for row in rows])
     config = resolved(config, pipeline)
     out = Path(config.out or Path("outputs") / Path(str(config.prompts_file)).stem)
     facts = {"weights": weights_sha256(checkpoint_folder(config.lora or config.checkpoint))}
@@ -78,7 +113,8 @@ def sample_table(config: SampleConfig) -> Path:
         return next(draw(pipeline, jobs, config, every=False)).x0
 
     new, there = draw_table(config, out, facts, finished)
-    print(f"{new} picture{'s' * (new != 1)} drawn, {there} were there: {out}")
+    if main:
+        print(f"{new} picture{'s' * (new != 1)} drawn, {there} were there: {out}")
     return out
 
 
@@ -114,18 +150,18 @@ def resolved(config: SampleConfig, pipeline: Model) -> SampleConfig:
 
 
 def batches(
-    pipeline: Model, jobs: Sequence[Job], config: SampleConfig, init: dict[str, Any]
+    pipeline: Model, jobs: Sequence[Job], config: SampleConfig, init: dict[str, Any], numbers: Sequence[Sequence[int]]
 ) -> Iterator[tuple[np.ndarray, list[Frame]]]:
-    """Pictures and frames of one batch after another, with a progress bar. Only the first batch is animated: without
-    `save_frames` the others have their last frame only.
+    """Pictures and frames of one batch of jobs, given by their numbers, after another, with a progress bar. Only the
+    first batch is animated: without `save_frames` the others have their last frame only.
     """
-    starts = range(0, len(jobs), config.batch_size)
     steps = len(pipeline.evaluations(config.sampling, init.get("strength", 1.0))) + 1
-    name = f"{len(jobs)} picture{'s' * (len(jobs) > 1)}"
-    with tqdm(total=steps * len(starts), desc=name, unit="step", leave=False) as bar:
-        for start in starts:
-            every, frames = start == 0 or config.save_frames > 0, []
-            for frame in draw(pipeline, jobs[start : start + config.batch_size], config, init, every):
+    number = sum(map(len, numbers))
+    name, silent = f"{number} picture{'s' * (number > 1)}", not join().is_main_process
+    with tqdm(total=steps * len(numbers), desc=name, unit="step", leave=False, disable=silent) as bar:
+        for batch in numbers:
+            every, frames = batch[0] == 0 or config.save_frames > 0, []
+            for frame in draw(pipeline, [jobs[index] for index in batch], config, init, every):
                 frames.append(frame)
                 bar.update(1 if every else steps)
             yield frames[-1].x0, frames

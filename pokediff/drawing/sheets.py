@@ -9,6 +9,8 @@ frames/0000/00-x.png, 00-x0.png ...   with save_frames
 sheet.png, sheet.*  with sheet: the files of atlas.py
 image.png, mask.png copies of the inputs of img2img and inpainting
 sample.json         settings, prompt and seed of each picture, files; `--from-json` draws the same pictures
+
+Several processes share the pictures; the first one writes all else.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +32,7 @@ import numpy as np
 
 from pokediff.baselines.interface import DrawsAtOnce, is_baseline
 from pokediff.config import SampleConfig, plain
-from pokediff.data.images import composite, encode_png, enlarge, grid, save_animation
+from pokediff.data.images import composite, encode_png, enlarge, grid, read_image, save_animation
 from pokediff.drawing.atlas import atlas_files, write_atlas
 from pokediff.drawing.jobs import Job
 from pokediff.errors import PokediffError
@@ -38,9 +40,12 @@ from pokediff.files import own_folder, read_json, write_whole
 from pokediff.model.checkpoint import base_of, find_folder
 from pokediff.model.pipeline import PokeDiffPipeline
 from pokediff.paths import shipped
+from pokediff.training.launch import join
 
 LARGE_SIDE = 256  # minimum side in px of a copy in large/
 SHOWN_SIDE = 128  # minimum side in px of a picture on a sheet or in an animation
+ON_SHEET = 1024  # at most so many pictures, the first ones, are on grid.png
+IDENTITY = ("settings", "weights_sha256", "packages")  # of sample.json: what decides how a picture looks
 FACTS = "sample.json"
 # The files that a drawing may write and remove; a foreign sample.json cannot name others.
 OWN_FILES = re.compile(
@@ -66,7 +71,8 @@ def write_drawing(
     jobs: Sequence[Job],
     batches: Iterable[tuple[np.ndarray, Sequence[Frame]]],
 ) -> int:
-    """Write a drawing to the folder `out`, batch by batch as `batches` gives them. Returns the number of pictures.
+    """Write a drawing to the folder `out`, batch by batch as `batches` gives them. Returns the number of pictures. An
+    earlier drawing in the folder is replaced.
 
     Args:
         config: its settings, resolved: with prompts, a seed and a whole `sampling`.
@@ -74,45 +80,130 @@ def write_drawing(
         batches: finished pictures, straight RGBA uint8 (B, S, S, 4), and the frames of their denoising: those of the
             first batch are animated, and all are kept in frames/ if `save_frames` says so; () for none.
 
-    An earlier drawing in the folder is replaced, by the list of files in its sample.json. An exception in `batches`,
-    Ctrl-C too, passes through; the pictures that are done are kept, with their sheet and sample.json.
-
-    Raises PokediffError for a folder of other files or of another process, and when it would overwrite a foreign file
-    or an input of img2img.
+    Exceptions and errors are those of `share_drawing`.
     """
     with own_folder(out, FACTS):
-        return _write_drawing(out, config, pipeline, jobs, batches)
+        facts = facts_of(pipeline, config)
+        begin(out, config, jobs, facts)
+        return write_batches(out, config, jobs, facts, _numbered(batches))
 
 
-def _write_drawing(
+def _numbered(
+    batches: Iterable[tuple[np.ndarray, Sequence[Frame]]],
+) -> Iterator[tuple[Sequence[int], np.ndarray, Sequence[Frame]]]:
+    first = 0
+    for pictures, frames in batches:
+        yield range(first, first + len(pictures)), pictures, frames
+        first += len(pictures)
+
+
+def share_drawing(
     out: Path,
     config: SampleConfig,
     pipeline: PokeDiffPipeline | DrawsAtOnce,
     jobs: Sequence[Job],
-    batches: Iterable[tuple[np.ndarray, Sequence[Frame]]],
+    draw: Callable[[Sequence[Sequence[int]]], Iterable[tuple[np.ndarray, Sequence[Frame]]]],
 ) -> int:
-    began, names = time.monotonic(), file_names(config, len(jobs))
-    claim(out, names, [path for path in (config.image, config.mask) if path])
-    done: list[np.ndarray] = []
-    facts = facts_of(pipeline, config)
-    write_facts(out, facts, jobs, names)  # first, since it marks the other files as ours
+    """As `write_drawing`, by all processes together, and only what an interrupted drawing of the same settings has left
+    out. Any other drawing in the folder is replaced, by the list of files in its sample.json. Returns the number of
+    pictures.
+
+    Args:
+        draw: pictures and frames of this process's batches, each given as the numbers of its jobs.
+
+    An exception in `draw`, Ctrl-C too, passes through; the pictures that are done are kept, with their sheet and
+    sample.json.
+
+    Raises PokediffError for a folder of other files or of another process, and when it would overwrite a foreign file
+    or an input of img2img.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    state = join()
+    with own_folder(out, FACTS) if state.is_main_process else nullcontext():
+        facts: dict[str, Any] = {}
+        todo: list[list[int]] = []
+        if state.is_main_process:
+            facts = {**facts_of(pipeline, config), "processes": state.num_processes}
+            animated = config.animations if isinstance(pipeline, PokeDiffPipeline) else ()
+            todo = batches_of(begin(out, config, jobs, facts, keep=True), out, config, animated, len(jobs))
+        mine = broadcast_object_list([todo])[0][state.process_index :: state.num_processes]
+        drawn = ((batch, *pictures) for batch, pictures in zip(mine, draw(mine), strict=True))
+        if state.is_main_process:
+            return write_batches(out, config, jobs, facts, drawn, state.wait_for_everyone)
+        for batch, pictures, frames in drawn:
+            write_batch(out, config, batch, pictures, frames)
+        state.wait_for_everyone()
+    return len(jobs)
+
+
+def begin(out: Path, config: SampleConfig, jobs: Sequence[Job], facts: dict[str, Any], keep: bool = False) -> list[int]:
+    """Make a folder ready for a drawing. Returns the pictures that are not there, by number; with `keep`, those of the
+    same settings stay.
+    """
+    names, missing = file_names(config, len(jobs)), list(range(len(jobs)))
+    if keep and is_same(out, facts):
+        missing = [index for index in missing if not (out / f"{index:04}.png").is_file()]
+        print(f"{len(jobs) - len(missing)} of {len(jobs)} pictures are in {out} already")
+    else:
+        if listed_files(out):
+            print(f"the earlier drawing in {out} is replaced")
+        claim(out, names, [path for path in (config.image, config.mask) if path])
+    write_facts(out, facts, dict(enumerate(jobs)), names)  # first, since it marks the other files as ours
     copy_inputs(out, config)
+    return missing
+
+
+def is_same(out: Path, facts: dict[str, Any]) -> bool:
+    """Whether the drawing in a folder has these settings, weights and libraries: a missing picture fits the others."""
     try:
-        for pictures, frames in batches:
-            first = not done
-            for offset, picture in enumerate(pictures):
-                write_picture(out, len(done), picture, config)
-                if config.save_frames and frames:
-                    write_frames(out / "frames" / f"{len(done):04}", frames, offset, config)
-                done.append(picture)
-            if first and len(frames) > 1:
-                animate(out, frames, config)
+        earlier = read_json(out / FACTS)
+        return all(_of_pictures(earlier[name]) == _of_pictures(facts[name]) for name in IDENTITY)
+    except (OSError, PokediffError, KeyError, TypeError):
+        return False
+
+
+def _of_pictures(facts: Any) -> Any:
+    """Without what only says how they are drawn, as JSON would give it back."""
+    kept = {key: value for key, value in facts.items() if key != "batch_size"} if isinstance(facts, dict) else facts
+    return json.loads(json.dumps(kept))
+
+
+def batches_of(
+    missing: Sequence[int], out: Path, config: SampleConfig, animations: Sequence[str], number: int
+) -> list[list[int]]:
+    """The missing pictures of `number` in batches. The first batch is animated, so it is drawn as a whole where one of
+    its pictures or an animation is missing.
+    """
+    size = config.batch_size
+    whole = all((out / f"denoising.{kind}").is_file() for kind in animations)
+    first = [list(range(min(size, number)))] if not whole or any(index < size for index in missing) else []
+    later = [index for index in missing if index >= size]
+    return first + [later[start : start + size] for start in range(0, len(later), size)]
+
+
+def write_batches(
+    out: Path,
+    config: SampleConfig,
+    jobs: Sequence[Job],
+    facts: dict[str, Any],
+    drawn: Iterable[tuple[Sequence[int], np.ndarray, Sequence[Frame]]],
+    wait: Callable[[], None] = lambda: None,
+) -> int:
+    """Write batches as they are drawn, `wait` for those of other processes, and write what belongs to all pictures."""
+    began, names = time.monotonic(), file_names(config, len(jobs))
+    try:
+        for batch, pictures, frames in drawn:
+            write_batch(out, config, batch, pictures, frames)
+        wait()
     finally:
+        done = {index: job for index, job in enumerate(jobs) if (out / f"{index:04}.png").is_file()}
         if done:
-            write_sheet(out, np.stack(done), config)
-            write_atlas(out, config, jobs[: len(done)])
+            write_sheet(out, read_pictures(out, list(done)[:ON_SHEET], config), config)
+            whole = next((index for index in range(len(jobs)) if index not in done), len(jobs))
+            write_atlas(out, config, jobs[:whole])
             names = [name for name in names if (out / name).is_file()]
-            write_facts(out, facts | {"seconds": round(time.monotonic() - began, 2)}, jobs[: len(done)], names)
+            write_facts(out, facts | {"seconds": round(time.monotonic() - began, 2)}, done, names)
         else:
             remove(out, names)
     return len(done)
@@ -171,17 +262,37 @@ def remove(out: Path, names: Sequence[str]) -> None:
 # --------------------------------------------------------------------------------------------------------- pictures
 
 
+def write_batch(
+    out: Path, config: SampleConfig, batch: Sequence[int], pictures: np.ndarray, frames: Sequence[Frame]
+) -> None:
+    """The pictures of these numbers, their frames, and an animation of the first batch."""
+    for offset, (index, picture) in enumerate(zip(batch, pictures, strict=True)):
+        if config.save_frames and frames:
+            write_frames(out / "frames" / f"{index:04}", frames, offset, config)
+        write_picture(out, index, picture, config)
+    if batch[0] == 0 and len(frames) > 1:
+        animate(out, frames, config)
+
+
 def on_background(rgba: np.ndarray, config: SampleConfig) -> np.ndarray:
     return composite(rgba, config.background) if config.background else rgba
 
 
 def write_picture(out: Path, index: int, picture: np.ndarray, config: SampleConfig) -> None:
-    """One straight RGBA picture (S, S, 4), scaled by `enlarge`, and its copy in large/ unless it is large itself."""
+    """One straight RGBA picture (S, S, 4), scaled by `enlarge`, and its copy in large/ unless it is large itself. The
+    copy first: a picture that is there is one that is done.
+    """
     picture = on_background(enlarge(picture, config.enlarge), config)
-    write_whole(out / f"{index:04}.png", encode_png(picture))
     if (factor := -(-LARGE_SIDE // len(picture))) > 1:
         (out / "large").mkdir(exist_ok=True)
         write_whole(out / "large" / f"{index:04}.png", encode_png(enlarge(picture, factor)))
+    write_whole(out / f"{index:04}.png", encode_png(picture))
+
+
+def read_pictures(out: Path, numbers: Sequence[int], config: SampleConfig) -> np.ndarray:
+    """What `write_picture` wrote, in its original size (N, S, S, 4)."""
+    step = config.enlarge
+    return np.stack([read_image((out / f"{index:04}.png").read_bytes())[::step, ::step] for index in numbers])
 
 
 def write_frames(folder: Path, frames: Sequence[Frame], index: int, config: SampleConfig) -> None:
@@ -198,7 +309,7 @@ def write_frames(folder: Path, frames: Sequence[Frame], index: int, config: Samp
 
 
 def write_sheet(out: Path, pictures: np.ndarray, config: SampleConfig) -> None:
-    """All pictures (N, S, S, 4) side by side, grid.png; an interpolation there and back, interpolation.gif."""
+    """Pictures (N, S, S, 4) side by side, grid.png; an interpolation there and back, interpolation.gif."""
     factor = shown_factor(pictures.shape[1])
     sheet = enlarge(grid(pictures, sheet_columns(config, len(pictures)), 1), factor)
     write_whole(out / "grid.png", encode_png(on_background(sheet, config)))
@@ -265,9 +376,9 @@ def facts_of(pipeline: PokeDiffPipeline | DrawsAtOnce, config: SampleConfig) -> 
     }
 
 
-def write_facts(out: Path, facts: dict[str, Any], jobs: Sequence[Job], files: Sequence[str]) -> None:
-    """Write sample.json."""
-    pictures = [{"file": f"{k:04}.png", **job.facts()} for k, job in enumerate(jobs)]
+def write_facts(out: Path, facts: dict[str, Any], jobs: Mapping[int, Job], files: Sequence[str]) -> None:
+    """Write sample.json: the pictures by number."""
+    pictures = [{"file": f"{k:04}.png", **job.facts()} for k, job in jobs.items()]
     text = json.dumps({**facts, "pictures": pictures, "files": list(files)}, indent=2, ensure_ascii=False)
     write_whole(out / FACTS, text + "\n")
 

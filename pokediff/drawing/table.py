@@ -16,6 +16,7 @@ import io
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from pokediff.drawing.jobs import MAX_SEED, Job, slug
 from pokediff.drawing.sheets import on_background
 from pokediff.errors import PokediffError
 from pokediff.files import own_folder, read_csv, read_text, require_file, write_whole
+from pokediff.training.launch import join
 
 MANIFEST = "manifest.csv"
 COLUMNS = ("file", "prompt", "seed", "settings")
@@ -58,8 +60,8 @@ def is_table(config: SampleConfig) -> bool:
 def draw_table(
     config: SampleConfig, out: Path, facts: dict[str, Any], draw: Callable[[Sequence[Job]], np.ndarray]
 ) -> tuple[int, int]:
-    """Draw what OUT does not hold yet, batch by batch, each after its entries in the manifest. Returns the numbers of
-    pictures that were drawn and that were there.
+    """Draw what OUT does not hold yet, by all processes together, after its entries in the manifest. Returns the
+    numbers of pictures that were drawn and that were there.
 
     Args:
         config: its settings, resolved.
@@ -68,13 +70,26 @@ def draw_table(
 
     Raises PokediffError for a table that cannot be read, and rather than overwrite a file that is not in the manifest.
     """
-    with own_folder(out, MANIFEST):
-        return _draw_table(config, out, facts, draw)
+    from accelerate.utils import broadcast_object_list
+
+    state = join()
+    with own_folder(out, MANIFEST) if state.is_main_process else nullcontext():
+        found = list_missing(config, out, facts) if state.is_main_process else ([], 0)
+        missing, there = broadcast_object_list([found])[0]
+        batches = [missing[start : start + config.batch_size] for start in range(0, len(missing), config.batch_size)]
+        for batch in batches[state.process_index :: state.num_processes]:
+            pictures = draw([Job(entry["prompt"], int(entry["seed"])) for entry in batch])
+            for entry, picture in zip(batch, pictures, strict=True):
+                shown = on_background(enlarge(picture, config.enlarge), config)
+                write_whole(out / entry["file"], encode_png(shown))
+        state.wait_for_everyone()
+    return len(missing), there
 
 
-def _draw_table(
-    config: SampleConfig, out: Path, facts: dict[str, Any], draw: Callable[[Sequence[Job]], np.ndarray]
-) -> tuple[int, int]:
+def list_missing(config: SampleConfig, out: Path, facts: dict[str, Any]) -> tuple[list[dict[str, str]], int]:
+    """The entries of the pictures to draw, which are in the manifest from now on, and the number of those that are
+    there. Pictures of earlier settings are removed: what is in the manifest and is there counts as drawn.
+    """
     rows, known = read_table(config), read_manifest(out / MANIFEST)
     chosen = {name: value for name, value in vars(config).items() if name in SETTINGS}
     settings = hashlib.sha256(json.dumps([chosen, facts], default=vars, sort_keys=True).encode()).hexdigest()[:16]
@@ -83,18 +98,12 @@ def _draw_table(
     missing = [entry for entry in wanted if entry["file"] not in done]
     if foreign := [entry["file"] for entry in missing if entry["file"] not in known and (out / entry["file"]).exists()]:
         raise PokediffError(f"{out / foreign[0]} exists and is not in {MANIFEST}: choose another --out")
-    for start in range(0, len(missing), config.batch_size):
-        batch = missing[start : start + config.batch_size]
-        jobs = [Job(entry["prompt"], int(entry["seed"])) for entry in batch]
-        pictures = draw(jobs)
-        for entry in batch:  # of earlier settings: what is in the manifest and is there counts as drawn
-            (out / entry["file"]).unlink(missing_ok=True)
-            known[entry["file"]] = entry
+    for entry in missing:
+        (out / entry["file"]).unlink(missing_ok=True)
+        known[entry["file"]] = entry
+    if missing:
         write_manifest(out / MANIFEST, known)  # first, since it marks the pictures as ours
-        for entry, picture in zip(batch, pictures, strict=True):
-            shown = on_background(enlarge(picture, config.enlarge), config)
-            write_whole(out / entry["file"], encode_png(shown))
-    return len(missing), len(done)
+    return missing, len(done)
 
 
 def pictures_of(
