@@ -54,7 +54,10 @@ CSS = """
 .result .empty { min-height: 270px; }
 .result [id$=result], #film { scroll-margin: 90px 0 96px; } /* with the status above, over the history below */
 .result .pictures { max-height: 70vh; overflow-y: auto; } /* so that the downloads are never far below */
-.files { max-height: 320px; overflow-y: auto; } .files .stem { white-space: normal; overflow-wrap: anywhere; }
+.files { max-height: 500px; overflow-y: auto; }
+.files .filename { display: table-cell !important; max-width: none !important; width: 100%; font-size: 0; }
+.files td { padding: 6px !important; } .files .label-clear-button { display: none; }
+.files .filename span { display: inline !important; font-size: 14px; white-space: normal; overflow-wrap: anywhere; }
 .gradio-container { overflow: clip !important; } /* hidden, as Gradio has it, nothing in it would be sticky */
 #draw-tab { display: grid; grid-template: "ask result" auto "more result" 1fr / 5fr 6fr; align-items: start; }
 #draw-tab > .ask { grid-area: ask; } #draw-tab > .result { grid-area: result; } #draw-tab > .more { grid-area: more; }
