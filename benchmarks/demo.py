@@ -53,7 +53,9 @@ def demo(queue: int, *options: str, size: int = SIZE) -> Iterator[tuple[str, psu
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ}, stdout=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(600):
+        for _ in range(6000):
+            if process.poll() is not None:
+                raise RuntimeError("the demo did not start")
             try:
                 requests.get(url, timeout=5)
                 break

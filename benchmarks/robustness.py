@@ -367,6 +367,13 @@ def draw_a_table(_: str) -> None:
     sample(SampleConfig(prompts_file="table.csv", out="out", checkpoint="checkpoint", sampling=sampling, batch_size=2))
 
 
+def write_page(_: str) -> None:
+    """The static page; it needs the built web/dist."""
+    from pokediff.drawing.web import web
+
+    web("checkpoint", Path("out"))
+
+
 JOBS = {
     "scraper": Job(lambda: None, scrape_some, 100),
     "trainer": Job(training_data, train_all, 100),
@@ -374,6 +381,7 @@ JOBS = {
     "export": Job(checkpoint_here, export_all, 20),
     "sample": Job(checkpoint_here, draw_some, 20),
     "sample, a table": Job(checkpoint_here, draw_a_table, 20),
+    "web": Job(checkpoint_here, write_page, 20),
 }
 TIMES = {"retrieved_at", "seconds", "seconds_per_image", "images_per_s", "data_wait_share", "time"}
 
@@ -553,9 +561,8 @@ def kill_often(
         elif (found := tree(life / job.out)) != expected:
             names = found.keys() | expected.keys()
             wrong.append(f"other bytes: {sorted(name for name in names if found.get(name) != expected.get(name))[:8]}")
-        if wrong and len(wrong) < 20:
-            shutil.copytree(life, place.parent / f"{place.name}-wrong", dirs_exist_ok=True)
         shutil.rmtree(life)
+        print(f"{name}: {facts['number']} kills, findings: {wrong[:3]}", file=sys.stderr, flush=True)
     return {**facts, "findings": len(wrong), "detail": wrong[:5]}
 
 

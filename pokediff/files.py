@@ -133,8 +133,10 @@ def read_csv(path: Path, required: str) -> Iterator[Row]:
 
 
 def write_whole(path: Path, data: str | bytes) -> None:
-    """Write a temporary file, then rename it: after a crash the file is complete, or the old one."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Write a temporary file, then rename it: after a crash the file is complete, or the old one. A temporary file that
+    is left is hidden, so it is part of no data set and makes no folder a foreign one; the next write replaces it.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(data.encode("utf-8") if isinstance(data, str) else data)

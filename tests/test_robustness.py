@@ -10,6 +10,7 @@ import gzip
 import itertools
 import json
 import os
+import re
 import shutil
 import socket
 import struct
@@ -34,7 +35,7 @@ from pokediff.data.records import read_records
 from pokediff.demo.server import is_foreign
 from pokediff.drawing.sample import read_settings
 from pokediff.errors import PokediffError
-from pokediff.files import move_whole
+from pokediff.files import move_whole, own_folder, write_whole
 from pokediff.model.checkpoint import INDEX, base_of, write_part_index
 from pokediff.model.pipeline import PokeDiffPipeline
 from pokediff.scraper import bulbapedia, client, crawl
@@ -692,3 +693,18 @@ def test_a_crowd_at_the_demo():
 )
 def test_what_the_page_of_another_site_sends_is_known(headers, foreign):
     assert is_foreign(headers) is foreign
+
+
+def test_actions_are_named_by_commit():
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    actions = re.findall(r"uses: (\S+)", workflow)
+    assert actions
+    assert [action for action in actions if not re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}", action)] == []
+
+
+def test_what_a_killed_write_leaves_makes_no_folder_foreign(tmp_path):
+    (tmp_path / ".run.json.tmp").write_text("{")
+    (tmp_path / ".lock").touch()
+    with own_folder(tmp_path, "run.json"):
+        write_whole(tmp_path / "run.json", "{}")
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]

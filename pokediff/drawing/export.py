@@ -138,7 +138,7 @@ def export(checkpoint: str | Path, out: str | Path, size: int | None = None, hal
     pipeline = PokeDiffPipeline.from_pretrained(folder)
     sizes = pipeline.sizes if size is None else pipeline.cascade.legs(size)
     temporary = out / TEMPORARY
-    with own_folder(out, INDEX):
+    with own_folder(out, INDEX, TEMPORARY):
         shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
         try:
             facts = _export(pipeline, folder, temporary, sizes, half)

@@ -423,8 +423,8 @@ def describe(run: Run) -> None:
         "packages": {"pokediff": __version__, **{name: version(name) for name in PACKAGES}},
         "commit": _commit(),
     }
+    write_facts(run.out, facts)  # first, since it marks the folder as ours
     write_whole(run.out / "config.yaml", dump_yaml(config))
-    write_facts(run.out, facts)
 
 
 def describe_pictures(run: Run, stage: Stage) -> None:
