@@ -42,6 +42,7 @@ TEXT_WEIGHTS = "model.safetensors"
 LARGEST_JSON = 16_000_000  # bytes; a tokenizer of 49,408 words has 3.6 MB
 MOST_DENOISERS, LARGEST_SIDE, MOST_TIMESTEPS = 64, 1024, 100_000
 FLOATS = {"F64", "F32", "F16", "BF16"}
+COUNTERS = ("num_batches_tracked", "position_ids")  # whole numbers, of batch norms and of early CLIP models
 # Keys of a text encoder by which transformers imports, downloads, or computes otherwise.
 FOREIGN_KEYS = ("auto_map", "custom_pipelines", "quantization_config", "attn_implementation", "compression_config")
 
@@ -125,7 +126,7 @@ def read_object(path: Path) -> dict[str, Any]:
 def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
     """The shapes in a safetensors file; safetensors compares them with the length of the file.
 
-    Raises PokediffError for a file that is none, or holds other numbers than floats.
+    Raises PokediffError for a file that is none, or holds other numbers than floats beside COUNTERS.
     """
     if not path.is_file():
         raise PokediffError(f"{path} not found")
@@ -136,7 +137,9 @@ def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
             shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise PokediffError(f"{path} is no whole safetensors file ({first_line(error)})") from None
-    if other := next((name for name, kind in kinds.items() if kind not in FLOATS), None):
+    if other := next(
+        (name for name, kind in kinds.items() if kind not in FLOATS and not name.endswith(COUNTERS)), None
+    ):
         raise PokediffError(f"{path}: {other} is of type {kinds[other]}, no floating-point numbers")
     return shapes
 
