@@ -5,7 +5,8 @@ import json
 import pytest
 
 from pokediff.data.records import Record, has_license
-from pokediff.data.vocabulary import attribution, prompt_note, vocabulary
+from pokediff.data.vocabulary import attribution, prompt_note, read_words, vocabulary
+from pokediff.errors import PokediffError
 from pokediff.model.text import load_text_encoder
 
 
@@ -92,3 +93,11 @@ def test_a_model_knows_the_words_of_its_pictures(pieces):
     words = {"things": {"червоний дракон": 30, "squirtle": 30}}
     for prompt in ("червоний дракон", "a red squirtle"):
         assert prompt_note(prompt, words, pieces, 64) == ""
+
+
+@pytest.mark.parametrize("text", ["[]", '{"animals": ["cat"]}', "7"])
+def test_words_json_of_another_kind_is_named(tmp_path, text):
+    assert read_words(tmp_path) == {}
+    (tmp_path / "words.json").write_text(text)
+    with pytest.raises(PokediffError, match="words.json holds no words: delete it"):
+        read_words(tmp_path)

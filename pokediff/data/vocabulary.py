@@ -11,6 +11,7 @@ from pathlib import Path
 from pokediff.data.captions import SHAPES, genus_of, style_phrase, subject_of
 from pokediff.data.layouts import split_words
 from pokediff.data.records import Record
+from pokediff.errors import PokediffError
 from pokediff.files import read_json, write_whole
 
 WORDS, ATTRIBUTION = "words.json", "ATTRIBUTION.md"  # files of a checkpoint
@@ -57,9 +58,12 @@ def write_words(folder: Path, records: Sequence[Record]) -> None:
 
 
 def read_words(folder: str | Path) -> Words:
-    """words.json of a checkpoint, {} where there is none."""
+    """words.json of a checkpoint, {} where there is none. Raises PokediffError for one that holds something else."""
     path = Path(folder) / WORDS
-    return read_json(path) if path.is_file() else {}
+    words = read_json(path) if path.is_file() else {}
+    if not isinstance(words, dict) or not all(isinstance(group, dict) for group in words.values()):
+        raise PokediffError(f"{path} holds no words: delete it, the checkpoint draws without it")
+    return words
 
 
 def prompt_note(prompt: str, words: Words, pieces: Callable[[str], Sequence[str]], most: int) -> str:
