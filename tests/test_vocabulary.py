@@ -99,5 +99,5 @@ def test_a_model_knows_the_words_of_its_pictures(pieces):
 def test_words_json_of_another_kind_is_named(tmp_path, text):
     assert read_words(tmp_path) == {}
     (tmp_path / "words.json").write_text(text)
-    with pytest.raises(PokediffError, match="words.json holds no words: delete it"):
+    with pytest.raises(PokediffError, match=r"words\.json holds no words: delete it"):
         read_words(tmp_path)
