@@ -105,7 +105,7 @@ def test_every_hard_requirement_is_imported_by_the_package(config):
 
 def test_every_folder_of_modules_is_installed(config):
     folders = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in ROOT.glob("pokediff/**/*.py")}
-    mapped = {"pokediff.scraper", "pokediff.configs", "pokediff.checkpoints"}
+    mapped = {"pokediff.scraper", "pokediff.configs", "pokediff.checkpoints", "pokediff.web"}
     assert set(config["options"]["packages"].split()) == folders | mapped
 
 
@@ -148,9 +148,9 @@ def test_importing_and_drawing_load_only_what_they_need(tmp_path):
 def wheel(tmp_path_factory) -> Path:
     """Built from the sdist, of the tracked files and a training run that must stay out."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
-    for name in ("pokediff", "scraper", "configs", "checkpoints/pokediff", "checkpoints/creatures"):
+    for name in ("pokediff", "scraper", "configs", "web", "checkpoints/pokediff", "checkpoints/creatures"):
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "node_modules"))
     shutil.copytree(ROOT / "checkpoints" / "pokediff", source / "checkpoints" / "my-run")
     for name in ("setup.cfg", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "sample.py", "train.py"):
         shutil.copy(ROOT / name, source)
@@ -194,7 +194,9 @@ def test_the_wheel_holds_the_shipped_files_and_no_run(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"pokediff"}  # and its dist-info
     assert not any("my-run" in name for name in names)
-    mapped = [path for kind in ("checkpoints/pokediff", "configs", "scraper") for path in (ROOT / kind).rglob("*")]
+    assert not any(name.startswith(("pokediff/web/src", "pokediff/web/test")) for name in names)
+    kinds = ("checkpoints/pokediff", "configs", "scraper", "web/dist")
+    mapped = [path for kind in kinds for path in (ROOT / kind).rglob("*")]
     for path in [ROOT / "py.typed", *(path for path in mapped if path.is_file() and path.suffix != ".pyc")]:
         assert f"pokediff/{path.relative_to(ROOT).as_posix()}" in names
     assert wheel.stat().st_size < 100e6
