@@ -50,6 +50,7 @@ from pokediff.errors import PokediffError, first_line
 from pokediff.files import new_folder, read_json, write_whole
 from pokediff.model.cascade import LIST, Cascade, write_list
 from pokediff.model.checkpoint import INDEX, write_part_index
+from pokediff.training.launch import machines
 
 if TYPE_CHECKING:
     from pokediff.training.build import Run, Stage
@@ -415,6 +416,7 @@ def describe(run: Run) -> None:
         "data": list(config.data),
         "seed": config.seed,
         "processes": accelerator.num_processes,
+        "machines": machines(),
         "device": str(accelerator.device),
         "mixed_precision": accelerator.mixed_precision,
         "threads": torch.get_num_threads(),
