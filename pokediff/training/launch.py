@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from pokediff.errors import PokediffError
+from pokediff.errors import PokediffError, first_line
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -129,6 +129,9 @@ def join(**options: Any) -> PartialState:
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
     from accelerate.utils.environment import get_cpu_distributed_information
+    from torch.distributed import PrefixStore
+    from torch.distributed.constants import default_pg_timeout
+    from torch.distributed.rendezvous import rendezvous
 
     world = number_of_processes()
     if world == 1 or PartialState._shared_state:
@@ -153,6 +156,10 @@ def join(**options: Any) -> PartialState:
     if cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # Accelerator must agree
         torch.set_num_threads(threads_per_process())  # launchers leave all but one core idle
+    if not several_machines:  # where torchrun restarts processes, its store still holds addresses of the ended ones
+        store, rank, _ = next(rendezvous("env://", timeout=options.get("timeout", default_pg_timeout)))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        options |= {"store": PrefixStore(f"attempt-{attempt}", store), "rank": rank, "world_size": world}
     return PartialState(cpu=cpu, **options)
 
 
@@ -192,8 +199,14 @@ def processes(shares: bool = True) -> Iterator[None]:
         raise PokediffError("this command works in one process: start it without torchrun or mpirun")
     import torch.distributed as dist
 
-    join(timeout=WORKING)
-    watch = Watch()
+    try:
+        join(timeout=WORKING)
+        watch = Watch()
+    except RuntimeError as error:
+        raise PokediffError(
+            f"the processes do not find each other ({first_line(error)}): check MASTER_ADDR, the firewall, and that "
+            "GLOO_SOCKET_IFNAME, if set, is the network interface between the machines"
+        ) from None
     watch.start()
     try:
         yield
