@@ -270,6 +270,11 @@ def test_two_hosts_resume_and_draw(hosts, data, tiny_checkpoint, tmp_path):
         prompt=tuple(f"a {color} creature" for color in ("red", "green", "blue", "yellow", "red")),
         checkpoint=str(tiny_checkpoint), out=str(tmp_path / "drawn"), seed=0, batch_size=2, sampling=sampling,
     )  # fmt: skip
+    (tmp_path / "table.csv").write_text(
+        "name,prompt\nfirst,a red creature\nsecond,a blue creature\nthird,a green one\n"
+    )
+    table = replace(drawing, prompt=(), prompts_file=str(tmp_path / "table.csv"), out=str(tmp_path / "two" / "table"))
+    tabled = sample(replace(table, out=str(tmp_path / "tabled")))
     whole = sample(replace(drawing, out=str(tmp_path / "whole")))
     shutil.copytree(whole, tmp_path / "drawn")
     for name in ("0003.png", "0004.png", "grid.png"):  # as if it had been killed
@@ -285,6 +290,7 @@ from pokediff.training.stages import train
 with processes():
     train(load_yaml(Path({write_config(config)!r}), TrainConfig), resume="auto")
     sample({drawing!r})
+    sample({table!r})
     drawer = Drawer(load_checkpoint({str(tiny_checkpoint)!r}, "cpu"), {sampling!r}, Path({str(tmp_path / "two")!r}), 2)
     drawer.draw("report", {drawing.prompt!r})
 """)
@@ -298,6 +304,8 @@ with processes():
 
     assert content(tmp_path / "drawn") == content(whole)
     assert content(whole).keys() >= DRAWN
+    assert content(tmp_path / "two" / "table") == content(tabled)
+    assert content(tabled).keys() == {"first.png", "second.png", "third.png", "manifest.csv"}
     facts = json.loads((tmp_path / "drawn" / "sample.json").read_text())
     assert facts["processes"] == 2
     assert len(facts["pictures"]) == 5
