@@ -64,7 +64,11 @@ def demo(queue: int, *options: str, size: int = SIZE) -> Iterator[tuple[str, psu
         yield url, psutil.Process(process.pid)
     finally:
         process.terminate()
-        process.wait(20)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
 
 
 def join(url: str, seed: int, prompt: str = "a blue water turtle", size: int = SIZE) -> str | None:

@@ -694,7 +694,7 @@ def load(clients: int, minutes: float) -> int:
         options = ("--checkpoint", f"{folder}/small", "--data", folder, "--reports", folder, "--runs", folder)
         with demo.demo(32, *options, size=16) as (url, process):
             facts = demo.mixed(url, process, clients, 60 * minutes, size=16)
-    say({"load": "mixed crowd", **facts})
+            say({"load": "mixed crowd", **facts})
     return facts["findings"]
 
 

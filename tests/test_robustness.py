@@ -32,7 +32,7 @@ from pokediff.config import TrainConfig, load_yaml
 from pokediff.data import idx
 from pokediff.data.dataset import load_pictures
 from pokediff.data.records import read_records
-from pokediff.demo.server import is_foreign
+from pokediff.demo.server import called, is_foreign
 from pokediff.drawing.sample import read_settings
 from pokediff.errors import PokediffError
 from pokediff.files import move_whole, own_folder, write_whole
@@ -708,3 +708,17 @@ def test_what_a_killed_write_leaves_makes_no_folder_foreign(tmp_path):
     with own_folder(tmp_path, "run.json"):
         write_whole(tmp_path / "run.json", "{}")
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/gradio_api/call/sprite", "sprite"),
+        ("/gradio_api/call/sprite/0123", "sprite"),
+        ("/gradio_api/call/none", "none"),
+        ("/gradio_api/run/predict", None),  # what the page calls, by number
+        ("/", None),
+    ],
+)
+def test_the_function_that_a_program_calls(path, name):
+    assert called(path) == name

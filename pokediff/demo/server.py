@@ -20,6 +20,7 @@ from pokediff.errors import PokediffError
 from pokediff.model.checkpoint import INDEX
 from pokediff.paths import shipped
 
+FUNCTION = "sprite"  # the only public one
 LARGEST_BODY = 4 * uploads.MAX_MB * 2**20  # of a request: a canvas is up to three pictures
 SHIPPED = ("pokediff", "creatures")  # the default checkpoints, as far as they exist
 # The browser must not contact other hosts (fonts, telemetry).
@@ -125,6 +126,9 @@ class Guard:
         if not self.allowed(scope["path"]):
             await answer(send, 403, "Not served here.")
             return
+        if (name := called(scope["path"])) is not None and name != FUNCTION:
+            await answer(send, 404, "There is no such function.")
+            return
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         if scope["method"] not in ("GET", "HEAD", "OPTIONS") and is_foreign(headers):
             await answer(send, 403, "Sent by the page of another site.")
@@ -161,6 +165,12 @@ class Guard:
                 except (ValueError, OSError):  # not a possible file name
                     return False
         return True
+
+
+def called(path: str) -> str | None:
+    """The name of the function that a program calls by this path (Gradio meets an unknown one with a traceback)."""
+    name = path.partition("/gradio_api/call/")[2]
+    return name.partition("/")[0] if name else None
 
 
 def is_foreign(headers: Mapping[str, str]) -> bool:
