@@ -20,6 +20,7 @@ from pokediff.files import read_log, read_rows, write_whole
 from .bulbapedia import Entry, Species, page_title
 
 STATE = ".scrape"  # folder of the journal and the list
+IMAGE_KEYS = ("file_name", "sha256", "source_url", "retrieved_at")  # of a row of a picture
 Row = dict[str, Any]
 LICENSE = (
     "Image: (c) Nintendo / Creatures Inc. / GAME FREAK inc. / The Pokémon Company; see its file page for the terms. "
@@ -53,9 +54,9 @@ class Journal:
         self.images: dict[str, dict[str, Any]] = {}
         self.pages: dict[str, dict[str, Any]] = {}
         for row in read_log(self.path):
-            if "page" in row:
+            if isinstance(row.get("page"), str) and isinstance(row.get("relatives"), list):
                 self.pages[row["page"]] = row
-            elif "file_name" in row and (kept := _checked(out, row)) is not None:
+            elif all(isinstance(row.get(key), str) for key in IMAGE_KEYS) and (kept := _checked(out, row)) is not None:
                 self.images[row["file_name"]] = kept
         rows = [*self.images.values(), *self.pages.values()]
         write_whole(self.path, "".join(map(_json_line, rows)))
@@ -145,7 +146,7 @@ def merged(ours: Row, theirs: Row | None, written: Row) -> Row:
 def write_failures(out: Path, failures: Iterable[Failure], journal: Journal) -> None:
     """Write failures.jsonl: the failures of this run, and earlier ones that no run has repaired."""
     path = out / "failures.jsonl"
-    rows = {row.get("file_name") or row.get("url", ""): row for row in read_log(path)}
+    rows = {str(row.get("file_name") or row.get("url", "")): row for row in read_log(path)}
     rows |= {failure.key: {k: v for k, v in asdict(failure).items() if v != ""} for failure in failures}
     stored = journal.images.keys() | journal.pages.keys()
     left = [row for key, row in rows.items() if key not in stored and page_title(key) not in stored]

@@ -35,6 +35,7 @@ from pokediff.data.records import read_records
 from pokediff.demo.server import called, is_foreign
 from pokediff.drawing.sample import read_settings
 from pokediff.errors import PokediffError
+from pokediff.evaluation.generators import read_generated
 from pokediff.files import move_whole, own_folder, write_whole
 from pokediff.model.checkpoint import INDEX, base_of, write_part_index
 from pokediff.model.pipeline import PokeDiffPipeline
@@ -210,6 +211,8 @@ def test_a_base_is_a_name_or_a_relative_path_and_no_circle(small, tmp_path):
         ("cascade/base-16/config.json", {"steps": 10**9}, "more than num_train_timesteps"),
         ("cascade/base-16/config.json", {"num_train_timesteps": 10**9}, "within reason"),
         ("cascade/base-16/config.json", {"sigma_data": float("inf")}, "not finite"),
+        ("cascade/base-16/config.json", {"sigma_data": 10**30}, "not finite, or beyond"),
+        ("cascade/upscaler-32/config.json", {"below": 10**30}, "not finite, or beyond"),
         ("cascade/base-16/config.json", {"patch": 3}, "whole maps"),
         ("cascade/base-16/config.json", {"widths": "wide"}, "widths"),
         ("cascade/upscaler-32/config.json", {"in_channels": 3}, "by config.json"),
@@ -326,6 +329,14 @@ def test_a_configuration_of_a_stranger(tmp_path, text, words):
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(PokediffError, match=words):
         load_yaml(tmp_path / "x.yaml", TrainConfig)
+
+
+def test_a_list_of_pictures_that_is_none_is_one_line(tmp_path):
+    mutations.drawing(tmp_path)
+    for value in (-(10**30), "x", {"a": 1}, None):
+        change_json(tmp_path / "sample.json", pictures=value)
+        with pytest.raises(PokediffError, match="lists no pictures"):
+            read_generated(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------ a data set likewise

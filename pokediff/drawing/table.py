@@ -163,7 +163,10 @@ def read_manifest(path: Path) -> dict[str, dict[str, str]]:
     if not path.is_file():
         return {}
     table = csv.DictReader(io.StringIO(read_text(path)))
-    entries = list(table)
+    try:
+        entries = list(table)
+    except csv.Error as error:
+        raise PokediffError(f"{path} is not CSV ({error}): choose another --out") from None
     whole = all(None not in entry and None not in entry.values() for entry in entries)
     if tuple(table.fieldnames or ()) != COLUMNS or not whole:
         raise PokediffError(f"{path} was not written by an earlier drawing: choose another --out")

@@ -48,7 +48,11 @@ def read_generated(folder: Path) -> Generated:
     """
     if (folder / LISTS[0]).is_file():
         rows = as_row(read_json(folder / LISTS[0]), str(folder / LISTS[0])).get("pictures")
-        pairs = [(row.get("file"), row.get("prompt") or "") for row in rows if isinstance(row, dict)] if rows else []
+        pairs = (
+            [(row.get("file"), row.get("prompt") or "") for row in rows if isinstance(row, dict)]
+            if isinstance(rows, list)
+            else []
+        )
     elif (folder / LISTS[1]).is_file():
         rows = [row for _, row in read_rows(folder / LISTS[1])]
         pairs = [(row.get("file_name"), row.get("text") or row.get("prompt") or "") for row in rows]

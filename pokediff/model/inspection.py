@@ -41,6 +41,7 @@ LIST, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"  # of a cas
 TEXT_WEIGHTS = "model.safetensors"
 LARGEST_JSON = 16_000_000  # bytes; a tokenizer of 49,408 words has 3.6 MB
 MOST_DENOISERS, LARGEST_SIDE, MOST_TIMESTEPS = 64, 1024, 100_000
+LARGEST_NUMBER = 1_000_000  # of sigmas and scales
 FLOATS = {"F64", "F32", "F16", "BF16"}
 COUNTERS = ("num_batches_tracked", "position_ids")  # whole numbers, of batch norms and of early CLIP models
 # Keys of a text encoder by which transformers imports, downloads, or computes otherwise.
@@ -185,8 +186,8 @@ def read_settings(path: Path) -> tuple[ModelConfig, Facts]:
     side, factor = facts.image_size, model.upscale
     patch = model.patch or side // 16
     numbers = (model.below or 1.0, model.sigma_data, model.guidance_scale or 0.0, model.high_noise_guidance)
-    if not all(map(math.isfinite, numbers)) or not all(math.isfinite(number) for number in facts.noise_range):
-        raise PokediffError(f"{path}: a number is not finite")
+    if not all(abs(number) <= LARGEST_NUMBER for number in (*numbers, *facts.noise_range)):  # NaN is not
+        raise PokediffError(f"{path}: a number is not finite, or beyond {LARGEST_NUMBER:,}")
     if min(model.blocks) < 1 or patch < 1 or side % (patch * 2 ** (len(model.widths) - 1)) or patch % factor:
         raise PokediffError(f"{path}: patch, upscale or blocks do not divide {side} px into whole maps")
     if model.steps > facts.num_train_timesteps:
