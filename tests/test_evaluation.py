@@ -267,7 +267,7 @@ def test_weights_that_do_not_fit_are_one_line(load, tmp_path):
     (tmp_path / "text").write_text("no weights")
     save_file({"a": torch.zeros(2)}, tmp_path / "other")
     save_file({"features.0.weight": torch.zeros(2), "features.0.0.weight": torch.zeros(2)}, tmp_path / "part")
-    for name, words in (("none", "does not exist"), ("text", "no safetensors file"), ("other", "does not fit")):
+    for name, words in (("none", "not found"), ("text", "no safetensors file"), ("other", "does not fit")):
         with pytest.raises(PokediffError, match=words) as error:
             load(tmp_path / name)
         assert "\n" not in str(error.value)

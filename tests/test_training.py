@@ -412,7 +412,7 @@ def test_training_stops_when_the_model_begins_to_copy(data, tmp_path, monkeypatc
 def falling_then_rising(monkeypatch, lowest: int) -> None:
     """Validation losses with their minimum at step `lowest`."""
     monkeypatch.setattr(
-        loop, "validate", lambda stage, _: {"validation_loss": 1 + abs(stage.progress.step - lowest) / 100}
+        loop, "validate", lambda _, stage: {"validation_loss": 1 + abs(stage.progress.step - lowest) / 100}
     )
 
 

@@ -400,7 +400,7 @@ Styles: {styles}. Text encoder: {config.text_encoder}. Data are split by family;
 trained on. The loss is that of v, of the averaged weights.
 
 {known}
-A model may resemble its training pictures. {rights}
+**Rights.** A model may resemble its training pictures. {rights}
 """
 
 
