@@ -70,6 +70,7 @@ def test_a_new_site_replaces_the_old_one_and_nothing_else(tmp_path):
     files = {path.relative_to(old).as_posix() for path in old.rglob("*") if path.is_file()}
     assert files == {"CNAME", "assets/x-1.js", "index.html", "model/a-2.onnx", "site.json"}
     assert (old / "index.html").read_text() == "2"
+    assert json.loads((old / "site.json").read_text()) == json.loads((new / "site.json").read_text())
     assert (tmp_path / "victim").exists()
 
 

@@ -26,7 +26,7 @@ from pokediff.data.vocabulary import ATTRIBUTION, WORDS, read_words
 from pokediff.drawing.export import MODEL, export, load_exported
 from pokediff.drawing.sheets import checkpoint_folder
 from pokediff.errors import PokediffError
-from pokediff.files import write_whole
+from pokediff.files import own_folder, refuse_foreign, write_whole
 from pokediff.model.denoiser import Denoiser
 from pokediff.model.diffusion import schedule_sigmas
 from pokediff.model.pipeline import PokeDiffPipeline
@@ -69,7 +69,8 @@ def web(checkpoint: str | Path | None, out: Path, size: int | None = None) -> di
         shutil.copytree(page, new)
         model = write_model(exported, new, Path(checkpoint).name if checkpoint else folder.name)
         write_site(new)
-        replace_site(new, out)
+        with own_folder(out, SITE):
+            replace_site(new, out)
     files = [model["tokenizer"], model["textEncoder"], *model["denoisers"]]
     return {**facts, "megabytes": round(sum(file["bytes"] for file in files) / 1e6, 1)}
 
@@ -86,8 +87,7 @@ def require_ours(out: Path) -> None:
     """Raise PokediffError for a folder with files that `web` did not write."""
     if out.exists() and not out.is_dir():
         raise PokediffError(f"{out} is a file: choose another --out")
-    if out.is_dir() and any(out.iterdir()) and not (out / SITE).is_file():
-        raise PokediffError(f"{out} holds other files: choose a new or empty folder")
+    refuse_foreign(out, [SITE])
 
 
 def with_text_encoder(folder: Path, whole: Path) -> Path:
@@ -201,8 +201,12 @@ def write_site(site: Path) -> None:
 
 
 def replace_site(new: Path, out: Path) -> None:
-    """Put the files of a new site into `out`, the list last; then delete those of the old one that it does not have."""
-    old = listed_files(out / SITE)
+    """Put the files of a new site into `out`, then delete those of the old one that it does not have. Until then the
+    list names both, so that after a kill the next run knows what to delete.
+    """
+    old, listed = listed_files(out / SITE), json.loads((new / SITE).read_text(encoding="utf-8"))
+    both = {**listed, "version": "unfinished", "model": sorted({*listed["model"], *old})}
+    write_whole(out / SITE, json.dumps(both, indent=1) + "\n")
     for path in sorted(new.rglob("*"), key=lambda path: path.name == SITE):
         if path.is_file():
             target = out / path.relative_to(new)
