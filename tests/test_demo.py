@@ -1024,8 +1024,13 @@ def test_on_a_phone_every_tab_scrolls_to_its_pictures(phone):
         phone.evaluate(f"document.querySelector('{button}').scrollIntoView({{block: 'end'}})")
         phone.click(button)
         phone.wait_for_function(f"document.querySelector('#{name}-status').innerText.startsWith('Done')")
-        (status, _), (top, _) = box(phone, f"#{name}-status"), box(phone, f"#{name}-result")
-        assert 0 <= status < top < 844 - 250
+        # The page scrolls, and takes a while: both places are read at once.
+        phone.wait_for_function(
+            """name => { const [status, result] = ['status', 'result'].map(part =>
+                document.querySelector(`#${name}-${part}`).getBoundingClientRect().top);
+                return 0 <= status && status < result && result < 844 - 250; }""",
+            arg=name,
+        )
         assert phone.evaluate("document.documentElement.scrollWidth") <= 390
 
 

@@ -66,7 +66,7 @@ def test_it_is_part_of_the_training_loss_and_not_of_the_validation_loss(perceptu
 
 
 def test_a_network_that_is_not_there_is_one_line():
-    with pytest.raises(PokediffError, match="does not exist"):
+    with pytest.raises(PokediffError, match="not found"):
         PerceptualLoss(PerceptualConfig("squeeze:none.safetensors"), torch.device("cpu"))
 
 

@@ -244,6 +244,7 @@ def test_the_picture_emerges_and_is_that_of_sample(visit, address, tiny_checkpoi
     shown = []
     for step in range(of + 1):
         slider.fill(str(step))
+        page.get_by_text(f"Step {step} of").wait_for()
         shown.append(page.locator(".pictures canvas").evaluate("canvas => canvas.toDataURL()"))
     assert len(set(shown)) >= of  # every step shows another picture
     one_to_one(page)

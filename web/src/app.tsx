@@ -2,7 +2,7 @@
 
 import { useSignal, type Signal } from "@preact/signals";
 import type { ComponentChildren } from "preact";
-import { useEffect, useRef } from "preact/hooks";
+import { useEffect, useLayoutEffect, useRef } from "preact/hooks";
 import { TOOLS, type Tool } from "./atlas";
 import { hasFast, sizesOf, type Model } from "./cascade";
 import { saveGif, savePng, saveSheet } from "./downloads";
@@ -161,7 +161,7 @@ function Stage() {
 function Canvas({ picture, size }: { picture: Picture | null; size: number }) {
   const canvas = useRef<HTMLCanvasElement>(null);
   const side = picture?.width ?? size;
-  useEffect(() => {
+  useLayoutEffect(() => {
     const context = canvas.current!.getContext("2d")!;
     if (picture) context.putImageData(new ImageData(picture.data as ImageDataArray, side, side), 0, 0);
     else context.clearRect(0, 0, side, side);
