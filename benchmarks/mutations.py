@@ -22,6 +22,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -241,24 +242,10 @@ def single_pictures(folder: Path) -> None:
 
 
 def read_pictures(folder: Path) -> None:
-    from pokediff.data.images import BadImage
-    from pokediff.errors import PokediffError
-
-    refused = None
-    for path in sorted(folder.iterdir()):
-        if not path.is_file():
-            continue
-        data = path.read_bytes()
-        try:
-            read_image(data, side=64)
-        except BadImage as error:
-            refused = error
-        try:
-            decode(data)
-        except PokediffError as error:
-            refused = error
-    if refused is not None:
-        raise refused
+    contents = [path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()]
+    each(
+        [(read, data) for data in contents for read in (partial(read_image, side=64), decode)], lambda it: it[0](it[1])
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ small files

@@ -152,14 +152,15 @@ def write_whole(path: Path, data: str | bytes) -> None:
 
 
 def move_whole(temporary: Path, folder: Path, last: Sequence[str] = ()) -> None:
-    """Move all files of a finished temporary folder, of the same disk, to their places in `folder`, those of the names
-    `last` at the end: a list after what it names. The temporary folder goes.
+    """Move all files of a finished temporary folder, of the same disk, to their places in `folder`; those of the
+    relative paths `last` at the end, in this order: a list after what it names. The temporary folder goes.
     """
     files = [path for path in temporary.rglob("*") if path.is_file()]
     for path in files:  # on the disk before the rename
         with path.open("rb+") as file:
             os.fsync(file.fileno())
-    for path in sorted(files, key=lambda path: last.index(path.name) if path.name in last else -1):
+    order = [temporary / path for path in last]
+    for path in sorted(files, key=lambda path: order.index(path) if path in order else -1):
         target = folder / path.relative_to(temporary)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, target)

@@ -616,7 +616,7 @@ def test_a_table_of_spanned_cells_is_no_list():
 
 def test_files_are_on_the_disk_before_they_move_and_a_list_moves_last(tmp_path, monkeypatch):
     done: list[tuple[str, str]] = []
-    names = {"model_index.json", "cascade/config.json", "cascade/base/model.onnx", "README.md"}
+    names = {"model_index.json", "cascade/config.json", "cascade/base/config.json", "cascade/base/model.onnx"}
     for name in names:
         (tmp_path / "new" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "new" / name).write_text(name)
@@ -629,14 +629,14 @@ def test_files_are_on_the_disk_before_they_move_and_a_list_moves_last(tmp_path, 
         sync(handle)
 
     def move(old: Path, new: Path) -> None:
-        done.append(("rename", Path(new).name))
+        done.append(("rename", Path(new).relative_to(tmp_path / "out").as_posix()))
         replace(old, new)
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", move)
-    move_whole(tmp_path / "new", tmp_path / "out", last=("config.json", "model_index.json"))
+    move_whole(tmp_path / "new", tmp_path / "out", last=("cascade/config.json", "model_index.json"))
     assert [what for what, _ in done] == ["fsync"] * 4 + ["rename"] * 4
-    assert [name for _, name in done[-2:]] == ["config.json", "model_index.json"]
+    assert [name for _, name in done[-2:]] == ["cascade/config.json", "model_index.json"]
     assert {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*")} == names
     assert not (tmp_path / "new").exists()
 

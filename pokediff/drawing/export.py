@@ -142,7 +142,7 @@ def export(checkpoint: str | Path, out: str | Path, size: int | None = None, hal
         shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
         try:
             facts = _export(pipeline, folder, temporary, sizes, half)
-            move_whole(temporary, out, last=(LIST, INDEX))
+            move_whole(temporary, out, last=(f"cascade/{LIST}", INDEX))
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return facts

@@ -47,7 +47,7 @@ from pokediff.data.vocabulary import (
     write_words,
 )
 from pokediff.errors import PokediffError, first_line
-from pokediff.files import new_folder, read_json, write_whole
+from pokediff.files import move_whole, new_folder, read_json, write_whole
 from pokediff.model.cascade import LIST, Cascade, write_list
 from pokediff.model.checkpoint import INDEX, write_part_index
 from pokediff.training.launch import machines
@@ -345,15 +345,7 @@ def _replace(folder: Path, save: Callable[[Path], Any]) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save(temporary)
-    files = [path for path in temporary.rglob("*") if path.is_file()]
-    for file in files:  # on the disk before the rename
-        with file.open("rb+") as handle:
-            os.fsync(handle.fileno())
-    for file in sorted(files, key=lambda path: (path.name == INDEX, path == temporary / "cascade" / LIST)):
-        target = folder / file.relative_to(temporary)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        file.replace(target)
-    shutil.rmtree(temporary)
+    move_whole(temporary, folder, last=(f"cascade/{LIST}", INDEX))
 
 
 def model_card(config: TrainConfig, stages: dict[str, dict[str, Any]], words: Words, attributed: bool) -> str:
