@@ -237,13 +237,20 @@ def squeeze(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"squeeze:{file}"
 
 
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The path of the browser; tests that need it skip where it is not installed."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        pytest.skip("needs a browser: apt-get install chromium")
+    return found
+
+
 @pytest.fixture(scope="module")
-def browser():
-    """Chromium, driven by Playwright; tests that need it skip where it is not installed."""
+def browser(chromium):
+    """Chromium, driven by Playwright."""
     sync_api = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("needs chromium")
     quiet = ["background-networking", "component-update", "sync", "quic", "gpu"]
     arguments = ["--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in quiet)]
     with sync_api.sync_playwright() as playwright:

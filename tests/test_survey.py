@@ -4,7 +4,6 @@ import base64
 import html
 import json
 import re
-import shutil
 import subprocess
 
 import numpy as np
@@ -178,14 +177,11 @@ def test_inattention_is_the_difference_of_two_looks():
     assert inattention(rows[:1], RATING) == 0
 
 
-def driven(made, script: str) -> dict:
+def driven(chromium: str, made, script: str) -> dict:
     """What a script in the page leaves as text between RESULT and END."""
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("needs a browser: apt-get install chromium")
     page = (made / "survey.html").read_text().replace("</body>", f"<script>{script}</script></body>")
     (made / "driven.html").write_text(page)
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={made / 'profile'}"]
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={made / 'profile'}"]
     dom = subprocess.run(
         [*command, "--dump-dom", (made / "driven.html").as_uri()], capture_output=True, text=True, timeout=120
     ).stdout
@@ -193,7 +189,7 @@ def driven(made, script: str) -> dict:
 
 
 @pytest.mark.slow
-def test_a_rater_goes_through_it_in_a_browser(made):
+def test_a_rater_goes_through_it_in_a_browser(chromium, made):
     # What a rater does, then the answers in place of the page.
     script = """
       document.getElementById("rater").value = "Eve"; document.getElementById("go").click();
@@ -205,7 +201,7 @@ def test_a_rater_goes_through_it_in_a_browser(made):
         document.getElementById("next").click() }
       const thanks = !document.getElementById("end").hidden;
       document.body.textContent = "RESULT" + JSON.stringify({ thanks, seen, answer: JSON.parse(result()) }) + "END";"""
-    found = driven(made, script)
+    found = driven(chromium, made, script)
     assert found["thanks"]
     assert all(re.fullmatch(r"a (red|blue) <creature> & \d", prompt) for prompt in found["seen"])
     assert len(found["answer"]["ratings"]) == 8
@@ -215,7 +211,7 @@ def test_a_rater_goes_through_it_in_a_browser(made):
 
 
 @pytest.mark.slow
-def test_a_rater_sees_the_examples_first_and_again(liked):
+def test_a_rater_sees_the_examples_first_and_again(chromium, liked):
     script = """
       const screen = () => [...document.querySelectorAll("body > div")].filter(one => !one.hidden).map(one => one.id);
       const click = id => { document.getElementById(id).click(); return [screen(), $("rate").textContent] };
@@ -224,7 +220,7 @@ def test_a_rater_sees_the_examples_first_and_again(liked):
       seen.push(click("again"), click("rate"));
       const kept = document.querySelector("input[name=likeness]:checked").value;
       document.body.textContent = "RESULT" + JSON.stringify({ before, seen, kept }) + "END";"""
-    found = driven(liked, script)
+    found = driven(chromium, liked, script)
     assert found["before"] == ["start"]
     first, later = "Begin rating", "Continue rating"
     assert found["seen"] == [[["examples"], first], [["ask"], first], [["examples"], later], [["ask"], later]]
