@@ -318,15 +318,16 @@ def export(options: ExportOptions) -> None:
 
 
 def web(options: WebOptions) -> None:
-    from pokediff.drawing.web import serve, web
+    from pokediff.drawing.web import make_server, serve, web
     from pokediff.model.pipeline import quiet
 
     quiet()
+    server = make_server(options.out, options.port) if options.serve else None  # a taken port is told at once
     facts = web(options.checkpoint, options.out, options.size)
     difference = f"drawings at most {facts['largest_difference']} of 255 levels apart"
     print(f"{options.out}: {facts['megabytes']} MB of networks, {difference}")
-    if options.serve:
-        serve(options.out, options.port)
+    if server is not None:
+        serve(server)
 
 
 def compare(options: CompareOptions) -> None:

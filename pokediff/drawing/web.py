@@ -4,7 +4,7 @@
     model.json             the model: denoisers, noise schedule, known words, rights
     model/                 its networks as ONNX, weights stored as float16; tokenizer; authors of the training pictures
     service-worker.js      keeps the site for offline use
-    site.json              the files of the site, by which a new version replaces an old one
+    site.json              the files of the site: which to keep offline, and to delete when a new one replaces it
 
 File names in model/ and assets/ hold a hash of the content, so that a browser may keep them for ever.
 """
@@ -16,7 +16,7 @@ import json
 import re
 import shutil
 import tempfile
-from functools import partial
+from functools import cache, partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,7 @@ from pokediff.paths import shipped
 
 SITE, INDEX = "site.json", "model.json"
 BUILD = "cd web && npm ci && npm run build"
-EXAMPLES = ("a blue water turtle", "a red fire dragon", "a green frog", "a purple ghost")
-# The page contacts its own host only. Cross-origin isolation lets ONNX Runtime use several threads.
-HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; script-src 'self' 'wasm-unsafe-eval'; img-src 'self' blob: data:; "
-    "object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'self'",
+HEADERS = {  # cross-origin isolation lets ONNX Runtime use several threads
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Embedder-Policy": "require-corp",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -145,7 +141,6 @@ def write_model(exported: Path, site: Path, name: str) -> dict[str, Any]:
         },
         "runtimeBytes": sum(path.stat().st_size for path in site.glob("assets/*.wasm")),
         "words": read_words(exported),
-        "examples": list(EXAMPLES),
         "rights": rights_of(exported),
         "attribution": store(attributed, folder, "attribution")["file"] if attributed.is_file() else None,
     }
@@ -189,15 +184,11 @@ def rights_of(checkpoint: Path) -> str:
 
 
 def write_site(site: Path) -> None:
-    """site.json: all files, and a version that changes with any of them."""
+    """site.json: all files of the page and of the model."""
     files = sorted(path.relative_to(site).as_posix() for path in site.rglob("*") if path.is_file())
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.encode() + b"\0" + (site / file).read_bytes())
     model = [file for file in files if file.startswith("model/")]
     page = [file for file in files if file not in model and file != "service-worker.js"]
-    listed = {"version": digest.hexdigest()[:12], "page": page, "model": model}
-    write_whole(site / SITE, json.dumps(listed, indent=1) + "\n")
+    write_whole(site / SITE, json.dumps({"page": page, "model": model}, indent=1) + "\n")
 
 
 def replace_site(new: Path, out: Path) -> None:
@@ -205,7 +196,7 @@ def replace_site(new: Path, out: Path) -> None:
     list names both, so that after a kill the next run knows what to delete.
     """
     old, listed = listed_files(out / SITE), json.loads((new / SITE).read_text(encoding="utf-8"))
-    both = {**listed, "version": "unfinished", "model": sorted({*listed["model"], *old})}
+    both = {**listed, "model": sorted({*listed["model"], *old})}
     write_whole(out / SITE, json.dumps(both, indent=1) + "\n")
     for path in sorted(new.rglob("*"), key=lambda path: path.name == SITE):
         if path.is_file():
@@ -228,7 +219,7 @@ def listed_files(path: Path) -> set[str]:
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Static files with HEADERS."""
+    """Static files with HEADERS, and the page's own policy."""
 
     extensions_map = {  # noqa: RUF012 (the base class's own form)
         **SimpleHTTPRequestHandler.extensions_map,
@@ -239,13 +230,23 @@ class Handler(SimpleHTTPRequestHandler):
     }
 
     def end_headers(self) -> None:
-        for name, value in HEADERS.items():
+        for name, value in {**HEADERS, "Content-Security-Policy": policy_of(self.directory)}.items():
             self.send_header(name, value)
         self.send_header("Cache-Control", "no-cache")
         super().end_headers()
 
     def log_message(self, format: str, *args: Any) -> None:
         """Requests are not printed."""
+
+
+@cache
+def policy_of(site: str) -> str:
+    """The Content-Security-Policy of a site, in its index.html: the page's worker takes it from a header only."""
+    page = (Path(site) / "index.html").read_text(encoding="utf-8")
+    found = re.search(r'Content-Security-Policy"\s+content="([^"]*)"', page)
+    if found is None:
+        raise PokediffError(f"{site}/index.html has no Content-Security-Policy")
+    return found[1]
 
 
 def make_server(site: Path, port: int = 8000) -> ThreadingHTTPServer:
@@ -256,9 +257,9 @@ def make_server(site: Path, port: int = 8000) -> ThreadingHTTPServer:
         raise PokediffError(f"port {port}: {error.strerror}; choose another with --port") from None
 
 
-def serve(site: Path, port: int = 8000) -> None:
-    """Serve a site until Ctrl-C."""
-    with make_server(site, port) as server:
+def serve(server: ThreadingHTTPServer) -> None:
+    """Serve until Ctrl-C."""
+    with server:
         print(f"http://127.0.0.1:{server.server_address[1]} (Ctrl-C stops)", flush=True)
         try:
             server.serve_forever()

@@ -28,7 +28,6 @@ export interface Model {
   tokenizer: { file: string; bytes: number; config: object };
   runtimeBytes: number; // of ONNX Runtime's WebAssembly
   words: Record<string, Record<string, number>>; // known words by group, with their numbers of pictures
-  examples: string[]; // prompts
   rights: string; // whose pictures it was trained on, and what that allows
   attribution: string | null; // file with the authors of the training pictures
 }

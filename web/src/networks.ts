@@ -3,7 +3,7 @@
 import * as ort from "onnxruntime-web/wasm";
 import runtimeScript from "onnxruntime-web/ort-wasm-simd-threaded.mjs?url";
 import runtimeBinary from "onnxruntime-web/ort-wasm-simd-threaded.wasm?url";
-import { leading, legsTo, type Model } from "./cascade";
+import type { Denoiser, Model } from "./cascade";
 import type { Run } from "./denoise";
 import { PromptTokenizer } from "./text";
 
@@ -28,16 +28,10 @@ export class Networks {
     this.vectors.set("", Float32Array.from(model.nullText));
   }
 
-  /** Load what drawings of `size` px need and is not loaded yet. Throws an Error with a sentence. */
-  async load(size: number, fast: boolean, progress: Progress): Promise<void> {
-    const legs = legsTo(this.model, size);
-    const limits = new Map(legs.map((side) => [side, leading(this.model, side, fast).below ?? Infinity]));
-    const wanted = this.model.denoisers.filter(
-      (one) =>
-        limits.has(one.imageSize) && (one.below ?? Infinity) <= limits.get(one.imageSize)! && (fast || !one.fast),
-    );
+  /** Load these denoisers, and what every drawing needs, as far as it is not loaded yet. Throws an Error with a sentence. */
+  async load(denoisers: readonly Denoiser[], progress: Progress): Promise<void> {
     const runtime = { file: absolute(runtimeBinary), bytes: this.model.runtimeBytes };
-    const files = [runtime, this.model.tokenizer, this.model.textEncoder, ...wanted].filter(
+    const files = [runtime, this.model.tokenizer, this.model.textEncoder, ...denoisers].filter(
       ({ file }) => !this.loaded.has(file),
     );
     const total = files.reduce((sum, { bytes }) => sum + bytes, 0);

@@ -40,7 +40,7 @@ export function plan(model: Model, size: number, steps: number | null, fast: boo
     if (number > 0) {
       const reach = sigmas.filter((sigma) => sigma < (lead.below ?? Infinity)).length / sigmas.length;
       all = Math.min(Math.ceil(lead.steps / reach), sigmas.length);
-      skipped = all - Math.max(1, roundEven((lead.steps / all) * all));
+      skipped = all - lead.steps;
     }
     const timesteps = trailingTimesteps(sigmas.length, all).slice(skipped);
     const evaluations = timesteps.map((timestep) => {

@@ -7,10 +7,9 @@ export {};
 const worker = self as unknown as ServiceWorkerGlobalScope;
 
 const CACHE = "pokediff";
+declare const POLICY: string; // of index.html; vite.config.ts
 const HEADERS = {
-  "Content-Security-Policy":
-    "default-src 'self'; script-src 'self' 'wasm-unsafe-eval'; img-src 'self' blob: data:; " +
-    "object-src 'none'; base-uri 'none'; form-action 'none'",
+  "Content-Security-Policy": POLICY,
   "Cross-Origin-Opener-Policy": "same-origin",
   "Cross-Origin-Embedder-Policy": "require-corp",
   "Cross-Origin-Resource-Policy": "same-origin",

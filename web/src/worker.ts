@@ -5,7 +5,7 @@ import { denoise } from "./denoise";
 import { Networks, threads } from "./networks";
 import { makeNoise, slerp } from "./noise";
 import { finish, fromModel, isPixelPrompt, PIXEL_COLORS, type Picture } from "./pictures";
-import { plan } from "./sampler";
+import { plan, type Leg } from "./sampler";
 
 /** One picture to draw: a prompt and a seed, or a variation, whose noise moves by `share` towards that of `to`. */
 export interface Job {
@@ -61,10 +61,11 @@ const pause = () =>
     port2.postMessage(null);
   });
 
-async function load(size: number, fast: boolean): Promise<void> {
-  loading = loading
-    .catch(() => undefined)
-    .then(() => networks.load(size, fast, (loaded, total) => reply({ type: "loading", loaded, total })));
+/** Load the denoisers of these legs, after what is being loaded. */
+async function load(legs: readonly Leg[]): Promise<void> {
+  const denoisers = new Set(legs.flatMap((leg) => leg.evaluations.map(({ denoiser }) => denoiser)));
+  const progress = (loaded: number, total: number) => reply({ type: "loading", loaded, total });
+  loading = loading.catch(() => undefined).then(() => networks.load([...denoisers], progress));
   await loading;
 }
 
@@ -78,8 +79,8 @@ function noiseOf(job: Job, sizes: number[]): Float32Array[] {
 
 async function draw(id: number, jobs: Job[], { size, steps, guidance, fast }: Sampling): Promise<void> {
   current = id;
-  await load(size, fast);
   const legs = plan(model, size, steps, fast);
+  await load(legs);
   const of = legs.reduce((sum, leg) => sum + leg.evaluations.length, 0);
   const { vector: negative } = await networks.encode("");
   for (const [number, job] of jobs.entries()) {
@@ -113,7 +114,7 @@ self.onmessage = async ({ data }: MessageEvent<Request>) => {
     else if (data.type === "load") {
       model = data.model;
       networks = new Networks(model, new URL(data.site));
-      await load(data.size, hasFast(model));
+      await load(plan(model, data.size, null, hasFast(model)));
       reply({ type: "ready", threads: threads() });
     } else await draw(data.id, data.jobs, data.sampling);
   } catch (error) {
