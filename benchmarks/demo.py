@@ -225,6 +225,7 @@ class Crowd:
                 {"Origin": "https://evil.example"},
                 {"Origin": "null"},
                 {"Sec-Fetch-Site": "cross-site", "Origin": self.url},
+                {"Sec-Fetch-Site": "same-origin", "Origin": "http://evil.example", "Host": "evil.example"},
             ]
         )
         headers["Content-Type"] = chance.choice(["text/plain", "application/json"])

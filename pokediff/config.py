@@ -512,6 +512,7 @@ class DemoConfig:
     runs: str = "checkpoints"  # folder of the training runs that the page shows
     host: str = "127.0.0.1"  # 0.0.0.0: reachable from other machines
     port: int = 7860
+    allowed_hosts: tuple[str, ...] = ()  # further names by which browsers may address it, as that of a reverse proxy
     queue: int = 32  # requests that may wait; further requests are refused
     open: bool = False  # open the page in a browser
 

@@ -432,6 +432,14 @@ def test_it_listens_on_this_machine_only_by_default():
     assert DemoConfig().host == "127.0.0.1"
 
 
+def test_a_request_by_another_name_is_refused(server):
+    """DNS rebinding: to the browser, that page and ours are one site."""
+    for path in ("/", "/config", "/gradio_api/call/sprite"):
+        answer = requests.get(f"{server.url}{path}", headers={"Host": "evil.example"}, timeout=60)
+        assert (answer.status_code, "allowed-hosts" in answer.text) == (403, True)
+    assert requests.get(server.url, headers={"Host": "localhost:1"}, timeout=60).ok
+
+
 def test_an_unexpected_error_is_in_the_log_and_not_on_the_page(server, capsys):
     from pokediff.demo import controls
 

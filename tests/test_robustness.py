@@ -28,11 +28,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pokediff.config import TrainConfig, load_yaml
+from pokediff.config import DemoConfig, TrainConfig, load_yaml
 from pokediff.data import idx
 from pokediff.data.dataset import load_pictures
 from pokediff.data.records import read_records
-from pokediff.demo.server import called, is_foreign
+from pokediff.demo.server import called, is_foreign, is_own, own_names
 from pokediff.drawing.sample import read_settings
 from pokediff.errors import PokediffError
 from pokediff.evaluation.generators import read_generated
@@ -704,6 +704,36 @@ def test_a_crowd_at_the_demo():
 )
 def test_what_the_page_of_another_site_sends_is_known(headers, foreign):
     assert is_foreign(headers) is foreign
+
+
+@pytest.mark.parametrize(
+    ("options", "host", "own"),
+    [
+        ({}, "127.0.0.1:7860", True),
+        ({}, "localhost", True),
+        ({}, "LOCALHOST.:7860", True),
+        ({}, "pokediff.localhost:7860", True),
+        ({}, "[::1]:7860", True),
+        ({}, "192.168.1.7:7860", True),  # a tunnel, a port of a container: nobody looks an address up
+        ({}, "evil.example:7860", False),
+        ({}, "127.0.0.1.evil.example", False),
+        ({}, "localhost.evil.example", False),
+        ({}, "[evil", False),
+        ({}, "", False),
+        ({"host": "localhost"}, "evil.example", False),
+        ({"host": "::1"}, "evil.example", False),
+        ({"allowed_hosts": ("Draw.example",)}, "draw.example", True),
+        ({"allowed_hosts": ("draw.example",)}, "evil.example", False),
+        ({"host": "0.0.0.0", "allowed_hosts": ("draw.example",)}, "evil.example", False),
+    ],
+)
+def test_a_name_that_was_made_to_lead_here_is_not_ours(options, host, own):
+    assert is_own(host, own_names(DemoConfig(**options))) is own
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "workshop.local"])
+def test_a_demo_for_other_machines_has_names_that_it_does_not_know(host):
+    assert own_names(DemoConfig(host=host)) is None
 
 
 def test_actions_are_named_by_commit():

@@ -7,7 +7,8 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -106,22 +107,27 @@ def prepare(config: DemoConfig, folder: Path) -> tuple[Any, dict[str, Any]]:
         css=show.CSS,
         head=f"<script>{show.SCRIPT}</script>",
         footer_links=["settings"],
-        app_kwargs={"middleware": [Middleware(Guard, folder=folder)]},
+        app_kwargs={"middleware": [Middleware(Guard, folder=folder, names=own_names(config))]},
     )
     return page, options
 
 
 class Guard:
-    """Before every request: only files of our folder, links resolved first; no proxying; nothing that the page of
-    another site sends from a visitor's browser; no body beyond LARGEST_BODY; the content policy.
+    """Before every request: no other names than ours; only files of our folder, links resolved first; no proxying;
+    nothing that the page of another site sends from a visitor's browser; no body beyond LARGEST_BODY; the content
+    policy.
     """
 
-    def __init__(self, app: Any, folder: Path) -> None:
-        self.app, self.folder = app, folder
+    def __init__(self, app: Any, folder: Path, names: Collection[str] | None) -> None:
+        self.app, self.folder, self.names = app, folder, names
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        if self.names is not None and not is_own(headers.get("host", ""), self.names):
+            await answer(send, 403, "Not a name of this demo: --allowed-hosts adds one.")
             return
         if not self.allowed(scope["path"]):
             await answer(send, 403, "Not served here.")
@@ -129,7 +135,6 @@ class Guard:
         if (name := called(scope["path"])) is not None and name != FUNCTION:
             await answer(send, 404, "There is no such function.")
             return
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         if scope["method"] not in ("GET", "HEAD", "OPTIONS") and is_foreign(headers):
             await answer(send, 403, "Sent by the page of another site.")
             return
@@ -171,6 +176,34 @@ def called(path: str) -> str | None:
     """The name of the function that a program calls by this path (Gradio meets an unknown one with a traceback)."""
     name = path.partition("/gradio_api/call/")[2]
     return name.partition("/")[0] if name else None
+
+
+def own_names(config: DemoConfig) -> Collection[str] | None:
+    """The names by which browsers may address the demo; None for all: when it listens to other machines, they have
+    names for this one that we do not know.
+    """
+    host, address = config.host.lower(), address_of(config.host)
+    local = host == "localhost" or (address is not None and address.is_loopback)
+    return {"localhost", host, *map(str.lower, config.allowed_hosts)} if local or config.allowed_hosts else None
+
+
+def is_own(host: str, names: Collection[str]) -> bool:
+    """Whether a Host header names us. A site whose name is made to lead to this machine (DNS rebinding) has the right
+    of our own page in its visitors' browsers; but its name is in the header. An address is looked up nowhere.
+    """
+    try:
+        name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
+    except ValueError:
+        return False
+    return name in names or name.endswith(".localhost") or address_of(name) is not None
+
+
+def address_of(name: str) -> IPv4Address | IPv6Address | None:
+    """The IP address that `name` is; None when it is another name."""
+    try:
+        return ip_address(name)
+    except ValueError:
+        return None
 
 
 def is_foreign(headers: Mapping[str, str]) -> bool:
