@@ -367,6 +367,19 @@ def draw_a_table(_: str) -> None:
     sample(SampleConfig(prompts_file="table.csv", out="out", checkpoint="checkpoint", sampling=sampling, batch_size=2))
 
 
+def site_here() -> None:
+    """A checkpoint, and the site of another one."""
+    from pokediff.drawing.web import replace_site
+
+    checkpoint_here()
+    for name in ("model/base-16-0.onnx", "assets/index-0.js"):
+        path = Path("old") / name
+        path.parent.mkdir(parents=True)
+        path.write_text("old")
+    Path("out").mkdir()
+    replace_site(Path("old"), Path("out"), set())
+
+
 def write_page(_: str) -> None:
     """The static page; it needs the built web/dist."""
     from pokediff.drawing.web import web
@@ -381,7 +394,7 @@ JOBS = {
     "export": Job(checkpoint_here, export_all, 20),
     "sample": Job(checkpoint_here, draw_some, 20),
     "sample, a table": Job(checkpoint_here, draw_a_table, 20),
-    "web": Job(checkpoint_here, write_page, 20),
+    "web": Job(site_here, write_page, 20),
 }
 TIMES = {"retrieved_at", "seconds", "seconds_per_image", "images_per_s", "data_wait_share", "time"}
 

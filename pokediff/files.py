@@ -167,6 +167,17 @@ def move_whole(temporary: Path, folder: Path, last: Sequence[str] = ()) -> None:
     shutil.rmtree(temporary)
 
 
+@contextmanager
+def aside(folder: Path) -> Iterator[Path]:
+    """A new folder for the files that `move_whole` moves; what a killed run left in it goes, at the end all."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def refuse_foreign(folder: Path, marks: Sequence[str]) -> None:
     """Raise PokediffError when a folder holds files, and none of `marks`, the files by which our own are known."""
     if any((folder / mark).exists() for mark in marks) or not folder.is_dir():

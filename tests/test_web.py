@@ -3,16 +3,19 @@ from __future__ import annotations
 import base64
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlencode
 from zipfile import ZipFile
 
@@ -23,7 +26,7 @@ from pokediff.config import SampleConfig, Sampling
 from pokediff.data.images import premultiply, read_image
 from pokediff.drawing import web as site_module
 from pokediff.drawing.sample import sample
-from pokediff.drawing.web import HEADERS, find_page, make_server, replace_site, rights_of, web, write_site
+from pokediff.drawing.web import HEADERS, find_page, listed_files, make_server, replace_site, rights_of, web
 from pokediff.errors import PokediffError
 from pokediff.paths import shipped
 
@@ -49,29 +52,69 @@ def test_a_folder_with_other_files_is_not_written_into(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     with pytest.raises(PokediffError, match="is a file"):
         web(None, tmp_path / "mine.txt")
+    (tmp_path / "site.json").write_text('{"name": "my site"}')  # of another program
+    with pytest.raises(PokediffError, match="no list of this command"):
+        web(None, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.txt", "site.json"}
+
+
+def new_site(folder: Path, files: dict[str, str]) -> Path:
+    for file, text in files.items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(text)
+    return folder
+
+
+OLD = {"index.html": "1", "model/a-1.onnx": "a", "assets/x-1.js": "x"}
+NEW = {"index.html": "2", "model/a-2.onnx": "b", "assets/x-1.js": "x"}
 
 
 def test_a_new_site_replaces_the_old_one_and_nothing_else(tmp_path):
-    def site(name: str, files: dict[str, str]) -> Path:
-        for file, text in files.items():
-            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name / file).write_text(text)
-        write_site(tmp_path / name)
-        return tmp_path / name
-
-    old = site("old", {"index.html": "1", "model/a-1.onnx": "a", "assets/x-1.js": "x"})
-    new = site("new", {"index.html": "2", "model/a-2.onnx": "b", "assets/x-1.js": "x"})
-    listed = json.loads((old / "site.json").read_text())
-    (old / "CNAME").write_text("example.org")  # of the host, not ours
+    out = tmp_path / "out"
+    out.mkdir()
+    replace_site(new_site(tmp_path / "new", OLD), out, set())
+    listed = json.loads((out / "site.json").read_text())
+    (out / "CNAME").write_text("example.org")  # of the host, not ours
     listed["model"].append("../victim")
-    (old / "site.json").write_text(json.dumps(listed))
+    (out / "site.json").write_text(json.dumps(listed))
     (tmp_path / "victim").write_text("")
-    replace_site(new, old)
-    files = {path.relative_to(old).as_posix() for path in old.rglob("*") if path.is_file()}
+    replace_site(new_site(tmp_path / "new", NEW), out, listed_files(out / "site.json"))
+    files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     assert files == {"CNAME", "assets/x-1.js", "index.html", "model/a-2.onnx", "site.json"}
-    assert (old / "index.html").read_text() == "2"
-    assert json.loads((old / "site.json").read_text()) == json.loads((new / "site.json").read_text())
+    assert (out / "index.html").read_text() == "2"
+    assert json.loads((out / "site.json").read_text()) == {
+        "page": ["assets/x-1.js", "index.html"],
+        "model": ["model/a-2.onnx"],
+    }
     assert (tmp_path / "victim").exists()
+
+
+@pytest.mark.parametrize("number", range(7))
+def test_wherever_replacing_is_cut_the_next_run_deletes_the_old_files(tmp_path, monkeypatch, number):
+    """Cut before the change of this number: list, three files, a deletion, list; and not at all."""
+    out, done = tmp_path / "out", 0
+
+    def counted(change: Callable[..., None]) -> Callable[..., None]:
+        def cut(*arguments: Any, **options: Any) -> None:
+            nonlocal done
+            if done == number:
+                raise KeyboardInterrupt
+            done += 1
+            change(*arguments, **options)
+
+        return cut
+
+    out.mkdir()
+    replace_site(new_site(tmp_path / "new", OLD), out, set())
+    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+        patch.setattr(os, "replace", counted(os.replace))
+        patch.setattr(Path, "unlink", counted(Path.unlink))
+        replace_site(new_site(tmp_path / "new", NEW), out, listed_files(out / "site.json"))
+    replace_site(new_site(tmp_path / "new", NEW), out, listed_files(out / "site.json"))
+    found = {path.relative_to(out).as_posix(): path.read_text() for path in out.rglob("*") if path.is_file()}
+    assert done == number
+    assert list(json.loads(found.pop("site.json")).values()) == [["assets/x-1.js", "index.html"], ["model/a-2.onnx"]]
+    assert found == NEW
 
 
 def test_the_rights_are_those_of_the_model_card(tmp_path):

@@ -35,7 +35,7 @@ from pokediff.config import Sampling
 from pokediff.data.images import premultiply
 from pokediff.data.vocabulary import ATTRIBUTION, WORDS
 from pokediff.errors import PokediffError, first_line
-from pokediff.files import move_whole, own_folder, write_whole
+from pokediff.files import aside, move_whole, own_folder, write_whole
 from pokediff.model import inspection
 from pokediff.model.cascade import LIST, Cascade, write_list
 from pokediff.model.checkpoint import (
@@ -137,14 +137,9 @@ def export(checkpoint: str | Path, out: str | Path, size: int | None = None, hal
         raise PokediffError(f"{out} is the checkpoint itself: choose another --out")
     pipeline = PokeDiffPipeline.from_pretrained(folder)
     sizes = pipeline.sizes if size is None else pipeline.cascade.legs(size)
-    temporary = out / TEMPORARY
-    with own_folder(out, INDEX, TEMPORARY):
-        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
-        try:
-            facts = _export(pipeline, folder, temporary, sizes, half)
-            move_whole(temporary, out, last=(f"cascade/{LIST}", INDEX))
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with own_folder(out, INDEX), aside(out / TEMPORARY) as new:
+        facts = _export(pipeline, folder, new, sizes, half)
+        move_whole(new, out, last=(f"cascade/{LIST}", INDEX))
     return facts
 
 

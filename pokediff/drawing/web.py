@@ -15,7 +15,7 @@ import hashlib
 import json
 import re
 import shutil
-import tempfile
+from collections.abc import Sequence
 from functools import cache, partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -26,7 +26,7 @@ from pokediff.data.vocabulary import ATTRIBUTION, WORDS, read_words
 from pokediff.drawing.export import MODEL, export, load_exported
 from pokediff.drawing.sheets import checkpoint_folder
 from pokediff.errors import PokediffError
-from pokediff.files import own_folder, refuse_foreign, write_whole
+from pokediff.files import aside, move_whole, own_folder, read_json, write_whole
 from pokediff.model.denoiser import Denoiser
 from pokediff.model.diffusion import schedule_sigmas
 from pokediff.model.pipeline import PokeDiffPipeline
@@ -34,6 +34,7 @@ from pokediff.model.text import ClipTextEncoder, load_text_encoder
 from pokediff.paths import shipped
 
 SITE, INDEX = "site.json", "model.json"
+TEMPORARY = ".web.tmp"  # folder in the output folder
 BUILD = "cd web && npm ci && npm run build"
 HEADERS = {  # cross-origin isolation lets ONNX Runtime use several threads
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -57,16 +58,16 @@ def web(checkpoint: str | Path | None, out: Path, size: int | None = None) -> di
     uses a text encoder or sampler that the page does not have.
     """
     page = find_page()
-    require_ours(out)
+    if out.is_file():
+        raise PokediffError(f"{out} is a file: choose another --out")
     folder = checkpoint_folder(None if checkpoint is None else str(checkpoint))
-    with tempfile.TemporaryDirectory() as temporary:
-        exported, new = Path(temporary) / "exported", Path(temporary) / "site"
-        facts = export(with_text_encoder(folder, Path(temporary) / "whole"), exported, size, half=True)
+    with own_folder(out, SITE), aside(out / TEMPORARY) as temporary:
+        old = listed_files(out / SITE)
+        exported, new = temporary / "exported", temporary / "site"
+        facts = export(with_text_encoder(folder, temporary / "whole"), exported, size, half=True)
         shutil.copytree(page, new)
         model = write_model(exported, new, Path(checkpoint).name if checkpoint else folder.name)
-        write_site(new)
-        with own_folder(out, SITE):
-            replace_site(new, out)
+        replace_site(new, out, old)
     files = [model["tokenizer"], model["textEncoder"], *model["denoisers"]]
     return {**facts, "megabytes": round(sum(file["bytes"] for file in files) / 1e6, 1)}
 
@@ -77,13 +78,6 @@ def find_page() -> Path:
     if not (page / "index.html").is_file():
         raise PokediffError(f"the page is not built; with Node.js 20 or newer, in the checkout: {BUILD}")
     return page
-
-
-def require_ours(out: Path) -> None:
-    """Raise PokediffError for a folder with files that `web` did not write."""
-    if out.exists() and not out.is_dir():
-        raise PokediffError(f"{out} is a file: choose another --out")
-    refuse_foreign(out, [SITE])
 
 
 def with_text_encoder(folder: Path, whole: Path) -> Path:
@@ -183,36 +177,37 @@ def rights_of(checkpoint: Path) -> str:
     return " ".join(plain.split())
 
 
-def write_site(site: Path) -> None:
-    """site.json: all files of the page and of the model."""
-    files = sorted(path.relative_to(site).as_posix() for path in site.rglob("*") if path.is_file())
+def replace_site(new: Path, out: Path, old: set[str]) -> None:
+    """Move the files of a new site into `out`, then delete those `old` ones that it does not have. Until all is done
+    the list names both, so that after a kill the next run knows what to delete.
+    """
+    files = sorted(path.relative_to(new).as_posix() for path in new.rglob("*") if path.is_file())
     model = [file for file in files if file.startswith("model/")]
     page = [file for file in files if file not in model and file != "service-worker.js"]
+    write_list(out, page, sorted({*model, *old}))
+    move_whole(new, out, last=(INDEX, "index.html", "service-worker.js"))
+    for file in old.difference(files):
+        (out / file).unlink(missing_ok=True)
+    write_list(out, page, model)
+
+
+def write_list(site: Path, page: Sequence[str], model: Sequence[str]) -> None:
+    """site.json: the files of the page and of the model."""
     write_whole(site / SITE, json.dumps({"page": page, "model": model}, indent=1) + "\n")
 
 
-def replace_site(new: Path, out: Path) -> None:
-    """Put the files of a new site into `out`, then delete those of the old one that it does not have. Until then the
-    list names both, so that after a kill the next run knows what to delete.
-    """
-    old, listed = listed_files(out / SITE), json.loads((new / SITE).read_text(encoding="utf-8"))
-    both = {**listed, "model": sorted({*listed["model"], *old})}
-    write_whole(out / SITE, json.dumps(both, indent=1) + "\n")
-    for path in sorted(new.rglob("*"), key=lambda path: path.name == SITE):
-        if path.is_file():
-            target = out / path.relative_to(new)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(target, path.read_bytes())
-    for file in old - listed_files(out / SITE):
-        (out / file).unlink(missing_ok=True)
-
-
 def listed_files(path: Path) -> set[str]:
-    """The files in the folders of a site, by its site.json; none without one. Names that lead out are left."""
+    """The files in the folders of a site, by its site.json; none without one. Names that lead out are left.
+
+    Raises PokediffError for another site.json.
+    """
     if not path.is_file():
         return set()
-    listed = json.loads(path.read_text(encoding="utf-8"))
-    return {file for file in listed["page"] + listed["model"] if re.fullmatch(r"(?:assets|model)/[\w.-]+", file)}
+    listed = read_json(path)
+    try:
+        return {file for file in listed["page"] + listed["model"] if re.fullmatch(r"(?:assets|model)/[\w.-]+", file)}
+    except (TypeError, KeyError):
+        raise PokediffError(f"{path} is no list of this command: choose another --out, a new folder") from None
 
 
 # ------------------------------------------------------------------------------------------------------------ serving
