@@ -23,8 +23,8 @@ from pokediff.data.records import Record, write_records
 from pokediff.errors import PokediffError
 from pokediff.evaluation import classifiers, model_measures, recognition
 from pokediff.evaluation.evaluate import FEWEST_DRAWN, evaluate, show
+from pokediff.evaluation.features import CachedFeatures
 from pokediff.evaluation.generators import Generated, read_generated
-from pokediff.evaluation.measures import cached_features
 from pokediff.evaluation.prompts import held_out_captions
 from pokediff.evaluation.reference import Reference, check_disjoint
 from pokediff.evaluation.report import GENERATED, PAIRS, REAL, Report, compare
@@ -334,7 +334,7 @@ def test_a_cut_cache_is_made_again(tmp_path):
     for cut in (None, 0, 9, 40):
         for path in tmp_path.iterdir():
             path.write_bytes(path.read_bytes()[:cut])
-        np.testing.assert_array_equal(cached_features(net, rgba, "white", tmp_path), np.ones((2, 3)))
+        np.testing.assert_array_equal(CachedFeatures(net, "white", tmp_path)(rgba), np.ones((2, 3)))
     assert len(calls) == 4
 
 

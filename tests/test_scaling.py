@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from test_training import assert_same_state, newest_state
@@ -22,6 +23,7 @@ from pokediff.config import SampleConfig, Sampling, TrainConfig, dump_yaml
 from pokediff.data.dataset import TrainingBatches, caption_vectors, load_pictures
 from pokediff.drawing.sample import load_checkpoint, sample
 from pokediff.errors import PokediffError
+from pokediff.evaluation.features import CachedFeatures, FeatureNet
 from pokediff.evaluation.generators import Drawer
 from pokediff.training import launch
 from pokediff.training.launch import missing_processes, number_of_processes, processes
@@ -281,18 +283,27 @@ def test_two_hosts_resume_and_draw(hosts, data, tiny_checkpoint, tmp_path):
         (tmp_path / "drawn" / name).unlink()
     (tmp_path / "main.py").write_text(f"""
 from pathlib import Path
+import numpy as np
 from pokediff.config import *
 from pokediff.drawing.sample import load_checkpoint, sample
+from pokediff.evaluation.features import CachedFeatures, FeatureNet
 from pokediff.evaluation.generators import Drawer
 from pokediff.training.launch import processes
 from pokediff.training.stages import train
+
+def mean(rgb):
+    print("a batch to features")
+    return rgb.mean((2, 3))
 
 with processes():
     train(load_yaml(Path({write_config(config)!r}), TrainConfig), resume="auto")
     sample({drawing!r})
     sample({table!r})
     drawer = Drawer(load_checkpoint({str(tiny_checkpoint)!r}, "cpu"), {sampling!r}, Path({str(tmp_path / "two")!r}), 2)
-    drawer.draw("report", {drawing.prompt!r})
+    pixels = drawer.draw("report", {drawing.prompt!r}).pixels
+    CachedFeatures(FeatureNet("mean", "", mean), "white", Path({str(tmp_path / "two")!r}) / "cache").share(
+        np.concatenate([pixels] * 15), pixels
+    )
 """)
     assert end(*on_both(hosts, tmp_path, str(tmp_path / "main.py"))) == [0, 0], (tmp_path / "host-1").read_text()
     train(replace(config, out=str(run)), resume="auto")
@@ -314,8 +325,13 @@ with processes():
     assert "5 pictures, seed 0" in said
     assert "pictures" not in (tmp_path / "host-2").read_text()  # the first process alone speaks
     drawer = Drawer(load_checkpoint(str(tiny_checkpoint), "cpu"), sampling, tmp_path / "one", 2)
-    drawer.draw("report", drawing.prompt)
+    pixels = drawer.draw("report", drawing.prompt).pixels
     assert content(tmp_path / "two" / "report") == content(tmp_path / "one" / "report")
+    net = CachedFeatures(FeatureNet("mean", "", lambda rgb: rgb.mean((2, 3))), "white", tmp_path / "one" / "cache")
+    net(np.concatenate([pixels] * 15))
+    net(pixels)
+    assert content(tmp_path / "two" / "cache") == content(tmp_path / "one" / "cache")
+    assert [text.count("a batch to features") for text in (said, (tmp_path / "host-2").read_text())] == [3, 1]
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from pokediff.data.images import pairs
 from pokediff.errors import PokediffError
 from pokediff.evaluation import measures, model_measures, prompts, recognition, shape_measures, survey
 from pokediff.evaluation.distances import NEIGHBOURS
-from pokediff.evaluation.features import FeatureNet, Lpips, clip_similarity, load_features
+from pokediff.evaluation.features import CachedFeatures, FeatureNet, Lpips, clip_similarity, load_features
 from pokediff.evaluation.generators import Drawer, Generated, ImageGenerator, denoisers_used, read_generated
 from pokediff.evaluation.reference import Reference, load_reference
 from pokediff.evaluation.report import GENERATED, PAIRS, REAL, Report, write_report
@@ -40,13 +39,13 @@ def evaluate(config: EvaluateConfig, generator: ImageGenerator | None = None) ->
     """Measure a checkpoint, a folder of pictures (`config.images`), or another generator. Returns the report's folder.
 
     `generator` needs `config.sampling.size` and takes the place of the checkpoint, whose name it keeps. Several
-    processes share the drawing. Raises PokediffError before anything is drawn when data, checkpoint, pictures or a
-    network that a figure needs cannot be used; a figure that the data does not allow is a row of the report with the
-    reason.
+    processes share the drawing and the features. Raises PokediffError before anything is drawn when data, checkpoint,
+    pictures or a network that a figure needs cannot be used; a figure that the data does not allow is a row of the
+    report with the reason.
     """
     quiet()
     state = join()
-    nets = load_networks(config, str(state.device)) if state.is_main_process else []
+    nets = load_networks(config, str(state.device))
     generated: Generated | None = None
     drawer: Drawer | None = None
     if config.images:
@@ -63,7 +62,8 @@ def evaluate(config: EvaluateConfig, generator: ImageGenerator | None = None) ->
     reference = load_reference(config, size)
     with own_folder(out, *MARKS) if state.is_main_process else nullcontext():
         state.wait_for_everyone()
-        measure(config, generated, drawer, reference, nets, out)
+        cached = [CachedFeatures(net, config.background, out / "cache") for net in nets]
+        measure(config, generated, drawer, reference, cached, out)
     return out
 
 
@@ -72,7 +72,7 @@ def measure(
     generated: Generated | None,
     drawer: Drawer | None,
     reference: Reference,
-    nets: Sequence[FeatureNet],
+    nets: Sequence[CachedFeatures],
     out: Path,
 ) -> None:
     """Draw, or take what is drawn, measure, and write the report into OUT."""
@@ -85,12 +85,16 @@ def measure(
         sets = PromptSets(reference, config, size)
         drawn = {name: drawer.draw(name, texts, seeds) for name, (texts, seeds) in sets.of.items()}
     assert generated is not None
+    for net in nets:
+        net.share(generated.pixels, reference.pixels, reference.same_style.straight())
+    if nets and sets and sets.concepts:
+        nets[0].share(drawn["concepts"].pixels, sets.concepts.pictures.straight())
     report = Report(facts_of(config, drawer, reference, size, len(generated.pixels), state.num_processes))
     if state.is_main_process:
         if not nets:
             report.skip("Distance of distributions", "all of it", "--features none")
         for net in nets:
-            measures.measure_distances(report, net, generated, reference, config, out / "cache")
+            measures.measure_distances(report, net, generated, reference, config)
         measures.measure_looks(report, generated.pixels, reference.pixels)
         if sets:
             measure_prompts(report, sets, drawn, nets, reference, config, out / "cache")
@@ -184,7 +188,7 @@ def measure_prompts(
     report: Report,
     sets: PromptSets,
     drawn: dict[str, Generated],
-    nets: Sequence[FeatureNet],
+    nets: Sequence[CachedFeatures],
     reference: Reference,
     config: EvaluateConfig,
     cache: Path,
@@ -201,9 +205,8 @@ def measure_prompts(
     elif not nets:
         report.skip(shape_measures.RECOGNITION, "of named things", "no feature network")
     else:
-        features = partial(measures.cached_features, nets[0], background=config.background, cache=cache)
         concepts = sets.concepts
-        shape_measures.measure_recognition(report, concepts, drawn["concepts"].pixels, concepts.prompts()[1], features)
+        shape_measures.measure_recognition(report, concepts, drawn["concepts"].pixels, concepts.prompts()[1], nets[0])
     shape_measures.measure_judge(report, drawn["judged"].pixels, sets.judged, sets.styles, reference, cache)
     measures.measure_variety(report, drawn["one-prompt"].pixels, reference.pixels, config)
 

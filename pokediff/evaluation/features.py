@@ -20,10 +20,11 @@ from torch import nn
 
 from pokediff.data.images import composite
 from pokediff.errors import PokediffError, first_line
-from pokediff.files import require_file
+from pokediff.files import require_file, write_whole
 from pokediff.model.text import cached_or_downloaded
 
 T = TypeVar("T")
+BATCH = 32  # pictures
 EPS = 1e-5  # of torchvision's batch norms
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -39,13 +40,59 @@ class FeatureNet:
     device: torch.device | str = "cpu"
 
     @torch.inference_mode()
-    def __call__(self, rgba: np.ndarray, background: str = "white", batch_size: int = 32) -> np.ndarray:
+    def __call__(self, rgba: np.ndarray, background: str = "white") -> np.ndarray:
         """Straight RGBA uint8 (N, H, W, 4), on `background`, to float32 (N, D)."""
         parts = []
-        for start in range(0, len(rgba), batch_size):
-            rgb = torch.from_numpy(composite(rgba[start : start + batch_size], background)).to(self.device)
+        for start in range(0, len(rgba), BATCH):
+            rgb = torch.from_numpy(composite(rgba[start : start + BATCH], background)).to(self.device)
             parts.append(self.extract(rgb.permute(0, 3, 1, 2).float() / 255).float().cpu())
         return torch.cat(parts).numpy()
+
+
+class CachedFeatures:
+    """A feature network whose vectors are kept in a folder, in files named by a hash of all they depend on."""
+
+    def __init__(self, net: FeatureNet, background: str, folder: Path) -> None:
+        self.net, self.background, self.folder = net, background, folder
+        self.name, self.note = net.name, net.note
+
+    def __call__(self, rgba: np.ndarray) -> np.ndarray:
+        """Straight RGBA uint8 (N, H, W, 4) to float32 (N, D)."""
+        from safetensors.numpy import load_file
+
+        path = self._file(rgba)
+        if (known := stored(path, load_file)) is not None:
+            return known["features"]
+        return self._keep(path, self.net(rgba, self.background))
+
+    def share(self, *several: np.ndarray) -> None:
+        """Compute the features of all pictures by all processes, batches in turn. Each calls it, with the same ones."""
+        from accelerate import PartialState
+        from accelerate.utils import gather_object
+
+        state = PartialState()
+        if state.num_processes == 1:
+            return
+        files = [(rgba, self._file(rgba)) for rgba in several]
+        state.wait_for_everyone()
+        todo = [(rgba, path) for rgba, path in files if not path.is_file()]
+        state.wait_for_everyone()  # all processes must see the same cache
+        for rgba, path in todo:
+            starts = range(state.process_index * BATCH, len(rgba), state.num_processes * BATCH)
+            parts = gather_object([(start, self.net(rgba[start : start + BATCH], self.background)) for start in starts])
+            if state.is_main_process:
+                self._keep(path, np.concatenate([features for _, features in sorted(parts, key=lambda it: it[0])]))
+
+    def _file(self, rgba: np.ndarray) -> Path:
+        digest = hashlib.sha256(f"{self.name} {self.background} {rgba.shape}".encode() + rgba.tobytes())
+        return self.folder / f"{digest.hexdigest()[:24]}.safetensors"
+
+    def _keep(self, path: Path, features: np.ndarray) -> np.ndarray:
+        from safetensors.numpy import save
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(path, save({"features": features}))
+        return features
 
 
 def resized(rgb: torch.Tensor, side: int, normalise: tuple[tuple[float, ...], tuple[float, ...]]) -> torch.Tensor:

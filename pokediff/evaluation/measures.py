@@ -5,10 +5,8 @@ A figure that cannot be measured is a row with the reason.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 
@@ -21,11 +19,10 @@ from pokediff.errors import PokediffError
 from pokediff.evaluation import copies, distances, looks, prompts
 from pokediff.evaluation.classifiers import two_sample_hits
 from pokediff.evaluation.distances import Estimate, jackknife, manifold, mean_estimate, share_estimate
-from pokediff.evaluation.features import FeatureNet, Lpips, clip_similarity, stored
+from pokediff.evaluation.features import CachedFeatures, Lpips, clip_similarity
 from pokediff.evaluation.generators import Generated
 from pokediff.evaluation.reference import Reference
 from pokediff.evaluation.report import Report
-from pokediff.files import write_whole
 
 KID_UNIT = 1000  # kernel distances are reported times 1000, as in the literature
 COPIES, PROMPT = "Does it copy?", "Does it follow the prompt?"
@@ -35,35 +32,20 @@ COPY_NOTE = "share whose nearest training picture is three times nearer than tha
 # ------------------------------------------------------------------------------------------------------- distributions
 
 
-def cached_features(net: FeatureNet, rgba: np.ndarray, background: str, cache: Path) -> np.ndarray:
-    """`net(rgba)`, kept in a file whose name is a hash of everything it depends on."""
-    from safetensors.numpy import load_file, save
-
-    key = hashlib.sha256(f"{net.name} {background} {rgba.shape}".encode() + rgba.tobytes()).hexdigest()[:24]
-    path = cache / f"{key}.safetensors"
-    if (known := stored(path, load_file)) is not None:
-        return known["features"]
-    features = net(rgba, background)
-    cache.mkdir(parents=True, exist_ok=True)
-    write_whole(path, save({"features": features}))
-    return features
-
-
 def measure_distances(
-    report: Report, net: FeatureNet, generated: Generated, reference: Reference, config: EvaluateConfig, cache: Path
+    report: Report, net: CachedFeatures, generated: Generated, reference: Reference, config: EvaluateConfig
 ) -> None:
     """Kernel and Fréchet distance, two-sample accuracy, precision to coverage, and copies, in one feature network."""
     section = distance_section(net.name)
-    fake, true = (cached_features(net, part, config.background, cache) for part in (generated.pixels, reference.pixels))
+    fake, true = net(generated.pixels), net(reference.pixels)
     rng = np.random.default_rng(config.seed)
     noise = rng.integers(0, 256, (min(len(true), 200), *reference.pixels.shape[1:]), dtype=np.uint8)
     noise[..., 3] = 255
-    noise_features = cached_features(net, noise, config.background, cache)
-    _kernel_distance(report, section, net.note, fake, true, noise_features, reference, config)
+    _kernel_distance(report, section, net.note, fake, true, net(noise), reference, config)
     _two_samples(report, section, fake, true, reference, config.seed)
     _neighbours(report, section, fake, true, reference, config.seed)
 
-    known = cached_features(net, reference.same_style.straight(), config.background, cache)
+    known = net(reference.same_style.straight())
     families = [record.family_key for record in reference.same_style.records]
     found, held_out = (copies.nearest_in_features(part, known, families).copies for part in (fake, true))
     name = f"copies in features {net.name.split(':')[0]}"
