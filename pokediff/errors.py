@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,13 +34,13 @@ SPACE = ": make space, or write elsewhere with --out; what was written before is
 RIGHTS = ": check its permissions, or write elsewhere with --out"
 CURES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), SPACE)
 CURES |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), RIGHTS)
-# Libraries in Rust (safetensors) pass on the text of an error of the system, not the error.
-SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
+# Libraries in Rust (safetensors) and copies of folders pass on the text of an error of the system, not the error.
+SYSTEM_ERROR = re.compile(r"(?:\(os error |\[Errno )(\d+)[)\]]")
 
 
 def disk_failure(error: BaseException) -> OSError | None:
     """The error of the file system that `error` is, or that another library made of it; None for any other."""
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and not isinstance(error, shutil.Error):
         return error if error.errno is not None else None
     if match := SYSTEM_ERROR.search(str(error)):
         return OSError(int(match[1]), os.strerror(int(match[1])))

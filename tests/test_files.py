@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import shutil
 import subprocess
 import sys
 
@@ -83,6 +85,17 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, cap
     assert error.startswith(f"error: {tmp_path / 'a'}: No space left on device: make space")
     assert error.count("\n") == 1
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "old")]
+
+
+def test_a_full_disk_is_one_line_where_a_folder_is_copied(tmp_path, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b").touch()
+    with pytest.raises(SystemExit), one_line_errors():
+        shutil.copytree(tmp_path / "a", tmp_path / "c", copy_function=full)
+    assert re.fullmatch("error: .*No space left on device: make space.*\n", capsys.readouterr().err)
 
 
 def test_a_write_ends_on_the_disk_before_the_rename(tmp_path, monkeypatch):
