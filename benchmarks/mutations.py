@@ -67,7 +67,7 @@ class Target:
     make: Callable[[Path], None]
     read: Callable[[Path], Any]
     weight: int  # of all inputs
-    single: bool = False  # files that a user names one by one, and that may be links
+    links: bool = False  # may lead out: files that a user names one by one, and the folder of an own run
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
@@ -538,23 +538,23 @@ def read_calls(folder: Path) -> None:
 
 
 TARGETS = {
-    "configurations": Target(configurations, read_configurations, 8, single=True),
+    "configurations": Target(configurations, read_configurations, 8, links=True),
     "metadata.jsonl": Target(data_jsonl, read_data, 9),
     "metadata.csv": Target(data_csv, read_data, 6),
     "metadata.json": Target(data_json, read_data, 5),
     "captions beside pictures": Target(data_sidecars, read_data, 4),
     "parquet": Target(data_parquet, read_data, 4),
     "idx": Target(data_idx, read_data, 3),
-    "pictures": Target(single_pictures, read_pictures, 12, single=True),
+    "pictures": Target(single_pictures, read_pictures, 12, links=True),
     "checkpoint": Target(small_checkpoint, read_checkpoint, 18),
     "part of a checkpoint": Target(small_part, lambda folder: read_checkpoint(find_folder(folder / "best", {})), 4),
     "ONNX": Target(small_export, lambda folder: draw_with(load_exported(folder / "exported")), 6),
     "baseline": Target(small_baseline, read_baseline, 4),
-    "palettes": Target(palettes, read_palettes, 5, single=True),
+    "palettes": Target(palettes, read_palettes, 5, links=True),
     "sample.json": Target(drawing, read_drawing, 6),
-    "tables of prompts": Target(tables, read_tables, 6, single=True),
-    "prompts": Target(prompts, read_prompt_files, 5, single=True),
-    "state and journal": Target(run_folder, read_run, 5),
+    "tables of prompts": Target(tables, read_tables, 6, links=True),
+    "prompts": Target(prompts, read_prompt_files, 5, links=True),
+    "state and journal": Target(run_folder, read_run, 5, links=True),
     "wiki pages": Target(wiki_pages, read_wiki, 6),
     "HTTP and robots.txt": Target(http_answers, read_answers, 6),
     "calls of the demo": Target(calls, read_calls, 6),
@@ -747,6 +747,14 @@ def change(rng: random.Random, holder: list[Any]) -> str:
     return f"{way} at {'.'.join(trail) or 'the top'}: {str(parent[key])[:40] if way == 'value' else ''}"
 
 
+def is_whole(entry: Any, size: int) -> bool:
+    """Whether an entry of a header of safetensors tells a place in its `size` bytes, so can be mutated (again)."""
+    match entry:
+        case {"data_offsets": [int(begin), int(end)], "shape": list()}:
+            return 0 <= begin <= end <= size
+    return False
+
+
 def in_safetensors(rng: random.Random, path: Path) -> str:
     data = path.read_bytes()
     try:
@@ -754,7 +762,7 @@ def in_safetensors(rng: random.Random, path: Path) -> str:
         header, body = json.loads(data[8 : 8 + length]), bytearray(data[8 + length :])
     except (struct.error, ValueError, RecursionError, OverflowError):
         return in_bytes(rng, path)
-    names = [name for name in header if name != "__metadata__"]
+    names = [name for name in header if is_whole(header[name], len(body))] if isinstance(header, dict) else []
     if not names:
         return in_bytes(rng, path)
     name = rng.choice(names)

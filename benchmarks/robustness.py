@@ -118,7 +118,7 @@ def one_input(name: str, seed: int, number: int, place: Path, watch: Watch, trac
     done = mutate(random.Random(f"{seed}/{name}/{number}"), folder) if number >= 0 else "nothing"
     before, lines = memory_peak(reset=True), io.StringIO()
     result: dict[str, Any] = {"target": name, "number": number, "mutation": done[:300]}
-    watch.seen, watch.links_allowed = [], TARGETS[name].single
+    watch.seen, watch.links_allowed = [], TARGETS[name].links
     try:
         with redirect_stderr(lines), redirect_stdout(io.StringIO()):
             signal.setitimer(signal.ITIMER_PROF, CPU_S)
@@ -372,7 +372,7 @@ def site_here() -> None:
     from pokediff.drawing.web import replace_site
 
     checkpoint_here()
-    for name in ("model/base-16-0.onnx", "assets/index-0.js"):
+    for name in ("model/attribution-0.txt", "assets/index-0.js"):
         path = Path("old") / name
         path.parent.mkdir(parents=True)
         path.write_text("old")
@@ -426,6 +426,7 @@ def timeless(value: Any) -> Any:
 
 def broken_files(folder: Path) -> list[str]:
     """Pictures that cannot be decoded, weights, JSON and ONNX files that are cut; hidden and temporary ones apart."""
+    from google.protobuf.message import DecodeError
     from PIL import Image
     from safetensors import SafetensorError, safe_open
 
@@ -447,7 +448,7 @@ def broken_files(folder: Path) -> list[str]:
                 import onnx
 
                 onnx.load(path.as_posix())
-        except (OSError, SyntaxError, ValueError, SafetensorError) as error:
+        except (OSError, SyntaxError, ValueError, SafetensorError, DecodeError) as error:
             broken.append(f"{path.relative_to(folder)}: {error}"[:200])
     return broken
 
