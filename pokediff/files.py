@@ -38,7 +38,11 @@ def read_text(path: Path) -> str:
     """
     if path.exists() and not path.is_file() and not path.is_dir():
         raise PokediffError(f"{path} is no file")
-    data = path.read_bytes()
+    return text_of(path.read_bytes(), path)
+
+
+def text_of(data: bytes, path: Path) -> str:
+    """The text of a file's bytes. Raises PokediffError, with its name, for an encoding that `read_text` has not."""
     wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         text = data.decode("utf-16" if wide else "utf-8-sig")
@@ -168,14 +172,28 @@ def move_whole(temporary: Path, folder: Path, last: Sequence[str] = ()) -> None:
 
 
 @contextmanager
-def aside(folder: Path) -> Iterator[Path]:
-    """A new folder for the files that `move_whole` moves; what a killed run left in it goes, at the end all."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+def aside(folder: Path, *marks: str) -> Iterator[Path]:
+    """A new folder, inside an output folder, for the files that `move_whole` moves there; at the end it goes.
+
+    Where `marks` are moved last, it marks the output of a killed run as ours. So what such a run left in it goes, not
+    itself; after an error it stays, empty, where the output would be foreign without it (see `refuse_foreign`).
+    """
+    folder.mkdir(exist_ok=True)
+    _empty(folder)
     try:
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:
+        with suppress(OSError, PokediffError):
+            _empty(folder)
+            refuse_foreign(folder.parent, marks)
+            folder.rmdir()
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def refuse_foreign(folder: Path, marks: Sequence[str]) -> None:

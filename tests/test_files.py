@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -13,7 +14,17 @@ import pytest
 
 from pokediff import files
 from pokediff.errors import PokediffError, one_line_errors
-from pokediff.files import own_folder, read_csv, read_json, read_log, read_rows, read_text, write_whole
+from pokediff.files import (
+    aside,
+    move_whole,
+    own_folder,
+    read_csv,
+    read_json,
+    read_log,
+    read_rows,
+    read_text,
+    write_whole,
+)
 
 # ------------------------------------------------------------------------------------------------------- reading
 
@@ -131,6 +142,38 @@ def test_a_new_an_empty_and_an_own_folder_are(tmp_path):
 def test_nothing_stays_of_a_folder_where_nothing_was_written(tmp_path):
     with own_folder(tmp_path / "a"):
         pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_output_that_was_cut_while_it_was_moved_is_ours(tmp_path, monkeypatch, number):
+    moved, replace = [], os.replace
+
+    def cut(old, new):
+        if len(moved) == number:
+            raise KeyboardInterrupt
+        moved.append(new)
+        replace(old, new)
+
+    def write():
+        with own_folder(tmp_path, "index", ".new"), aside(tmp_path / ".new", "index") as new:
+            (new / "part").mkdir()
+            for name in ("part/a", "index"):
+                (new / name).touch()
+            move_whole(new, tmp_path, last=("index",))
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(files.os, "replace", cut)
+        write()
+    assert (tmp_path / ".new").exists() == (number < 2)
+    write()
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")} == {"part", "part/a", "index"}
+
+
+def test_nothing_stays_of_output_that_failed_before_it_was_moved(tmp_path):
+    with pytest.raises(KeyboardInterrupt), own_folder(tmp_path / "out"), aside(tmp_path / "out" / ".new") as new:
+        (new / "a").touch()
+        raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
 
 

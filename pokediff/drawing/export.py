@@ -53,7 +53,7 @@ from pokediff.model.text import ClipTextEncoder
 
 MODEL = "model.onnx"
 NULL_TEXT = "null_text.txt"
-TEMPORARY = ".export.tmp"  # folder in the output folder
+TEMPORARY = ".export.tmp"  # folder in the output folder; marks that of a killed run as ours
 OPSET = 18
 SMALLEST_HALF = 256  # numbers of a tensor that is worth a cast
 TOLERANCE = 2  # of 255 levels: float32 sums in another order
@@ -137,7 +137,7 @@ def export(checkpoint: str | Path, out: str | Path, size: int | None = None, hal
         raise PokediffError(f"{out} is the checkpoint itself: choose another --out")
     pipeline = PokeDiffPipeline.from_pretrained(folder)
     sizes = pipeline.sizes if size is None else pipeline.cascade.legs(size)
-    with own_folder(out, INDEX), aside(out / TEMPORARY) as new:
+    with own_folder(out, INDEX, TEMPORARY), aside(out / TEMPORARY, INDEX) as new:
         facts = _export(pipeline, folder, new, sizes, half)
         move_whole(new, out, last=(f"cascade/{LIST}", INDEX))
     return facts

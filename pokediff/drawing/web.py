@@ -61,7 +61,7 @@ def web(checkpoint: str | Path | None, out: Path, size: int | None = None) -> di
     if out.is_file():
         raise PokediffError(f"{out} is a file: choose another --out")
     folder = checkpoint_folder(None if checkpoint is None else str(checkpoint))
-    with own_folder(out, SITE), aside(out / TEMPORARY) as temporary:
+    with own_folder(out, SITE), aside(out / TEMPORARY, SITE) as temporary:
         old = listed_files(out / SITE)
         exported, new = temporary / "exported", temporary / "site"
         facts = export(with_text_encoder(folder, temporary / "whole"), exported, size, half=True)
