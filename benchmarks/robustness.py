@@ -556,7 +556,7 @@ def kill_often(
     seconds, expected = time.monotonic() - begin, tree(whole / job.out)
     facts: dict[str, Any] = {"kills": name, "number": 0, "lives": 0, "events": events, "seconds": round(seconds, 1)}
     wrong: list[str] = []
-    while facts["number"] < number:
+    while facts["number"] < number and len(wrong) < 10:
         life = fresh(job, place, f"life-{facts['lives']}")
         facts["lives"] += 1
         while True:
