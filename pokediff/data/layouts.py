@@ -4,6 +4,7 @@
 | --- | --- |
 | metadata.jsonl, .csv, .json or .parquet, in the folder or in each subfolder (Hugging Face ImageFolder) | its columns |
 | parquet files that hold pictures, as `datasets` writes them | their other columns |
+| WebDataset shards (shards.py) | .txt and .json of a sample, or its class, .cls |
 | MNIST's idx files (idx.py) | its labels |
 | x.png with x.txt, x.caption or x.png.txt (kohya) | one a line |
 | a folder per class, or kohya's 10_name | the folder's name |
@@ -30,6 +31,7 @@ from typing import Any
 
 from pokediff.data.idx import IDX_ROW, idx_files, idx_picture, read_idx_rows
 from pokediff.data.images import picture_formats
+from pokediff.data.shards import CLASS_NAMES, SHARD_ROW, class_names, read_shard_rows, shard_picture
 from pokediff.errors import PokediffError, first_line
 from pokediff.files import Row, as_row, is_own_file, read_csv, read_json, read_rows, read_text
 
@@ -79,11 +81,14 @@ def read_listing(folder: Path) -> Listing:
     files = sorted(_walk(folder, notes))
     suffixes = picture_formats()[1]
     pictures = [file for file in files if file.suffix.lower() in suffixes]
-    notes += _unused(files, suffixes)
     tables = _metadata_files(files)
     if not tables:
         parquet = [file for file in files if file.suffix.lower() == ".parquet"]
         tables = parquet if not pictures or _hold_pictures(folder, parquet) else []
+    shards = [] if tables or pictures else [file for file in files if file.suffix.lower() == ".tar"]
+    notes += _unused([file for file in files if file not in shards], suffixes)
+    if shards:
+        return _read_shards(folder, files, shards, notes)
     if not tables and not pictures and (idx := idx_files(files)):
         return Listing(tuple(row for file in idx for row in read_idx_rows(folder, file)), _names(idx), tuple(notes))
     if not tables and not pictures:
@@ -102,16 +107,19 @@ def read_listing(folder: Path) -> Listing:
 
 
 def picture_bytes(folder: Path, file_name: str) -> bytes:
-    """The picture file of a row: a file of the folder, or a row of a parquet or idx file ("train.parquet#17").
+    """The picture file of a row: a file of the folder, a row of a parquet or idx file ("train.parquet#17"), or a sample
+    of a shard ("train-000.tar#key").
 
     Raises OSError when it cannot be read.
     """
     if match := IDX_ROW.fullmatch(file_name):
         return idx_picture(folder, match[1], int(match[2]))
+    if match := SHARD_ROW.fullmatch(file_name):
+        return shard_picture(_own(folder / match[1], folder), match[2])
     match = PARQUET_ROW.fullmatch(file_name)
     if not match:
         return _own_bytes(folder / file_name, folder)
-    path = folder / match[1]
+    path = _own(folder / match[1], folder)
     try:
         with _broken_parquet(path):
             starts = _row_group_starts(path)
@@ -131,6 +139,22 @@ def _own_bytes(path: Path, folder: Path) -> bytes:
     if path.exists() and not is_own_file(path, folder):
         raise OSError("a link out of the folder, or no file")
     return path.read_bytes()
+
+
+@lru_cache(maxsize=4096)
+def _own(path: Path, folder: Path) -> Path:
+    """A file that holds many pictures; a table may name one that the walk left out."""
+    if path.exists() and not is_own_file(path, folder):
+        raise OSError("a link out of the folder, or no file")
+    return path
+
+
+def stem_of(file_name: str) -> str:
+    """The part of a row's file_name that may have words: not the number of a row, nor the name of a shard."""
+    if PARQUET_ROW.fullmatch(file_name):
+        return ""
+    match = SHARD_ROW.fullmatch(file_name)
+    return PurePosixPath(match[2]).name if match else PurePosixPath(file_name).stem
 
 
 def words_of(name: str, shortest: int = 3) -> str:
@@ -217,6 +241,23 @@ def _folded(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
+def _read_shards(
+    folder: Path, files: Sequence[PurePosixPath], shards: Sequence[PurePosixPath], notes: list[str]
+) -> Listing:
+    classes, rows, spoilt, left_out = class_names(folder, files), [], [], 0
+    for shard in shards:
+        found, less = read_shard_rows(folder, shard, classes)
+        rows += found
+        left_out += less
+        spoilt += [shard] if less else []
+    if spoilt:
+        what = "no plain picture with a key, nor its text"
+        notes.append(f"not used: {left_out} member{'s' * (left_out > 1)} of {_names(spoilt)} ({what})")
+    unread = [file for file in files if file.name.lower() != CLASS_NAMES]
+    source = _names(shards)
+    return Listing(_with_splits(rows), source, (*notes, *_unread(unread, (), shards, source)))
+
+
 def _metadata_files(files: Sequence[PurePosixPath]) -> list[PurePosixPath]:
     """The metadata file of the folder itself, else that of every subfolder that has one."""
     found: dict[PurePosixPath, PurePosixPath] = {}
@@ -242,9 +283,10 @@ def _with_splits(rows: Sequence[Row]) -> tuple[Row, ...]:
 
 
 def _split_of_path(file_name: str) -> str | None:
-    """The split of "train/x.png", or of a row of "data/train-00000-of-00001.parquet"."""
-    path = PurePosixPath(file_name.lower())
-    name = re.split("[^a-z]", path.name)[0] if PARQUET_ROW.fullmatch(file_name) else ""
+    """The split of "train/x.png", or of a row of "data/train-00000-of-00001.parquet" or "train-000.tar"."""
+    match = PARQUET_ROW.fullmatch(file_name) or SHARD_ROW.fullmatch(file_name)
+    path = PurePosixPath((match[1] if match else file_name).lower())
+    name = re.split("[^a-z]", path.name)[0] if match else ""
     return SPLITS.get(path.parts[0]) or SPLITS.get(name)
 
 

@@ -31,7 +31,7 @@ FEWEST_HELD_OUT, SMALLEST_SET = 3, 20  # pictures in validation and in test at l
 class Record:
     """One picture with its metadata. Only `file_name` is required."""
 
-    file_name: str  # relative to the folder, forward slashes; a row of a parquet file is "train.parquet#17"
+    file_name: str  # relative to the folder, forward slashes; rows of other files: "train.parquet#17", "0.tar#key"
     captions: tuple[str, ...] = ()  # written by people; empty: captions.py makes them from the fields below
 
     name: str | None = None  # in no caption of a species (a row with `dex`); in the captions of anything else
@@ -174,8 +174,7 @@ def has_license(record: Record, patterns: Iterable[str]) -> bool:
 
 
 def _named_by_file(record: Record) -> Record:
-    stem = "" if layouts.PARQUET_ROW.fullmatch(record.file_name) else PurePosixPath(record.file_name).stem
-    return replace(record, genus=layouts.words_of(stem) or None)
+    return replace(record, genus=layouts.words_of(layouts.stem_of(record.file_name)) or None)
 
 
 def _caption_line(described: int, named: int, total: int, source: str) -> str:
