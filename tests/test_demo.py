@@ -432,6 +432,12 @@ def test_it_listens_on_this_machine_only_by_default():
     assert DemoConfig().host == "127.0.0.1"
 
 
+@pytest.mark.parametrize("path", ["call/sprite/none", "queue/data?session_hash=none"])
+def test_a_stream_of_a_server_before_the_restart_ends_with_an_error(server, path):
+    answer = requests.get(f"{server.url}/gradio_api/{path}", timeout=60)  # raises for an answer that is cut
+    assert "404" in answer.text
+
+
 def test_a_request_by_another_name_is_refused(server):
     """DNS rebinding: to the browser, that page and ours are one site."""
     for path in ("/", "/config", "/gradio_api/call/sprite"):

@@ -155,7 +155,12 @@ class Guard:
                 message["headers"] = [*message.get("headers", ()), *HEADERS]
             await send(message)
 
-        await self.app(scope, limited, guarded)
+        try:
+            await self.app(scope, limited, guarded)
+        except RuntimeError as error:
+            if getattr(error.__cause__, "status_code", None) is None:
+                raise
+            await send({"type": "http.response.body"})  # the stream has said it: no such event or session
 
     def allowed(self, path: str) -> bool:
         """Whether the request is for no file, or for one inside our folder after all links are resolved."""
