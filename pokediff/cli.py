@@ -201,11 +201,10 @@ def scrape(options: Any) -> None:
 
 
 def embed(options: EmbedOptions) -> None:
-    from tqdm import tqdm
-
     from pokediff.data.dataset import embed
+    from pokediff.progress import ProgressBar
 
-    print(embed(options.folder, options.text_encoder, progress=tqdm))
+    print(embed(options.folder, options.text_encoder, progress=ProgressBar))
 
 
 def train_defaults(args: list[str]) -> TrainOptions:

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from tqdm import tqdm
-
 from pokediff import __version__
 from pokediff.config import DEFAULT_CLIP
 from pokediff.data.colors import measured_colors
 from pokediff.data.images import BadImage, encode_png, read_image
 from pokediff.errors import PokediffError
 from pokediff.files import own_folder, write_whole
+from pokediff.progress import ProgressBar
 
 from . import bulbapedia
 from .bulbapedia import Entry, page_title
@@ -84,7 +83,7 @@ def run(options: ScrapeOptions) -> int:
     if options.text_encoder != "none" and summary.stored and summary.stopped is None:
         from pokediff.data.dataset import embed  # loads torch
 
-        print(embed(options.out, options.text_encoder, progress=tqdm))
+        print(embed(options.out, options.text_encoder, progress=ProgressBar))
     return 0 if summary.stopped is None and summary.failed == 0 else 1
 
 
@@ -115,7 +114,7 @@ def crawl(options: ScrapeOptions) -> Summary:
             if options.pages:
                 read_pages(wanted.values(), client, journal, failures)
             todo = [name for name in wanted if name not in journal.images]
-            for number, name in enumerate(tqdm(todo, desc="pictures", unit="picture"), 1):
+            for number, name in enumerate(ProgressBar(todo, desc="pictures", unit="picture"), 1):
                 if failure := fetch_image(out, name, wanted[name], client, journal):
                     failures.append(failure)
                 if number % SAVE_EVERY == 0:
@@ -167,7 +166,7 @@ def read_pages(entries: Iterable[Entry], client: PoliteClient, journal: Journal,
     """Read every species' own page into the journal; adds to `failures`."""
     pages = {page_title(entry.page_url): entry.page_url for entry in entries}
     todo = [(title, url) for title, url in pages.items() if title not in journal.pages]
-    for title, url in tqdm(todo, desc="pages", unit="page"):
+    for title, url in ProgressBar(todo, desc="pages", unit="page"):
         try:
             body = client.get(url, MAX_BYTES, "text/html")
         except FetchError as error:

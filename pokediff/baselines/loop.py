@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from tqdm import tqdm
 
 from pokediff.config import BaselineConfig
 from pokediff.data.dataset import AUGMENT_LABELS, CaptionVectors, Pictures, TrainingBatches
 from pokediff.errors import PokediffError
 from pokediff.model.denoiser import has_bf16
+from pokediff.progress import ProgressBar
 from pokediff.training.clock import Limit, Window, interruptible
 
 Values = dict[
@@ -67,7 +67,7 @@ def train_steps(
     """
     window, limit = Window(), Limit(config.max_minutes)
     pictures = config.batch_size * accelerator.gradient_accumulation_steps
-    with interruptible() as interrupted, tqdm(total=config.max_steps, desc=config.system, unit="step") as bar:
+    with interruptible() as interrupted, ProgressBar(total=config.max_steps, desc=config.system, unit="step") as bar:
         for done in range(1, config.max_steps + 1):
             window.resume()
             values = train_step(done - 1)

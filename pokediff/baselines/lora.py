@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from huggingface_hub.errors import HTTPError
 from PIL import Image
-from tqdm import tqdm
 
 from pokediff.baselines.interface import LORA_WEIGHTS, DrawsAtOnce, read_config, write_config
 from pokediff.baselines.loop import Values, make_accelerator, train_steps, training_batches
@@ -36,6 +35,7 @@ from pokediff.data.records import picture_bytes
 from pokediff.errors import PokediffError, first_line
 from pokediff.files import write_whole
 from pokediff.model.text import cached_or_downloaded
+from pokediff.progress import ProgressBar
 from pokediff.training.objectives import mix
 from pokediff.training.runs import log_images, start_trackers
 
@@ -195,7 +195,8 @@ def read_data(config: BaselineConfig, size: int) -> tuple[list[tuple[str, int]],
     """Batches of size px, whose `text` (B,) are rows of the list beside them: a caption, and the side in px of its
     picture's file. Raises PokediffError when there are no training pictures.
     """
-    pictures = load_pictures(config.data, size, config.dataset, tqdm.write, tqdm).split("train").with_shared_captions()
+    pictures = load_pictures(config.data, size, config.dataset, ProgressBar.write, ProgressBar)
+    pictures = pictures.split("train").with_shared_captions()
     if not len(pictures):
         raise PokediffError(f"{' '.join(config.data)} has no training pictures")
     captions, rows = [("", size)], []

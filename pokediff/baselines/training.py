@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from tqdm import tqdm
 
 from pokediff.baselines.attention import attention_plot
 from pokediff.baselines.augment import Augmentation
@@ -35,6 +34,7 @@ from pokediff.errors import PokediffError
 from pokediff.evaluation.measures import reconstruction_errors
 from pokediff.files import own_folder, refuse_inside, write_whole
 from pokediff.model.pipeline import quiet
+from pokediff.progress import ProgressBar
 from pokediff.training.objectives import mix
 from pokediff.training.runs import log_images, start_trackers
 
@@ -102,8 +102,8 @@ def train_system(config: BaselineConfig, out: Path) -> Path:
         lambda: config.patience is not None and training.bad >= config.patience,
     )
     training.accelerator.end_training()
-    tqdm.write(f"{config.system}: lowest validation loss {training.best:.4f} at step {training.best_step}")
-    tqdm.write(f"draw with: pokediff sample PROMPT --checkpoint {out}")
+    ProgressBar.write(f"{config.system}: lowest validation loss {training.best:.4f} at step {training.best_step}")
+    ProgressBar.write(f"draw with: pokediff sample PROMPT --checkpoint {out}")
     return out
 
 
@@ -112,7 +112,7 @@ def prepare(config: BaselineConfig, out: Path) -> Training:
     accelerator = make_accelerator(config)
     torch.manual_seed(config.seed)
     system = SYSTEMS[config.system](config, config.words).to(accelerator.device)
-    pictures = load_pictures(config.data, config.image_size, config.dataset, tqdm.write, tqdm)
+    pictures = load_pictures(config.data, config.image_size, config.dataset, ProgressBar.write, ProgressBar)
     train, validation = pictures.split("train").with_shared_captions(), pictures.split("validation")
     if not len(train) or not len(validation):
         raise PokediffError(
@@ -128,7 +128,7 @@ def prepare(config: BaselineConfig, out: Path) -> Training:
     start_trackers(accelerator, out, config.wandb)
     number = sum(p.numel() for p in system.parameters()) / 1e6
     counts = f"{len(train)} training, {len(validation)} validation pictures"
-    tqdm.write(f"{config.system}: {number:.1f} M parameters, {counts}")
+    ProgressBar.write(f"{config.system}: {number:.1f} M parameters, {counts}")
     return Training(config, out, accelerator, system, batches, validation.spread(VALIDATION_PICTURES), players)
 
 

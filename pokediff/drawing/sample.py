@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from pokediff.baselines.interface import DrawsAtOnce, is_baseline
 from pokediff.config import SampleConfig, from_values
@@ -30,6 +29,7 @@ from pokediff.files import new_folder, read_json, require_file
 from pokediff.model.denoiser import compile_network
 from pokediff.model.pipeline import PokeDiffPipeline, quiet
 from pokediff.model.samplers import slerp
+from pokediff.progress import ProgressBar
 from pokediff.training.launch import join
 
 NOTES = 5  # of prompts, that are printed
@@ -158,7 +158,7 @@ def batches(
     steps = len(pipeline.evaluations(config.sampling, init.get("strength", 1.0))) + 1
     number = sum(map(len, numbers))
     name, silent = f"{number} picture{'s' * (number > 1)}", not join().is_main_process
-    with tqdm(total=steps * len(numbers), desc=name, unit="step", leave=False, disable=silent) as bar:
+    with ProgressBar(total=steps * len(numbers), desc=name, unit="step", leave=False, disable=silent) as bar:
         for batch in numbers:
             every, frames = batch[0] == 0 or config.save_frames > 0, []
             for frame in draw(pipeline, [jobs[index] for index in batch], config, init, every):

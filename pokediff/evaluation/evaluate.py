@@ -11,7 +11,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from pokediff.baselines.interface import DrawsAtOnce
 from pokediff.config import EvaluateConfig, plain
@@ -27,6 +26,7 @@ from pokediff.evaluation.report import GENERATED, PAIRS, REAL, Report, write_rep
 from pokediff.files import own_folder, read_json, refuse_inside
 from pokediff.model.denoiser import Denoiser
 from pokediff.model.pipeline import PokeDiffPipeline, quiet
+from pokediff.progress import ProgressBar
 from pokediff.training.launch import join
 
 MARKS = ("report.json", "pictures/settings.json", "cache", "survey/result.json")  # by which an earlier run is known
@@ -169,7 +169,7 @@ class PromptSets:
         self.judged = shape_measures.judged(reference, self.styles, config.split, JUDGED)
         source = reference.training  # concepts that were trained on
         if config.concepts:
-            source = load_pictures(config.concepts, size, progress=tqdm).split("train")
+            source = load_pictures(config.concepts, size, progress=ProgressBar).split("train")
         self.concepts = recognition.find_concepts(source, config.concept_style)
         pairs = prompts.paraphrase_pairs(self.styles[0])
         self.of: dict[str, tuple[list[str], list[int] | None]] = {

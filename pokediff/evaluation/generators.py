@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from tqdm import tqdm
 
 from pokediff.config import Sampling, plain
 from pokediff.data.images import BadImage, encode_png, read_image
 from pokediff.errors import PokediffError
 from pokediff.files import as_row, is_own_file, read_json, read_rows, refuse_foreign, write_whole
 from pokediff.model.pipeline import PokeDiffPipeline
+from pokediff.progress import ProgressBar
 
 LISTS = ("sample.json", "metadata.jsonl")
 
@@ -125,7 +125,7 @@ class Drawer:
         mine = todo[state.process_index :: state.num_processes]
         batches = [mine[start : start + self.batch_size] for start in range(0, len(mine), self.batch_size)]
         seconds: list[float] = []
-        for batch in tqdm(batches, desc=f"{name}: {len(mine)}", unit="batch", disable=not state.is_main_process):
+        for batch in ProgressBar(batches, desc=f"{name}: {len(mine)}", unit="batch", disable=not state.is_main_process):
             start = time.monotonic()
             drawn = self.generator.generate([prompts[i] for i in batch], [seeds[i] for i in batch], self.sampling)
             seconds.append((time.monotonic() - start) / len(batch))

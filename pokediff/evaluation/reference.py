@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from tqdm import tqdm
 
 from pokediff.config import EvaluateConfig
 from pokediff.data.dataset import Pictures, load_pictures
 from pokediff.errors import PokediffError
 from pokediff.evaluation.distances import NEIGHBOURS
+from pokediff.progress import ProgressBar
 
 HALVES = 10  # random partitions of the real families into two halves
 FEWEST_REAL = 4 * (NEIGHBOURS + 1)  # each half must have more than NEIGHBOURS
@@ -68,7 +68,7 @@ def load_reference(config: EvaluateConfig, size: int) -> Reference:
     """The data sets at `size` px. Raises PokediffError when they hold too few held-out pictures, or a training picture
     or its family is among them.
     """
-    everything = load_pictures(config.data, size, progress=tqdm)
+    everything = load_pictures(config.data, size, progress=ProgressBar)
     artwork = any(record.style == "artwork" for record in everything.records)
     styles = config.styles or (("artwork",) if artwork else None)
     real = everything.split(config.split).where(lambda record: styles is None or record.style in styles)

@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from torch.optim.swa_utils import AveragedModel
-from tqdm import tqdm
 
 from pokediff.config import Sampling, StageConfig, TrainConfig, plain
 from pokediff.data.dataset import AUGMENT_LABELS, Pictures, TrainingBatches, caption_vectors, load_pictures
@@ -24,6 +23,7 @@ from pokediff.model.cascade import Cascade
 from pokediff.model.denoiser import Denoiser, flops_per_image
 from pokediff.model.pipeline import PokeDiffPipeline
 from pokediff.model.text import ClipTextEncoder, load_text_encoder
+from pokediff.progress import ProgressBar
 from pokediff.training.clock import Limit
 from pokediff.training.distillation import Distillation
 from pokediff.training.objectives import Batch, Objective, denoising, validation_batches
@@ -53,10 +53,10 @@ class Run:
 
     def say(self, text: str) -> None:
         if self.main and not self.silent:
-            tqdm.write(text)
+            ProgressBar.write(text)
 
     def bar(self, items: Iterable, **options: Any) -> Any:
-        return tqdm(items, **options) if self.main and not self.silent else items
+        return ProgressBar(items, **options) if self.main and not self.silent else items
 
 
 @dataclass

@@ -18,6 +18,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from pokediff.errors import PokediffError, first_line
+from pokediff.progress import ProgressBar
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -245,7 +246,6 @@ class Watch(threading.Thread):
     def run(self) -> None:
         import torch
         import torch.distributed as dist
-        from tqdm import tqdm
 
         try:
             while not self.abandoned.is_set():
@@ -258,7 +258,7 @@ class Watch(threading.Thread):
             if self.abandoned.is_set():
                 return
             self.reporting.acquire()
-            tqdm.write(f"error: {lost()}", file=sys.stderr)  # below the progress bar
+            ProgressBar.write(f"error: {lost()}", file=sys.stderr)  # below the progress bar
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(2)  # the main thread waits for the lost one

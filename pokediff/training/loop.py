@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from pokediff.config import StageConfig
 from pokediff.data.images import composite, encode_png, enlarge, from_model, grid, pairs, save_animation, to_model
@@ -26,6 +25,7 @@ from pokediff.evaluation.validation_metrics import COPYING
 from pokediff.files import write_whole
 from pokediff.model.denoiser import compile_network, flops_per_image
 from pokediff.model.pipeline import BATCH_SIZE
+from pokediff.progress import ProgressBar
 from pokediff.training import runs
 from pokediff.training.build import Run, Stage
 from pokediff.training.clock import Window, agreed, interruptible
@@ -59,7 +59,9 @@ def train_stage(run: Run, stage: Stage, closing: float = 0.0) -> str:
     window, bad, stop = Window(), 0, "steps"
     with (
         interruptible() as interrupted,
-        tqdm(total=config.max_steps, initial=progress.step, desc=stage.name, unit="step", disable=not run.main) as bar,
+        ProgressBar(
+            total=config.max_steps, initial=progress.step, desc=stage.name, unit="step", disable=not run.main
+        ) as bar,
     ):
         window.resume()
         for step, pictures in zip(steps, loader, strict=True):
@@ -192,7 +194,7 @@ def learning_rate(stage: StageConfig, step: int) -> float:
 def phase_bar(run: Run, stage: Stage, pictures: int) -> Iterator[Callable[[Any], None]]:
     """A bar for the drawing of some pictures; gives what to call at every step."""
     steps = -(-pictures // BATCH_SIZE) * (len(stage.pipeline.evaluations(stage.sampling)) + 1)
-    with tqdm(total=steps, desc="drawing", unit="step", leave=False, disable=not run.main or run.silent) as bar:
+    with ProgressBar(total=steps, desc="drawing", unit="step", leave=False, disable=not run.main or run.silent) as bar:
         yield lambda _: bar.update() and None
 
 
