@@ -432,6 +432,12 @@ def test_it_listens_on_this_machine_only_by_default():
     assert DemoConfig().host == "127.0.0.1"
 
 
+def test_a_page_that_is_slow_to_answer_needs_no_tunnel(server):
+    from gradio import networking
+
+    assert networking.url_ok("http://127.0.0.1:1/")
+
+
 @pytest.mark.parametrize("path", ["call/sprite/none", "queue/data?session_hash=none"])
 def test_a_stream_of_a_server_before_the_restart_ends_with_an_error(server, path):
     answer = requests.get(f"{server.url}/gradio_api/{path}", timeout=60)  # raises for an answer that is cut

@@ -82,6 +82,7 @@ def prepare(config: DemoConfig, folder: Path) -> tuple[Any, dict[str, Any]]:
 
     Image.MAX_IMAGE_PIXELS = uploads.MAX_PIXELS // 2  # Pillow refuses twice that, also where Gradio calls it
     patches.forbid_downloads()
+    patches.start_on_a_busy_machine()
     offered = [name for name in SHIPPED if (shipped("checkpoints", name) / INDEX).is_file()]
     studio = Studio([checkpoint_folder(name) for name in config.checkpoint or offered], config.data, config.size)
     page = make_page(studio, Downloads(folder), Path(config.reports), Path(config.runs))
