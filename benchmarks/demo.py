@@ -20,7 +20,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,12 +42,16 @@ CHROMIUM += ["--disable-background-networking", "--disable-component-update"]
 DONE = "window.seen.length > 5 && document.querySelector('#status').innerText.startsWith('Done')"
 
 
-@contextmanager
-def demo(queue: int, *options: str, size: int = SIZE) -> Iterator[tuple[str, psutil.Process]]:
-    """A new server: its address and its process."""
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def demo(queue: int, *options: str, size: int = SIZE, port: int | None = None) -> Iterator[tuple[str, psutil.Process]]:
+    """A new server: its address and its process."""
+    port = port or free_port()
     command = [sys.executable, "-m", "pokediff", "demo", "--port", str(port), "--queue", str(queue)]
     command += ["--size", str(size), *options]
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ}, stdout=subprocess.DEVNULL)
@@ -273,6 +277,39 @@ def mixed(url: str, process: psutil.Process, clients: int, seconds: float, size:
         "open_files": handles,
         "findings": len(crowd.wrong),
         "detail": crowd.wrong[:8],
+    }
+
+
+def restarted(queue: int, *options: str, size: int = SIZE, requests_at_once: int = 12) -> dict[str, Any]:
+    """Kill a server among its answers and start another one in its place: each answer until then is a whole picture of
+    its own, and so are all after it.
+    """
+    port, seeds = free_port(), [number % 4 for number in range(requests_at_once)]
+    lost = (requests.RequestException, IndexError)  # cut before the last message
+    with demo(queue, *options, size=size, port=port) as (url, process):
+        expected = [ask(url, seed, size=size)["png"] for seed in range(4)]  # type: ignore[index]
+
+        def one(seed: int) -> bool | None:
+            """Whether it is the right picture; None: lost."""
+            try:
+                answer = ask(url, seed, size=size)
+            except lost:
+                return None
+            return answer is not None and answer["png"] == expected[seed]
+
+        with ThreadPoolExecutor(len(seeds)) as pool:
+            going = [pool.submit(one, seed) for seed in seeds]
+            wait(going, return_when=FIRST_COMPLETED)
+            process.kill()
+            before = [done.result() for done in going]
+    with demo(queue, *options, size=size, port=port), ThreadPoolExecutor(len(seeds)) as pool:
+        after = list(pool.map(one, seeds))
+    return {
+        "requests": len(seeds),
+        "answered": before.count(True),
+        "lost_by_the_restart": before.count(None),
+        "answered_after_it": after.count(True),
+        "findings": before.count(False) + len(seeds) - after.count(True),
     }
 
 

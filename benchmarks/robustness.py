@@ -699,7 +699,9 @@ def say(facts: dict[str, Any]) -> None:
 
 
 def load(clients: int, minutes: float) -> int:
-    """A mixed crowd at the demo (benchmarks/demo.py) with a small checkpoint; returns the number of findings."""
+    """A mixed crowd at the demo (benchmarks/demo.py) with a small checkpoint, then a restart among requests; returns
+    the number of findings.
+    """
     import demo
     from mutations import small_checkpoint
 
@@ -709,7 +711,9 @@ def load(clients: int, minutes: float) -> int:
         with demo.demo(32, *options, size=16) as (url, process):
             facts = demo.mixed(url, process, clients, 60 * minutes, size=16)
             say({"load": "mixed crowd", **facts})
-    return facts["findings"]
+        again = demo.restarted(32, *options, size=16)
+        say({"load": "restart", **again})
+    return facts["findings"] + again["findings"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
