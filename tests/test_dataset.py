@@ -10,7 +10,7 @@ import torch
 from conftest import write_data
 
 from pokediff.config import DatasetConfig
-from pokediff.data import dataset
+from pokediff.data import cache, decoding
 from pokediff.data.colors import measured_colors
 from pokediff.data.dataset import (
     TrainingBatches,
@@ -224,7 +224,7 @@ def test_colours_in_the_row_are_not_measured(tmp_path, monkeypatch):
     def no_measuring(_):
         raise AssertionError("colours are in the rows")
 
-    monkeypatch.setattr(dataset, "measured_colors", no_measuring)
+    monkeypatch.setattr(decoding, "measured_colors", no_measuring)
     again = load_pictures(folder, 16)
     assert again.captions == first.captions
     assert again.digest == first.digest
@@ -343,7 +343,7 @@ def test_embeddings_that_were_cut_are_made_again(tmp_path):
 
 def test_a_set_too_big_for_memory_lies_on_disk_and_gives_the_same_batches(data, monkeypatch):
     in_memory = load_pictures(data, 16)
-    monkeypatch.setattr(dataset, "MEMORY_SHARE", 0.0)
+    monkeypatch.setattr(cache, "MEMORY_SHARE", 0.0)
     on_disk = load_pictures(data, 16)
     assert isinstance(on_disk.pixels.array, np.memmap)
     assert on_disk.digest == in_memory.digest

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import random
 import re
-from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+
+from pokediff.data.packed import Captions, Records
 from pokediff.data.records import Record
 
 CAPTIONS_PER_PICTURE = 12
@@ -213,23 +215,29 @@ def _keywords(record: Record) -> list[str]:
     return [word for word in dict.fromkeys(found) if not subject.issuperset(re.findall(r"\w+", word))]
 
 
-def shared_captions(records: Sequence[Record], captions: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+def shared_captions(records: Sequence[Record], captions: Sequence[Sequence[str]]) -> Captions:
     """The captions, of those made for these pictures, that do not identify one picture.
 
     A caption stays when another picture has it, too, and it names no species of the set ("Shellder bites its tail").
     Captions that people wrote stay. A picture that shares none keeps its shortest caption.
     """
-    count = Counter(caption for several in captions for caption in several)
-    names = {record.name for record in records if record.name and record.is_species}
-
-    def kept(record: Record, several: tuple[str, ...]) -> tuple[str, ...]:
-        if record.captions:
-            return several
-        common = [caption for caption in several if count[caption] > 1]
-        nameless = tuple(caption for caption in common if names.isdisjoint(re.findall(r"\w+", caption)))
-        return nameless or (min(several, key=len),)
-
-    return [kept(record, several) for record, several in zip(records, captions, strict=True)]
+    records, captions = Records.of(records), Captions.of(captions)
+    texts, numbers = captions.texts, captions.numbers
+    row = numbers.row()
+    written = records.column("written", bool)[row]
+    named, species = records.coded("species")
+    names = {species[code] for code in np.unique(named)} - {""}
+    common = np.bincount(numbers.values, minlength=len(texts)) > 1
+    nameless = np.zeros(len(texts), bool)
+    for number in np.unique(numbers.values[~written & common[numbers.values]]):
+        nameless[number] = not names or names.isdisjoint(re.findall(r"\w+", texts[number]))
+    keep = written | nameless[numbers.values]
+    alone = (numbers.reduced(keep, np.add) == 0)[row]
+    if alone.any():
+        lengths = texts.lengths()[numbers.values]
+        shortest = np.flatnonzero(alone & (lengths == numbers.reduced(lengths, np.minimum)[row]))
+        keep[shortest[np.unique(row[shortest], return_index=True)[1]]] = True  # the first of them
+    return Captions(texts, numbers.only(keep))
 
 
 def with_article(noun: str) -> str:

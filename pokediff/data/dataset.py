@@ -6,41 +6,42 @@ several processes take slices of the same batch.
 
 from __future__ import annotations
 
-import hashlib
-import math
-import os
-import tempfile
+import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, get_args
 
 import cv2
 import numpy as np
-import psutil
 import torch
 from safetensors import SafetensorError
 
 from pokediff.config import DatasetConfig
+from pokediff.data.cache import Source, Store, remembered
 from pokediff.data.captions import STYLES, captions_of, shared_captions
-from pokediff.data.colors import measured_colors
-from pokediff.data.images import BadImage, fit_square, read_image, unpremultiply
-from pokediff.data.records import Record, Split, has_license, picture_bytes, read_records, split_of, with_full_splits
+from pokediff.data.decoding import cores, decode_all, needs_colors, read_picture
+from pokediff.data.images import BadImage, unpremultiply
+from pokediff.data.packed import Arrays, Captions, Ragged, Records, Texts
+from pokediff.data.records import Record, Split, has_license, read_records, split_of, with_full_splits
 from pokediff.errors import PokediffError, first_line
 from pokediff.model.text import (
     TextEncoder,
     embeddings_path,
     encode_captions,
+    encoder_files,
     load_embeddings,
     load_text_encoder,
     save_embeddings,
 )
 
-MEMORY_SHARE = 0.3  # of the free memory that pixels may fill; a larger set lies in a temporary file
+WORTH = 4 << 20  # bytes of files: a smaller data set takes about a second, and needs no cache
+MANY_CAPTIONS = 64  # their vectors are kept: already the encoder takes a second to load
 BROKEN_SHARE, FEW_BROKEN = 0.01, 30  # more broken pictures than both are an error, and so is a tenth of all
 NAMED = 10  # broken pictures that are reported by name
-DECODED_SIDE = 1024  # larger pictures are shrunk towards this many px as they are decoded
 SCALE, ROTATION, STRETCH = 0.2, 20.0, 0.2  # standard deviations: log2, degrees, log2 (cut at 1.5 of them)
 AUGMENT_LABELS = 8  # mirrored, shift right, shift down; scale, rotation (2), anisotropy (2)
 
@@ -76,17 +77,17 @@ class Rows:
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self[row] for row in range(len(self)))
 
-    def pick(self, index: Sequence[int]) -> Rows:
-        return Rows(self.array, self.index[list(index)])
+    def pick(self, index: np.ndarray) -> Rows:
+        return Rows(self.array, self.index[index])
 
 
 @dataclass(frozen=True)
 class Pictures:
     """Decoded pictures with their captions, in file order."""
 
-    records: tuple[Record, ...]
+    records: Records
     pixels: Rows  # (N, S, S, 4) uint8, premultiplied RGBA
-    captions: tuple[tuple[str, ...], ...]
+    captions: Captions
     digest: str  # sha256 of names, families, captions and file contents of all that was loaded
 
     def __len__(self) -> int:
@@ -100,7 +101,7 @@ class Pictures:
         return pixels
 
     def split(self, split: Split) -> Pictures:
-        return self.where(lambda record: split_of(record) == split)
+        return self.pick(np.flatnonzero(self.records.column("split", object) == split))
 
     def where(self, keep: Callable[[Record], bool]) -> Pictures:
         """The pictures whose record `keep` accepts."""
@@ -114,12 +115,12 @@ class Pictures:
 
     def with_shared_captions(self) -> Pictures:
         """With only those captions that several of these pictures share: the captions for training."""
-        return replace(self, captions=tuple(shared_captions(self.records, self.captions)))
+        return replace(self, captions=shared_captions(self.records, self.captions))
 
-    def pick(self, index: Sequence[int]) -> Pictures:
+    def pick(self, index: Sequence[int] | np.ndarray) -> Pictures:
         """The pictures at these positions; a view of the pixels."""
-        records, captions = tuple(self.records[i] for i in index), tuple(self.captions[i] for i in index)
-        return Pictures(records, self.pixels.pick(index), captions, self.digest)
+        index = np.asarray(index, np.int64)
+        return Pictures(self.records.pick(index), self.pixels.pick(index), self.captions.pick(index), self.digest)
 
 
 def load_pictures(
@@ -133,11 +134,54 @@ def load_pictures(
     """Decode one data set, or several as one, at image_size px: all pictures, or those of the styles, kinds and
     licences that `select` uses; with `limit`, about that many, spread evenly over each split.
 
-    `report` gets a line that says where the captions come from, one for each of the first NAMED broken pictures, which
-    are skipped, and one for styles of `captions.STYLES` that do not occur. Raises PokediffError when too many are
-    broken (BROKEN_SHARE), for an unknown style or kind, or when nothing is left.
+    A large data set is decoded once and then read from the cache (cache.py), with the same result. `report` gets a line
+    that says where the captions come from, one for each of the first NAMED broken pictures, which are skipped, and one
+    for styles of `captions.STYLES` that do not occur. Raises PokediffError when too many are broken (BROKEN_SHARE), for
+    an unknown style or kind, or when nothing is left.
     """
     folders = folder_list(folders)
+    lines: list[str] = []
+
+    def make(store: Store) -> Arrays:
+        def say(line: str) -> None:
+            lines.append(line)
+            report(line)
+
+        arrays = _decoded(folders, image_size, select, say, progress, limit, store)
+        names = json.dumps({"lines": lines, "roots": list(map(str, folders))})
+        return {**arrays, "names": np.frombuffer(names.encode(), np.uint8)}
+
+    arrays = remembered(
+        f"prepared pictures of {' and '.join(map(str, folders))}, {image_size} px",
+        ["pictures", image_size, limit, select and [_sorted(select.styles), _sorted(select.kinds), select.licenses]],
+        lambda: Source.of(*folders, without="embeddings-*.safetensors"),
+        make,
+        report,
+        lambda source: source.size >= WORTH,
+    )
+    names = json.loads(arrays["names"].tobytes())
+    for line in names["lines"][len(lines) :]:  # of an earlier start
+        report(line)
+    records = Records.from_arrays(arrays, dict(zip(names["roots"], map(str, folders), strict=True)))
+    pixels = Rows(arrays["pixels"], np.arange(len(records)))
+    return Pictures(records, pixels, Captions.from_arrays(arrays), arrays["digest"].tobytes().hex())
+
+
+def _sorted(weights: Mapping[str, float] | None) -> list[tuple[str, bool]] | None:
+    """What of `styles` or `kinds` decides which pictures are read."""
+    return None if weights is None else sorted((name, weight > 0) for name, weight in weights.items())
+
+
+def _decoded(
+    folders: Sequence[Path],
+    image_size: int,
+    select: DatasetConfig | None,
+    report: Callable[[str], Any],
+    progress: Progress,
+    limit: int | None,
+    store: Store,
+) -> Arrays:
+    """The arrays of `load_pictures`: `pixels`, `digest`, and those of records and captions."""
     name = " and ".join(map(str, folders))
     records = [record for folder in folders for record in read_records(folder, report)]
     if select is not None:
@@ -145,31 +189,24 @@ def load_pictures(
     if limit is not None and limit < len(records):
         by_split = ([record for record in records if split_of(record) == split] for split in get_args(Split))
         records = [record for part in by_split for record in part[:: -(-len(records) // limit)]]
-
-    def load(record: Record) -> tuple[Record, np.ndarray, bytes] | BadImage:
-        try:
-            record, rgba, data = _decoded(record)
-        except BadImage as error:
-            return error
-        return record, fit_square(rgba, image_size), hashlib.sha256(data).digest()
-
-    digest = hashlib.sha256()
-    kept: list[tuple[Record, tuple[str, ...]]] = []
-    store = _array_for((len(records), image_size, image_size, 4))
+    digest = sha256()
+    kept: list[Record] = []
+    captions: list[tuple[str, ...]] = []
+    pixels = store.empty("pixels", (len(records), image_size, image_size, 4))
     broken: list[str] = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = progress(pool.map(load, records), total=len(records), desc="pictures", unit="")
-        for record, result in zip(records, results, strict=True):
-            if isinstance(result, BadImage):
-                broken.append(record.file_name)
-                if len(broken) <= NAMED:
-                    report(f"skipped {record.file_name}: {result}")
-                continue
-            record, store[len(kept)], content = result
-            captions = captions_of(record)
-            named = (record.split,) if record.split else ()  # the hash is not part of the digest, a given split is
-            digest.update(repr((record.file_name, record.family_key, captions, *named)).encode() + content)
-            kept.append((record, captions))
+    results = progress(decode_all(records, image_size), total=len(records), desc="pictures", unit="")
+    for record, result in zip(records, results, strict=True):
+        if isinstance(result, BadImage):
+            broken.append(record.file_name)
+            if len(broken) <= NAMED:
+                report(f"skipped {record.file_name}: {result}")
+            continue
+        pixels[len(kept)] = result.pixels
+        kept.append(result.record)
+        captions.append(result.captions)
+        named = (record.split,) if record.split else ()  # the hash is not part of the digest, a given split is
+        facts = (record.file_name, record.family_key, result.captions, *named)
+        digest.update(repr(facts).encode() + result.sha256)
     if len(broken) > NAMED:
         report(f"skipped {len(broken) - NAMED} more")
     if broken and (10 * len(broken) >= len(records) or len(broken) > max(FEW_BROKEN, BROKEN_SHARE * len(records))):
@@ -177,8 +214,8 @@ def load_pictures(
             f"{len(broken)} of {len(records)} pictures in {name} are missing or broken, the first is {broken[0]}: save "
             "them again, or take them out"
         )
-    kept_records, captions_of_all = zip(*kept, strict=True)
-    return Pictures(kept_records, Rows(store, np.arange(len(kept))), captions_of_all, digest.hexdigest())
+    packed = Records.of(kept).arrays() | Captions.of(captions).arrays()
+    return {"pixels": pixels[: len(kept)], "digest": np.frombuffer(digest.digest(), np.uint8), **packed}
 
 
 def _selected(records: list[Record], select: DatasetConfig, name: str, report: Callable[[str], Any]) -> list[Record]:
@@ -214,31 +251,6 @@ def _of_styles(records: list[Record], wanted: set[str], name: str, report: Calla
     return [record for record in records if record.style in wanted]
 
 
-def _needs_colors(record: Record) -> bool:
-    """Whether its captions need colours that its row does not have."""
-    return not record.captions and not record.colors
-
-
-def _decoded(record: Record) -> tuple[Record, np.ndarray, bytes]:
-    """The record with its colours, its picture (straight RGBA) and its file. Raises BadImage."""
-    try:
-        data = picture_bytes(record)
-    except OSError as error:
-        raise BadImage(error.strerror or str(error)) from None
-    rgba = read_image(data, side=DECODED_SIDE)
-    return replace(record, colors=measured_colors(rgba)) if _needs_colors(record) else record, rgba, data
-
-
-def _array_for(shape: tuple[int, ...]) -> np.ndarray:
-    """An uninitialized uint8 array, in memory or, where memory is short, in a temporary file deleted with it."""
-    if math.prod(shape) <= MEMORY_SHARE * psutil.virtual_memory().available:
-        return np.empty(shape, np.uint8)
-    with tempfile.TemporaryFile() as file:
-        if hasattr(os, "posix_fallocate"):  # a full disk is an error now, and no signal on the first use of a page
-            os.posix_fallocate(file.fileno(), 0, math.prod(shape))
-        return np.memmap(file, np.uint8, "w+", shape=shape)
-
-
 # ----------------------------------------------------------------------------------------------- vectors of captions
 
 
@@ -247,7 +259,7 @@ class CaptionVectors:
     """The vectors of all captions, and which of them belong to which picture. Row 0 is the empty prompt."""
 
     table: torch.Tensor  # (M, D) float32
-    rows: tuple[np.ndarray, ...]  # of each picture, the rows of its captions
+    rows: Sequence[np.ndarray]  # of each picture, the rows of its captions
 
 
 def caption_vectors(
@@ -257,11 +269,34 @@ def caption_vectors(
     progress: Progress = no_progress,
     report: Callable[[str], Any] = print,
 ) -> CaptionVectors:
-    """Vectors from FOLDER/embeddings-<encoder>.safetensors of all folders; others are encoded now, but not written."""
-    captions, table = _encoded(folder_list(folders), pictures.captions, encoder_name, progress, report)
-    row_of = {caption: row for row, caption in enumerate(captions)}
-    rows = tuple(np.array([row_of[caption] for caption in several]) for several in pictures.captions)
-    return CaptionVectors(table, rows)
+    """Vectors from FOLDER/embeddings-<encoder>.safetensors of all folders; others are encoded now, but not written.
+    Those of many captions are kept in the cache.
+    """
+    folders, captions = folder_list(folders), pictures.captions
+    used = captions.used()
+    letters = captions.texts.letters.pick(used)
+
+    def make(_: Store) -> Arrays:
+        return {"vectors": _encoded(folders, Texts(letters), encoder_name, progress, report).numpy()}
+
+    arrays = remembered(
+        "vectors of captions",
+        [
+            "vectors",
+            encoder_name,
+            *(sha256(part.data).hexdigest() for part in (letters.values, letters.starts)),
+        ],
+        lambda: Source.of(*(embeddings_path(folder, encoder_name) for folder in folders), *encoder_files(encoder_name)),
+        make,
+        report,
+        lambda _: len(used) >= MANY_CAPTIONS,
+    )
+    with warnings.catch_warnings():  # of a table that cannot be written to; nobody does
+        warnings.simplefilter("ignore", UserWarning)
+        table = torch.from_numpy(arrays["vectors"])
+    row_of = np.zeros(len(captions.texts), np.int64)
+    row_of[used] = 1 + np.arange(len(used))
+    return CaptionVectors(table, Ragged(row_of[captions.numbers.values], captions.numbers.starts))
 
 
 def embed(
@@ -279,28 +314,29 @@ def embed(
 
     def captions(record: Record) -> tuple[str, ...]:
         try:
-            return captions_of(_decoded(record)[0] if _needs_colors(record) else record)
+            return captions_of(read_picture(record)[0] if needs_colors(record) else record)
         except BadImage:
             return ()  # load_pictures skips it, too
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         found = list(progress(pool.map(captions, records), total=len(records), desc="captions", unit=""))
-    texts, table = _encoded([Path(folder)], found, encoder_name, progress, report, encoder)
+    texts = list(dict.fromkeys(caption for several in found for caption in several if caption))
+    table = _encoded([Path(folder)], texts, encoder_name, progress, report, encoder)
     path = embeddings_path(folder, encoder_name)
-    save_embeddings(path, encoder_name, texts, table)
+    save_embeddings(path, encoder_name, ["", *texts], table)
     return path
 
 
 def _encoded(
     folders: Sequence[Path],
-    captions: Iterable[Sequence[str]],
+    captions: Sequence[str],
     encoder_name: str,
     progress: Progress,
     report: Callable[[str], Any],
     encoder: TextEncoder | None = None,
-) -> tuple[tuple[str, ...], torch.Tensor]:
-    """The empty prompt and all different captions (M), and their vectors (M, D) float32."""
-    texts = ("", *dict.fromkeys(caption for several in captions for caption in several if caption))
+) -> torch.Tensor:
+    """The vectors (1 + N, D) float32 of the empty prompt and N different captions."""
+    texts = ["", *captions]
     known: dict[str, torch.Tensor] = {}
     for folder in folders:
         known.update(_stored(embeddings_path(folder, encoder_name), encoder_name, report))
@@ -310,7 +346,7 @@ def _encoded(
             encoder, missing, progress=lambda items: progress(items, desc="embeddings", unit="batch")
         )
         known.update(zip(missing, vectors, strict=True))
-    return texts, torch.stack([known[text] for text in texts])
+    return torch.stack([known[text] for text in texts])
 
 
 def _stored(path: Path, encoder_name: str, report: Callable[[str], Any]) -> dict[str, torch.Tensor]:
@@ -408,11 +444,13 @@ def draw_chances(
     """(N,) sampling probabilities of pictures: proportional to the weights of their kinds, above 0 (1 where `kinds` has
     none), and with `shares` so that each style has its fraction of the batches.
     """
-    weights = np.array([(kinds or {}).get(record.kind or "", 1.0) for record in records])
+    records = Records.of(records)
+    codes, names = records.coded("kind")
+    weights = np.array([(kinds or {}).get(name, 1.0) for name in names])[codes]
     if shares is not None:
-        styles = np.array([record.style or "" for record in records])
-        for style in np.unique(styles):
-            weights[styles == style] *= shares[style] / weights[styles == style].sum()
+        codes, names = records.coded("style")
+        for code in sorted(np.unique(codes), key=names.__getitem__):
+            weights[codes == code] *= shares[names[code]] / weights[codes == code].sum()
     return weights / weights.sum()
 
 

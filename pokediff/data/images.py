@@ -15,12 +15,12 @@ import os
 import struct
 import threading
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import cv2
 import numpy as np
@@ -37,9 +37,11 @@ CHANNELS: dict[Channels, int] = {"rgba": 4, "rgb": 3, "grey": 1}
 DECODER_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, struct.error, EOFError, TypeError)
 MAX_PIXELS = 64_000_000  # a limit against decompression bombs
 LARGE_PIXELS = 4_000_000  # larger pictures are decoded one at a time: each may take 12 bytes a pixel
+ONE_LARGE: AbstractContextManager[Any] = threading.Lock()  # decoding.py shares one among its processes
 # Formats that Pillow opens and that are no pictures to train on: pages, films, fields of weather; and its EPS reader
 # runs another program on the file.
 NO_PICTURES = {"EPS", "MPEG", "WMF", "BUFR", "GRIB", "HDF5"}
+USUAL = {"PNG", "JPEG", "WEBP", "GIF"}  # tried first
 
 
 class BadImage(PokediffError):
@@ -53,7 +55,7 @@ class BadImage(PokediffError):
 def picture_formats() -> tuple[tuple[str, ...], frozenset[str]]:
     """The formats that `read_image` reads, and the suffixes of their files in lower case."""
     Image.init()
-    formats = tuple(sorted(Image.OPEN.keys() - NO_PICTURES))
+    formats = tuple(sorted(Image.OPEN.keys() - NO_PICTURES, key=lambda name: (name not in USUAL, name)))
     return formats, frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
 
 
@@ -68,7 +70,7 @@ def read_image(data: bytes, max_pixels: int = MAX_PIXELS, side: int | None = Non
         with Image.open(BytesIO(data), formats=picture_formats()[0]) as file:
             if file.width * file.height > max_pixels:
                 raise BadImage(f"{file.width}x{file.height} is more than {max_pixels:,} pixels")
-            with _LARGE if file.width * file.height > LARGE_PIXELS else nullcontext():
+            with ONE_LARGE if file.width * file.height > LARGE_PIXELS else nullcontext():
                 if side:
                     file.draft(None, (side, side))  # a JPEG is decoded at a half, a quarter or an eighth
                 image = ImageOps.exif_transpose(_eight_bits(file))
@@ -79,9 +81,6 @@ def read_image(data: bytes, max_pixels: int = MAX_PIXELS, side: int | None = Non
         raise BadImage("not a picture") from None
     except DECODER_ERRORS as error:
         raise BadImage(f"not a whole picture ({error})") from None
-
-
-_LARGE = threading.Lock()
 
 
 def _eight_bits(file: Image.Image) -> Image.Image:
@@ -166,6 +165,8 @@ def fit_square(rgba: np.ndarray, size: int) -> np.ndarray:
 
 def _pad_square(pixels: np.ndarray, side: int) -> np.ndarray:
     height, width = pixels.shape[:2]
+    if height == width == side:
+        return pixels
     top, left = (side - height) // 2, (side - width) // 2
     return np.pad(pixels, ((top, side - height - top), (left, side - width - left), (0, 0)))
 

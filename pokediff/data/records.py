@@ -107,7 +107,8 @@ def with_full_splits(records: Sequence[Record]) -> list[Record]:
     The training families with the smallest hashes are taken, so data added later moves no picture out of training.
     """
     splits = [split_of(record) for record in records]
-    if len(records) < SMALLEST_SET:
+    enough = all(splits.count(split) >= FEWEST_HELD_OUT for split in ("test", "validation"))
+    if enough or len(records) < SMALLEST_SET:
         return list(records)
     members: dict[str, list[int]] = defaultdict(list)
     for index, record in enumerate(records):
@@ -142,7 +143,7 @@ def read_records(folder: str | Path, report: Callable[[str], Any] = lambda _: No
     records: list[Record] = []
     seen: set[str] = set()
     for where, row in listing.rows:
-        record = replace(record_from_json(row, where), root=str(folder))
+        record = record_from_json(row, where, str(folder))
         if record.file_name in seen:
             raise PokediffError(f"{where}: {record.file_name} is listed twice")
         seen.add(record.file_name)
@@ -199,11 +200,11 @@ def _captions(row: dict[str, Any], where: str) -> list[str]:
     return []
 
 
-def record_from_json(row: dict[str, Any], where: str) -> Record:
-    """Validate one row. `where` begins the PokediffError that is raised for a bad one."""
+def record_from_json(row: dict[str, Any], where: str, root: str = "") -> Record:
+    """Validate one row of a folder. `where` begins the PokediffError that is raised for a bad one."""
     from pydantic import ValidationError
 
-    row = {key: value for key, value in row.items() if value is not None and key != "root"}
+    row = {key: value for key, value in row.items() if value is not None} | {"root": root}
     # The text of a row of the scraper is the first of the captions that are made from its other columns.
     scraped = row.get("dex") and row.get("retrieved_at") and not row.get("captions")
     row["captions"] = [] if scraped else _captions(row, where)

@@ -190,6 +190,15 @@ def load_text_encoder(name: str) -> TextEncoder:
     return ENCODERS[kind](details)
 
 
+def encoder_files(name: str) -> list[Path]:
+    """The files and folders of an encoder; those of the hub, which its name alone identifies, are not listed."""
+    kind, _, details = name.partition(":")
+    folder = shipped("checkpoints", details) if details else BUILTIN_FOLDER
+    if kind == "builtin":
+        return [folder / "text_encoder", folder / "tokenizer"]
+    return [path for path in (Path(details), Path(details.partition(":")[2])) if path.name and path.exists()]
+
+
 def cached_or_downloaded(load: Callable[[bool], T], what: str, otherwise: str) -> T:
     """load(local=True), else load(local=False) if the hub answers: without it the client would retry for minutes.
 
