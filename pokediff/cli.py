@@ -220,7 +220,7 @@ def train_defaults(args: list[str]) -> TrainOptions:
         raise PokediffError(f"no training data{cure}")
     from pokediff.training.recipes import recipe_for
 
-    return TrainOptions(settings=recipe_for(given.folder, size=given.size))
+    return TrainOptions(settings=recipe_for(given.folder, size=given.size, start_from=given.settings.start_from))
 
 
 def read_config(file: str, kind: type[C], place: str = "") -> C:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -51,6 +53,15 @@ def test_hard_edges_stay_hard(tmp_path):
 def test_more_pictures_more_steps(tmp_path):
     config = recipe_for(own_folder(tmp_path / "mine", number=300))
     assert config.stages["base-32"].max_steps == 3000
+
+
+def test_another_start_brings_its_text_encoder_and_must_draw_the_size(tmp_path):
+    folder = own_folder(tmp_path / "mine")
+    config = recipe_for(folder, start_from="creatures")
+    assert (config.text_encoder, recipe_for(folder).text_encoder) == ("builtin:creatures", "builtin")
+    assert Path(config.start_from).name == "creatures"
+    with pytest.raises(PokediffError, match="creatures has no upscaler-128: give --size 32 or 64"):
+        recipe_for(folder, size=128, start_from="creatures")
 
 
 def test_too_few_pictures_are_refused(tmp_path):

@@ -15,6 +15,8 @@ from pokediff.config import StageConfig, TrainConfig, ValidationMetricsConfig, l
 from pokediff.data.images import BadImage, is_pixel_art, read_image
 from pokediff.data.records import Record, picture_bytes, read_records
 from pokediff.errors import PokediffError
+from pokediff.model.checkpoint import find_folder
+from pokediff.model.pipeline import PokeDiffPipeline
 from pokediff.paths import shipped
 
 SAMPLE = 64  # pictures read to determine size and style
@@ -27,15 +29,17 @@ DEFAULT_MINUTES = 30.0
 
 
 def recipe_for(
-    folder: str | Path, max_minutes: float | None = None, size: int | None = None, start_from: Path | None = None
+    folder: str | Path, max_minutes: float | None = None, size: int | None = None, start_from: str | None = None
 ) -> TrainConfig:
-    """The shipped recipe for a folder: its whole cascade up to the size of the pictures, from the shipped weights.
+    """The shipped recipe for a folder: its whole cascade up to the size of the pictures, from the weights and with the
+    text encoder of `start_from`, a folder or the name of a shipped checkpoint (default: pokediff).
 
     Pictures up to 40 px are drawn at 32 px, up to 80 px at 64, others at 128. Few pictures are soon memorised, so the
     rate is low, the small maps have dropout, and training stops when the model begins to copy. All stages together fit
     into `max_minutes` (default DEFAULT_MINUTES).
 
-    Raises PokediffError when the folder does not exist or holds fewer than FEWEST_PICTURES.
+    Raises PokediffError when the folder does not exist or holds fewer than FEWEST_PICTURES, or `start_from` is no
+    checkpoint or does not draw that size.
     """
     folder = Path(folder)
     records = read_records(folder, report=lambda _: None)
@@ -46,18 +50,23 @@ def recipe_for(
     side, pixel_art = look_at(records)
     size = size or next((drawn for drawn in SIZES if side <= 1.25 * drawn), SIZES[-1])
     base = load_yaml(shipped("configs", "pokemon.yaml"), TrainConfig)
-    start = start_from or shipped("checkpoints", "pokediff")
+    start = find_folder(start_from or shipped("checkpoints", "pokediff"), {})
+    known = PokeDiffPipeline.from_pretrained(start, text_encoder=None, tokenizer=None)
     steps = min(MOST_STEPS, max(FEWEST_STEPS, STEPS_PER_PICTURE * len(records)))
     stages = {
         name: own_stage(stage, int(STAGE_SHARE[name.split("-")[0]] * steps))
         for name, stage in base.stages.items()
         if stage.image_size in (SIZES[0], size)
     }
+    if missing := [name for name in stages if name not in known.cascade]:
+        sizes = " or ".join(map(str, known.sizes))
+        raise PokediffError(f"{start} has no {missing[0]}: give --size {sizes}, or another --start-from")
     return replace(
         base,
         data=(folder.as_posix(),),
         out=f"checkpoints/{folder.resolve().name}",
         start_from=start.as_posix(),
+        text_encoder=known.config.text_encoder_name,
         dataset=replace(base.dataset, styles=None),
         metrics=ValidationMetricsConfig(every=max(1, steps // 5), number=32, early_stop=True),
         stages=stages,
