@@ -426,7 +426,7 @@ def timeless(value: Any) -> Any:
 
 def broken_files(folder: Path) -> list[str]:
     """Pictures that cannot be decoded, weights, JSON and ONNX files that are cut; hidden and temporary ones apart."""
-    from google.protobuf.message import DecodeError
+    from onnx.checker import ValidationError, check_model
     from PIL import Image
     from safetensors import SafetensorError, safe_open
 
@@ -445,10 +445,8 @@ def broken_files(folder: Path) -> list[str]:
             elif path.suffix == ".json":
                 json.loads(path.read_text(encoding="utf-8"))
             elif path.suffix == ".onnx":
-                import onnx
-
-                onnx.load(path.as_posix())
-        except (OSError, SyntaxError, ValueError, SafetensorError, DecodeError) as error:
+                check_model(path.as_posix())
+        except (OSError, SyntaxError, ValueError, SafetensorError, ValidationError) as error:
             broken.append(f"{path.relative_to(folder)}: {error}"[:200])
     return broken
 
