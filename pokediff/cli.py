@@ -90,7 +90,7 @@ def positional(metavar: str) -> Any:
 class TrainOptions:
     """Train a cascade.
 
-    `train FOLDER` fine-tunes the shipped cascade on a folder of pictures; `train --config FILE` follows a
+    `train FOLDER` fine-tunes the checkpoint creatures on a folder of pictures; `train --config FILE` follows a
     configuration. Every key of the configuration is an option too, which overrides the file: --dataset.flip 0,
     and for one stage --stages.base-32.batch-size 16.
     """

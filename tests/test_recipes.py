@@ -35,7 +35,7 @@ def test_files_without_metadata_give_captions(tmp_path):
 
 @pytest.mark.parametrize(("side", "sizes"), [(16, [32]), (40, [32]), (64, [32, 64]), (96, [32, 128])])
 def test_the_size_follows_the_pictures_and_every_stage_is_trained(tmp_path, side, sizes):
-    config = recipe_for(own_folder(tmp_path / "mine", side=side))
+    config = recipe_for(own_folder(tmp_path / "mine", side=side), start_from="pokediff")
     assert sorted({stage.image_size for stage in config.stages.values()}) == sizes
     assert list(config.stages)[:2] == ["base-32", "refiner-32"]
     assert config.out == "checkpoints/mine"
@@ -55,13 +55,21 @@ def test_more_pictures_more_steps(tmp_path):
     assert config.stages["base-32"].max_steps == 3000
 
 
-def test_another_start_brings_its_text_encoder_and_must_draw_the_size(tmp_path):
+def test_the_start_is_open_and_another_brings_its_text_encoder(tmp_path):
     folder = own_folder(tmp_path / "mine")
-    config = recipe_for(folder, start_from="creatures")
-    assert (config.text_encoder, recipe_for(folder).text_encoder) == ("builtin:creatures", "builtin")
-    assert Path(config.start_from).name == "creatures"
+    config, other = recipe_for(folder), recipe_for(folder, start_from="pokediff")
+    assert (Path(config.start_from).name, config.text_encoder) == ("creatures", "builtin:creatures")
+    assert (Path(other.start_from).name, other.text_encoder) == ("pokediff", "builtin")
+
+
+def test_a_recipe_draws_no_more_than_its_start(tmp_path):
+    folder, said = own_folder(tmp_path / "mine", side=128), []
+    assert list(recipe_for(folder, report=said.append).stages)[-1] == "upscaler-64"
+    assert "size 64, the largest of creatures" in said[0]
+    assert list(recipe_for(folder, start_from="pokediff", report=said.append).stages)[-1] == "upscaler-128"
     with pytest.raises(PokediffError, match="creatures has no upscaler-128: give --size 32 or 64"):
         recipe_for(folder, size=128, start_from="creatures")
+    assert len(said) == 1
 
 
 def test_too_few_pictures_are_refused(tmp_path):
@@ -85,6 +93,7 @@ def test_a_folder_is_all_that_train_needs(tmp_path, capsys):
     assert "captions: " in said
     assert "base-32: 2 steps of 32 pictures, about" in said
     assert "M weights from" in said
+    assert "| CC-BY-4.0 |" in (out / "ATTRIBUTION.md").read_text("utf-8")  # of the weights
     assert "draw with: pokediff sample" in said
 
 

@@ -53,6 +53,14 @@ def test_attribution_names_author_licence_and_origin_once_each():
     assert attribution(things(2, name="fox", source_url="example.org/foxes")) == ""
 
 
+def test_attribution_goes_on_with_that_of_the_weights_before():
+    before = attribution(things(1, name="owl", author="Ann", license="CC-BY-4.0"))
+    unnamed, named = things(2, name="fox"), things(2, name="fox", author="Bob", license="CC0-1.0")
+    assert attribution(unnamed, [before]).startswith("# Of the weights before this training")
+    both = attribution(named, [before])
+    assert both.index("| Bob |") < both.index("# Of the weights") < both.index("| Ann |")
+
+
 @pytest.mark.parametrize(
     ("license", "kept"),
     [("CC0-1.0", True), ("CC-BY-4.0", True), ("CC-BY-SA-4.0", False), ("GPL-2.0-only", False), (None, False)],

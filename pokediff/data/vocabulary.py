@@ -102,18 +102,18 @@ def _words(text: str) -> set[str]:
     return set(split_words(text, 2)) - NO_WORDS
 
 
-def attribution(records: Sequence[Record]) -> str:
-    """ATTRIBUTION.md: author, licence, origin and number of the pictures, the largest share first; "" when no row names
-    an author or a licence.
+def attribution(records: Sequence[Record], inherited: Sequence[str] = ()) -> str:
+    """ATTRIBUTION.md: author, licence, origin and number of the pictures, the largest share first, then `inherited`,
+    the texts of the checkpoints that training starts from; "" when neither names an author or a licence.
     """
+    texts = [text.replace("# Attribution", "# Of the weights before this training", 1) for text in inherited]
     rows = Counter((r.author or "unknown", r.license or "unknown", r.source_url or r.source or "") for r in records)
-    if all(row[:2] == ("unknown", "unknown") for row in rows):
-        return ""
-    lines = "\n".join(
-        f"| {_cell(author)} | {_cell(license)} | {_cell(origin)} | {number} |"
-        for (author, license, origin), number in sorted(rows.items(), key=lambda item: (-item[1], item[0]))
-    )
-    return f"""# Attribution
+    if any(row[:2] != ("unknown", "unknown") for row in rows):
+        lines = "\n".join(
+            f"| {_cell(author)} | {_cell(license)} | {_cell(origin)} | {number} |"
+            for (author, license, origin), number in sorted(rows.items(), key=lambda item: (-item[1], item[0]))
+        )
+        own = f"""# Attribution
 
 The {len(records):,} pictures of this training, from the rows of its data set.
 
@@ -121,6 +121,8 @@ The {len(records):,} pictures of this training, from the rows of its data set.
 | --- | --- | --- | --- |
 {lines}
 """
+        texts.insert(0, own)
+    return "\n".join(texts)
 
 
 def _cell(text: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from pokediff.training.clock import Limit
 from pokediff.training.distillation import Distillation
 from pokediff.training.objectives import Batch, Objective, denoising, validation_batches
 from pokediff.training.perceptual import AdversarialLoss, PerceptualLoss
-from pokediff.training.runs import Progress, load_state
+from pokediff.training.runs import Progress, load_state, source_parts
 
 VALIDATION_PICTURES = 512
 PREVIEW_PAIRS = 4  # training pictures and validation pictures whose captions previews draw
@@ -162,8 +161,7 @@ def start_weights(run: Run, name: str, denoiser: Denoiser) -> None:
     """Copy initial weights, if any: from `start_from` of the stage or the run, or from a student's teacher."""
     config, stage = run.config, run.config.stages[name]
     if source := stage.start_from or config.start_from:
-        # a Windows drive letter is not FOLDER:DENOISER
-        folder, wanted = re.fullmatch(r"(.+?)(?::([a-z0-9-]+))?", source).groups()  # type: ignore[union-attr]
+        folder, wanted = source_parts(source)
         cascade = PokeDiffPipeline.from_pretrained(folder, text_encoder=None, tokenizer=None).cascade
         if wanted and wanted not in cascade:
             raise PokediffError(f"start_from: {folder} has no {wanted}; it has {', '.join(cascade)}")

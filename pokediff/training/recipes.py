@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -29,14 +30,19 @@ DEFAULT_MINUTES = 30.0
 
 
 def recipe_for(
-    folder: str | Path, max_minutes: float | None = None, size: int | None = None, start_from: str | None = None
+    folder: str | Path,
+    max_minutes: float | None = None,
+    size: int | None = None,
+    start_from: str | None = None,
+    report: Callable[[str], Any] = print,
 ) -> TrainConfig:
     """The shipped recipe for a folder: its whole cascade up to the size of the pictures, from the weights and with the
-    text encoder of `start_from`, a folder or the name of a shipped checkpoint (default: pokediff).
+    text encoder of `start_from`, a folder or the name of a shipped checkpoint (default: creatures, which owes nothing
+    to pictures that are not openly licensed).
 
-    Pictures up to 40 px are drawn at 32 px, up to 80 px at 64, others at 128. Few pictures are soon memorised, so the
-    rate is low, the small maps have dropout, and training stops when the model begins to copy. All stages together fit
-    into `max_minutes` (default DEFAULT_MINUTES).
+    Pictures up to 40 px are drawn at 32 px, up to 80 px at 64, others at 128, but at no more than `start_from` draws,
+    which `report` is told. Few pictures are soon memorised, so the rate is low, the small maps have dropout, and
+    training stops when the model begins to copy. All stages together fit into `max_minutes` (default DEFAULT_MINUTES).
 
     Raises PokediffError when the folder does not exist or holds fewer than FEWEST_PICTURES, or `start_from` is no
     checkpoint or does not draw that size.
@@ -48,10 +54,14 @@ def recipe_for(
             f"{folder} has {len(records)} pictures; training needs at least {FEWEST_PICTURES}, better hundreds"
         )
     side, pixel_art = look_at(records)
-    size = size or next((drawn for drawn in SIZES if side <= 1.25 * drawn), SIZES[-1])
     base = load_yaml(shipped("configs", "pokemon.yaml"), TrainConfig)
-    start = find_folder(start_from or shipped("checkpoints", "pokediff"), {})
+    start = find_folder(start_from or shipped("checkpoints", "creatures"), {})
     known = PokeDiffPipeline.from_pretrained(start, text_encoder=None, tokenizer=None)
+    if size is None:
+        fitting = next((drawn for drawn in SIZES if side <= 1.25 * drawn), SIZES[-1])
+        size = min(fitting, max(known.sizes))
+        if size < fitting and start_from is None:
+            report(f"size {size}, the largest of creatures; {fitting} with --start-from pokediff (docs/training.md)")
     steps = min(MOST_STEPS, max(FEWEST_STEPS, STEPS_PER_PICTURE * len(records)))
     stages = {
         name: own_stage(stage, int(STAGE_SHARE[name.split("-")[0]] * steps))

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
@@ -47,9 +48,9 @@ from pokediff.data.vocabulary import (
     write_words,
 )
 from pokediff.errors import PokediffError, first_line
-from pokediff.files import move_whole, new_folder, read_json, write_whole
+from pokediff.files import move_whole, new_folder, read_json, read_text, write_whole
 from pokediff.model.cascade import LIST, Cascade, write_list
-from pokediff.model.checkpoint import INDEX, write_part_index
+from pokediff.model.checkpoint import INDEX, find_folder, write_part_index
 from pokediff.training.launch import machines
 
 if TYPE_CHECKING:
@@ -358,9 +359,8 @@ def model_card(config: TrainConfig, stages: dict[str, dict[str, Any]], words: Wo
     rights = "Whose pictures those were, and what that allows, is for its user to check."
     if attributed:
         rights = f"Whose pictures those were, and under which licences, is listed in {ATTRIBUTION}."
-    sources = {config.base, config.start_from, *(stage.start_from for stage in config.stages.values())} - {None}
-    if sources:
-        rights += f" Weights start from {', '.join(sorted(map(str, sources)))}, trained on pictures of its own."
+    if sources := started_from(config):
+        rights += f" Weights start from {', '.join(sources)}, trained on pictures of its own."
     styles = ", ".join(config.dataset.styles) if config.dataset.styles else "all"
     rows = "\n".join(
         f"| {name} | {facts['parameters'] / 1e6:.1f} M | {facts['training_pictures']} | {facts['steps']} | "
@@ -423,15 +423,30 @@ def describe(run: Run) -> None:
 
 
 def describe_pictures(run: Run, stage: Stage) -> None:
-    """Write words.json and, where the data set names authors or licences, ATTRIBUTION.md. Later stages may use fewer
-    pictures, so only the first stage writes them.
+    """Write words.json and, where the data set or the weights that training starts from name authors or licences,
+    ATTRIBUTION.md. Later stages may use fewer pictures, so only the first stage writes them.
     """
     if stage.name != next(iter(run.config.stages)):
         return
     records = stage.batches.pictures.records
     write_words(run.out, records)
-    if text := attribution(records):
+    folders = {find_folder(source_parts(source)[0], {}) for source in started_from(run.config)}
+    lists = [folder / ATTRIBUTION for folder in sorted(folders)]
+    if text := attribution(records, [read_text(file) for file in lists if file.is_file()]):
         write_whole(run.out / ATTRIBUTION, text)
+
+
+def started_from(config: TrainConfig) -> list[str]:
+    """Where weights of this training come from: FOLDER or FOLDER:DENOISER each."""
+    sources = (config.base, config.start_from, *(stage.start_from for stage in config.stages.values()))
+    return sorted({source for source in sources if source})
+
+
+def source_parts(source: str) -> tuple[str, str | None]:
+    """FOLDER and, in FOLDER:DENOISER, the denoiser."""
+    # a Windows drive letter is not FOLDER:DENOISER
+    folder, denoiser = re.fullmatch(r"(.+?)(?::([a-z0-9-]+))?", source).groups()  # type: ignore[union-attr]
+    return folder, denoiser
 
 
 def read_facts(out: Path) -> dict[str, Any]:
