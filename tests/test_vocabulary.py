@@ -44,10 +44,13 @@ def test_attribution_names_author_licence_and_origin_once_each():
     records = [
         *things(3, name="fox", author="Ann | Bob", license="CC-BY-4.0", source_url="example.org/foxes"),
         *things(1, name="owl", author=None, license="CC0-1.0", source="owls"),
+        *things(1, name="cat", source_url="example.org/1.png"),
+        *things(1, name="cat", source_url="example.org/2.png"),
     ]
     rows = [line for line in attribution(records).splitlines() if line.startswith("|")][2:]
     assert rows == [
         "| Ann \\| Bob | CC-BY-4.0 | example.org/foxes | 3 |",
+        "| unknown | unknown |  | 2 |",
         "| unknown | CC0-1.0 | owls | 1 |",
     ]
     assert attribution(things(2, name="fox", source_url="example.org/foxes")) == ""

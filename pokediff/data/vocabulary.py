@@ -15,6 +15,7 @@ from pokediff.errors import PokediffError
 from pokediff.files import read_json, write_whole
 
 WORDS, ATTRIBUTION = "words.json", "ATTRIBUTION.md"  # files of a checkpoint
+UNNAMED = ("unknown", "unknown", "")  # author, licence, origin
 FEWEST_PICTURES = 30  # a word of fewer pictures is hardly learnt
 PLURALS = {"person": "people"}  # of the kinds
 ENDINGS = frozenset("s es ed d er ers ing y ly".split())
@@ -107,8 +108,8 @@ def attribution(records: Sequence[Record], inherited: Sequence[str] = ()) -> str
     the texts of the checkpoints that training starts from; "" when neither names an author or a licence.
     """
     texts = [text.replace("# Attribution", "# Of the weights before this training", 1) for text in inherited]
-    rows = Counter((r.author or "unknown", r.license or "unknown", r.source_url or r.source or "") for r in records)
-    if any(row[:2] != ("unknown", "unknown") for row in rows):
+    rows = Counter(map(_author, records))
+    if rows.keys() - {UNNAMED}:
         lines = "\n".join(
             f"| {_cell(author)} | {_cell(license)} | {_cell(origin)} | {number} |"
             for (author, license, origin), number in sorted(rows.items(), key=lambda item: (-item[1], item[0]))
@@ -123,6 +124,13 @@ The {len(records):,} pictures of this training, from the rows of its data set.
 """
         texts.insert(0, own)
     return "\n".join(texts)
+
+
+def _author(record: Record) -> tuple[str, str, str]:
+    """Author, licence and origin of a picture; one row for all that name neither of the first two."""
+    if not record.author and not record.license:
+        return UNNAMED
+    return record.author or "unknown", record.license or "unknown", record.source_url or record.source or ""
 
 
 def _cell(text: str) -> str:
