@@ -1,6 +1,6 @@
 """How does training scale with processes, and with machines?
 
-    python benchmarks/scaling.py
+    python benchmarks/scaling.py --picture docs/images/scaling.png      # the picture needs matplotlib
 
 Measured: pictures a second, the share of the time that waits for data, and the bytes that cross the network in a step,
 of 1, 2 and 4 processes on this machine, each with a batch of its own (`--batch`). With root on Linux the processes run
@@ -116,12 +116,33 @@ def calculated(step: float, batch: int, gradient: float) -> list[dict[str, float
     return rows
 
 
+def draw(measured: list[dict[str, Any]], curve: list[dict[str, float]], file: Path) -> None:
+    """Pictures a second by machines: the measured one, and the calculated curves."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.6), dpi=110, layout="constrained")
+    machines, one = [row["machines"] for row in curve], measured[0]["images_per_s"]
+    axes.plot(machines, [one * n for n in machines], ":", color="gray", label="n times one machine")
+    for gigabits in reversed(GIGABITS):
+        axes.plot(machines, [row[f"{gigabits} Gbit/s"] for row in curve], label=f"{gigabits} Gbit/s, calculated")
+    axes.plot([1], [one], "o", color="black", label="one machine, measured")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xticks(machines, map(str, machines))
+    ticks = [one * n for n in machines]
+    axes.set_yticks(ticks, [f"{value:,.0f}" for value in ticks])
+    axes.set(xlabel="machines", ylabel="training pictures/s")
+    axes.legend(frameon=False)
+    figure.savefig(file)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--batch", type=int, default=32, help="pictures a step and process")
     parser.add_argument("--lines", type=int, default=5, help=f"of the log, {EVERY} steps each")
     parser.add_argument("--gradient-mb", type=float, help="megabytes (default: from two processes, measured)")
+    parser.add_argument("--picture", type=Path, help="PNG or SVG file of the curves")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         write_data(Path(folder) / "data")
@@ -134,8 +155,11 @@ def main() -> None:
     gradient = args.gradient_mb or pair
     print(json.dumps({"machine": platform.platform(), "gradient_mb": gradient}))
     if gradient:
-        for row in calculated(args.batch / rows[0]["images_per_s"], args.batch, gradient * 1e6):
+        curve = calculated(args.batch / rows[0]["images_per_s"], args.batch, gradient * 1e6)
+        for row in curve:
             print(json.dumps(row))
+        if args.picture:
+            draw(rows, curve, args.picture)
 
 
 if __name__ == "__main__":
