@@ -9,6 +9,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["POKEDIFF_CACHE"] = ""  # no cache but in the tests of it
+os.environ["no_proxy"] = "*"  # all servers of the tests are on this machine
 if "PYTEST_XDIST_WORKER" in os.environ:  # one core each: more threads than cores are ten times slower
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

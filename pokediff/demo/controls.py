@@ -20,7 +20,7 @@ from pokediff.demo.studio import LIMITS, Studio
 from pokediff.drawing.atlas import FILES
 from pokediff.drawing.jobs import make_jobs
 from pokediff.drawing.sample import Frame
-from pokediff.errors import PokediffError
+from pokediff.errors import PokediffError, printable
 from pokediff.model.samplers import SAMPLERS
 
 EXAMPLES = (
@@ -51,7 +51,7 @@ Keep = Callable[..., None]  # of config, jobs and finished pictures: puts them i
 def sentence(error: Exception) -> str:
     """The message that the page shows for an error. An unexpected error is printed in full to the server's log."""
     if isinstance(error, PokediffError):
-        return str(error)
+        return printable(str(error))
     traceback.print_exception(error)
     return "Something went wrong. See the server log."
 

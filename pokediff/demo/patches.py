@@ -1,4 +1,4 @@
-"""Four patches of Gradio, where its public interface has no option.
+"""Five patches of Gradio, where its public interface has no option.
 
 Each checks that the attribute it replaces exists: with another version of Gradio the demo does not start, rather than
 start without its limits. setup.cfg bounds the version.
@@ -6,6 +6,7 @@ start without its limits. setup.cfg bounds the version.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from gradio.components.base import server
 from gradio.components.image_editor import AcceptBlobs
 
 from pokediff.demo.uploads import decode
-from pokediff.errors import PokediffError
+from pokediff.errors import PokediffError, first_line, printable
 
 MAX_LAYERS, MAX_CANVASES = 4, 32
 
@@ -44,6 +45,27 @@ def limit_sessions(page: gr.Blocks, number: int) -> None:
     _require(page._queue, "pending_messages_per_session")
     _require(page._queue.pending_messages_per_session, "max_size")
     page._queue.pending_messages_per_session.max_size = number
+
+
+def refuse_wrong_values(page: gr.Blocks) -> None:
+    """Too few values, or values of another kind than a function takes, are one line for the client and in the log: to
+    Gradio they are a mistake in the program, with a traceback, and it tells the client the addresses of its objects.
+    A text that is missing is an empty one.
+    """
+    _require(page, "preprocess_data")
+    preprocess = page.preprocess_data
+
+    async def refusing(function: Any, *given: Any, **options: Any) -> list[Any]:
+        try:
+            values = await preprocess(function, *given, **options)
+        except Exception as error:
+            line = error.message if isinstance(error, gr.Error) else first_line(error)
+            print(printable(f"refused: {line}"), file=sys.stderr)
+            raise gr.Error(printable(line), print_exception=False) from None
+        boxes = zip(function.inputs, values, strict=True)
+        return ["" if value is None and isinstance(box, gr.Textbox) else value for box, value in boxes]
+
+    page.preprocess_data = refusing  # type: ignore[method-assign, assignment]
 
 
 def sketch_pad(**options: Any) -> gr.ImageEditor:

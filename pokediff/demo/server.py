@@ -7,7 +7,8 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,18 @@ from pokediff.config import DemoConfig
 from pokediff.demo import uploads
 from pokediff.demo.studio import Studio
 from pokediff.drawing.sheets import checkpoint_folder
-from pokediff.errors import PokediffError
+from pokediff.errors import PokediffError, first_line, printable
+from pokediff.files import LOCK, WRITER, own_folder
 from pokediff.model.checkpoint import INDEX
 from pokediff.paths import shipped
 
 FUNCTION = "sprite"  # the only public one
+API = "/gradio_api/"
+# What Gradio does there and the page does not need: requests to other servers, ffmpeg, editing a page's program.
+REFUSED = ("proxy=", "deep_link", "run-history", "process_recording", "vibe-", "undo-vibe-edit")
 LARGEST_BODY = 4 * uploads.MAX_MB * 2**20  # of a request: a canvas is up to three pictures
 SHIPPED = ("pokediff", "creatures")  # the default checkpoints, as far as they exist
+PREFIX, SERVED = "pokediff-demo-", "served"  # a temporary folder; inside it, beside its lock, that of the page's files
 # The browser must not contact other hosts (fonts, telemetry).
 POLICY = "; ".join(
     (
@@ -45,32 +51,85 @@ def serve(config: DemoConfig) -> None:
 
     Raises PokediffError for a checkpoint or size that does not exist, without Gradio, and when the port is taken.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # runs the `finally` below
-    folder = Path(tempfile.mkdtemp(prefix="pokediff-demo-")).resolve()
-    page: Any = None
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the folder goes
+    with served_folder() as folder:
+        page: Any = None
+        try:
+            page, options = prepare(config, folder)
+            print(f"pokediff demo: http://{config.host}:{config.port} (Ctrl-C ends it)", flush=True)
+            with no_proxy():
+                page.launch(**options, prevent_thread_lock=True)
+            page.block_thread()
+        except OSError as error:
+            raise PokediffError(f"cannot serve on {config.host}:{config.port}: {error}") from None
+        finally:
+            if page is not None:
+                page.close()
+
+
+@contextmanager
+def served_folder() -> Iterator[Path]:
+    """A new temporary folder for the files of the page. It goes at the end; what a killed demo left goes before."""
+    place = Path(tempfile.gettempdir()).resolve()
+    remove_left(place)
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
+    with own_folder(folder):
+        (folder / SERVED).mkdir()
+        try:
+            yield folder / SERVED
+        finally:
+            shutil.rmtree(folder / SERVED, ignore_errors=True)
+
+
+def remove_left(place: Path) -> None:
+    """Remove the folders of killed demos in `place`: a lock ends with its process."""
+    for folder in place.glob(f"{PREFIX}*"):
+        with suppress(OSError, PokediffError):  # of another user; of a living demo
+            if is_demo(folder):
+                with own_folder(folder, SERVED):
+                    shutil.rmtree(folder / SERVED)
+
+
+def is_demo(folder: Path) -> bool:
+    """Whether a demo of this user made `folder`, and no link leads to it. The file WRITER is there from when the demo
+    has the lock: a folder that another demo is just making is not taken from it.
+    """
+    own = not hasattr(os, "getuid") or folder.lstat().st_uid == os.getuid()  # where not, the place is of one user
+    if not own or folder.is_symlink():
+        return False
+    names = {path.name for path in folder.iterdir()}
+    return WRITER in names and names <= {WRITER, LOCK, SERVED}
+
+
+@contextmanager
+def no_proxy() -> Iterator[None]:
+    """No proxy of the environment: Gradio asks the page for an answer when it has started it, and a proxy has another
+    localhost; with a SOCKS proxy, without a package of its own, Gradio cannot be imported. Programs that the page is
+    not for, as the download of a model, go on using it.
+    """
+    before = os.environ.get("no_proxy")
+    os.environ["no_proxy"] = "*"
     try:
-        page, options = prepare(config, folder)
-        print(f"pokediff demo: http://{config.host}:{config.port} (Ctrl-C ends it)")
-        page.launch(**options)
-    except OSError as error:
-        raise PokediffError(f"cannot serve on {config.host}:{config.port}: {error}") from None
+        yield
     finally:
-        if page is not None:
-            page.close()
-        shutil.rmtree(folder, ignore_errors=True)
+        os.environ.pop("no_proxy")
+        if before is not None:
+            os.environ["no_proxy"] = before
 
 
 def prepare(config: DemoConfig, folder: Path) -> tuple[Any, dict[str, Any]]:
     """The page and the options of its `launch`. `folder` holds all files that it may serve."""
-    # Read when Gradio is imported: no analytics, files in our folder, closed pages are noticed within a second.
+    # Read when they are imported: no analytics, files in our folder, closed pages are noticed within a second.
     os.environ.update(
         GRADIO_ANALYTICS_ENABLED="False",
         GRADIO_TEMP_DIR=str(folder),
         GRADIO_HEARTBEAT_INTERVAL="0.4",
         HF_HUB_DISABLE_TELEMETRY="1",
+        ORT_DISABLE_TELEMETRY="1",  # diffusers imports ONNX Runtime, which would tell its makers
     )
     try:
-        import gradio
+        with no_proxy():
+            import gradio
     except ImportError:
         raise PokediffError("the demo needs Gradio: pip install 'pokediff[demo]'") from None
     from PIL import Image
@@ -88,6 +147,7 @@ def prepare(config: DemoConfig, folder: Path) -> tuple[Any, dict[str, Any]]:
     page = make_page(studio, Downloads(folder), Path(config.reports), Path(config.runs))
     page.queue(max_size=config.queue, api_open=False, status_update_rate=1)
     patches.limit_sessions(page, 4 * (config.queue + 4))
+    patches.refuse_wrong_values(page)
     font = ["ui-sans-serif", "system-ui", "sans-serif"]
     options: dict[str, Any] = dict(
         server_name=config.host,
@@ -114,9 +174,9 @@ def prepare(config: DemoConfig, folder: Path) -> tuple[Any, dict[str, Any]]:
 
 
 class Guard:
-    """Before every request: no other names than ours; only files of our folder, links resolved first; no proxying;
+    """Before every request: no other names than ours; only files of our folder, links resolved first; nothing REFUSED;
     nothing that the page of another site sends from a visitor's browser; no body beyond LARGEST_BODY; the content
-    policy.
+    policy. A request that Gradio cannot answer is a line in the log.
     """
 
     def __init__(self, app: Any, folder: Path, names: Collection[str] | None) -> None:
@@ -143,7 +203,7 @@ class Guard:
         if not length.isdecimal() or int(length) > LARGEST_BODY:
             await answer(send, 413, "Too large.")
             return
-        received = 0
+        received, begun = 0, False
 
         async def limited() -> dict[str, Any]:
             nonlocal received
@@ -152,20 +212,27 @@ class Guard:
             return message if received <= LARGEST_BODY else {"type": "http.disconnect"}
 
         async def guarded(message: dict[str, Any]) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
+                begun = True
                 message["headers"] = [*message.get("headers", ()), *HEADERS]
             await send(message)
 
         try:
             await self.app(scope, limited, guarded)
-        except RuntimeError as error:
-            if getattr(error.__cause__, "status_code", None) is None:
+        except Exception as error:  # of Gradio: what fails in our functions is a sentence by then
+            if not begun:
+                what = f"{scope['method']} {scope['path']}: {type(error).__name__}: {first_line(error)}"
+                print(printable(what), file=sys.stderr)
+                await answer(send, 500, "This request cannot be answered.")
+            elif getattr(error.__cause__, "status_code", None) is not None:
+                await send({"type": "http.response.body"})  # the stream has said it: no such event or session
+            else:
                 raise
-            await send({"type": "http.response.body"})  # the stream has said it: no such event or session
 
     def allowed(self, path: str) -> bool:
         """Whether the request is for no file, or for one inside our folder after all links are resolved."""
-        if any(name in path for name in ("/proxy=", "/deep_link", "/run-history")):
+        if path.partition(API)[2].startswith(REFUSED):
             return False
         for marker in ("/file=", "/file/"):
             if marker in path:
@@ -180,7 +247,7 @@ class Guard:
 
 def called(path: str) -> str | None:
     """The name of the function that a program calls by this path (Gradio meets an unknown one with a traceback)."""
-    name = path.partition("/gradio_api/call/")[2]
+    name = path.partition(f"{API}call/")[2]
     return name.partition("/")[0] if name else None
 
 

@@ -100,7 +100,7 @@ class Studio:
 
     def pipeline(self, name: str) -> Model:
         """The checkpoint of that name, loaded once. Raises PokediffError for one that is not offered."""
-        if name not in self.checkpoints:
+        if name not in list(self.checkpoints):  # a program may send a list, which is no key
             raise PokediffError(f"unknown checkpoint {name!r}; checkpoints: {', '.join(self.checkpoints)}")
         return self.in_thread(lambda: self._load(name))
 
