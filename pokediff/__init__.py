@@ -8,8 +8,12 @@ pipe("a blue water turtle", seed=7).images[0].save("turtle.png")
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+# diffusers imports ONNX Runtime where it is installed, which would tell its makers; read when it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from pokediff.model.cascade import Cascade

@@ -125,7 +125,6 @@ def prepare(config: DemoConfig, folder: Path) -> tuple[Any, dict[str, Any]]:
         GRADIO_TEMP_DIR=str(folder),
         GRADIO_HEARTBEAT_INTERVAL="0.4",
         HF_HUB_DISABLE_TELEMETRY="1",
-        ORT_DISABLE_TELEMETRY="1",  # diffusers imports ONNX Runtime, which would tell its makers
     )
     try:
         with no_proxy():
