@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pokediff.errors import PokediffError, first_line
-from pokediff.files import read_text, require_file
+from pokediff.files import is_text, read_text, require_file
 
 T = TypeVar("T")
 DEFAULT_CLIP = "open_clip:ViT-B-32:laion2b_s34b_b79k"  # text encoder of the scraper's caption embeddings
@@ -419,6 +419,7 @@ class Sampling:
         _require((self.guidance_scale or 0) >= 0, "guidance_scale", "must not be negative")
         low, high = self.guidance_interval or (0.0, 1.0)
         _require(0 <= low < high, "guidance_interval", "must be two numbers, the smaller first")
+        _require(is_text(self.negative_prompt), "negative_prompt", "must be UTF-8 text")
 
 
 @dataclass(frozen=True)
@@ -454,6 +455,7 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "", "num_images_per_prompt", "batch_size")
+        _require(all(map(is_text, self.prompt)), "prompt", "must be UTF-8 text")
         _require(1 <= self.enlarge <= 64, "enlarge", "must be 1 to 64")
         _require(self.save_frames >= 0, "save_frames", "must not be negative")
         _require(not (self.raw and (self.palette or self.hard_alpha)), "raw", "excludes palette and hard_alpha")

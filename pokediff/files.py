@@ -51,6 +51,15 @@ def text_of(data: bytes, path: Path) -> str:
     return io.StringIO(text, newline=None).read()
 
 
+def is_text(text: str) -> bool:
+    """Whether a text can be written as UTF-8: other bytes of a name or a command line come as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def require_file(path: Path, what: str = "") -> None:
     """Raise PokediffError when there is no such file; `what` it is begins the message."""
     if not path.is_file():

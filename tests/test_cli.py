@@ -54,6 +54,15 @@ def test_importing_the_package_loads_nothing_large():
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
 
+@pytest.mark.parametrize(("given", "kept"), [(None, "1"), ("0", "0")])
+def test_importing_the_package_turns_reports_of_onnx_runtime_off(given, kept):
+    env = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    env |= {"ORT_DISABLE_TELEMETRY": given} if given else {}
+    code = "import os, pokediff; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == (kept, "")
+
+
 def test_version(capsys):
     main(["--version"])
     assert capsys.readouterr().out == f"pokediff {__version__}\n"
@@ -93,6 +102,8 @@ def test_help_is_plain(capsys, command, words):
         (("paint",), "commands: scrape, embed"),
         (("sample", "--promt", "x"), "--prompt"),
         (("sample",), "no prompt"),
+        (("sample", "a \udcff cat"), "prompt must be UTF-8 text"),
+        (("sample", "a cat", "--negative-prompt", "a \udcff dog"), "negative_prompt must be UTF-8 text"),
         (("sample", "x", "-n", "0"), "num_images_per_prompt must be positive"),
         (("sample", "x", "--checkpoint", "checkpoints/none"), "checkpoints/none"),
         (("sample", "x", "--checkpoint", "creature"), "creature"),

@@ -112,6 +112,8 @@ def downloads(tmp_path) -> Downloads:
         (dict(checkpoint="fast", size=64), "draws 32"),
         (dict(fast=True), "few-step"),
         (dict(background="nocolour"), "nocolour"),
+        (dict(prompt=("a \udcff cat",)), "UTF-8"),
+        (dict(negative_prompt="a \udcff cat"), "UTF-8"),
         (dict(checkpoint="/etc"), "unknown checkpoint"),
         (dict(guidance_interval=(5, 1)), "guidance_interval"),
         (dict(out="/tmp/x", nonsense=1), "unknown key"),

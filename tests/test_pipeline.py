@@ -163,6 +163,13 @@ def test_vectors_and_noise_can_replace_prompts_and_seeds(pipe):
     np.testing.assert_array_equal(given, expected)
 
 
+def test_a_prompt_that_is_no_text_is_refused_in_a_line(pipe):
+    with pytest.raises(PokediffError, match="prompt 'a \ufffd cat' is not UTF-8 text"):
+        pipe("a \udcff cat", seed=0)
+    with pytest.raises(PokediffError, match="is not UTF-8 text"):
+        pipe("a cat", seed=0, negative_prompt=["a \udcff cat"], guidance_scale=2.0)
+
+
 def test_encode_prompt_takes_a_string_as_one_prompt(pipe):
     one = pipe.encode_prompt("a cat")
     assert one.shape == (1, 384)

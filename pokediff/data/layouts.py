@@ -33,7 +33,7 @@ from pokediff.data.idx import IDX_ROW, idx_files, idx_picture, read_idx_rows
 from pokediff.data.images import picture_formats
 from pokediff.data.shards import CLASS_NAMES, SHARD_ROW, class_names, read_shard_rows, shard_picture
 from pokediff.errors import PokediffError, first_line
-from pokediff.files import Row, as_row, is_own_file, read_csv, read_json, read_rows, read_text
+from pokediff.files import Row, as_row, is_own_file, is_text, read_csv, read_json, read_rows, read_text
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.json", "metadata.parquet")  # the first of a folder is read
 SIDECARS = (".txt", ".caption")
@@ -190,7 +190,7 @@ def _walk(folder: Path, notes: list[str]) -> Iterator[PurePosixPath]:
         for file in (inside / name for name in names if name[0] not in ".~"):
             if not is_own_file(folder / file, folder):
                 foreign.append(file)
-            elif _is_text(str(file)):
+            elif is_text(str(file)):
                 yield file
             else:
                 unnamed.append(PurePosixPath(os.fsencode(str(file)).decode(errors="backslashreplace")))
@@ -200,15 +200,6 @@ def _walk(folder: Path, notes: list[str]) -> Iterator[PurePosixPath]:
         notes.append(f"not used: {_names(foreign)} (a link out of the folder, or no file: copy the file to its place)")
     if unnamed:
         notes.append(f"not used: {_names(unnamed)} (the name is not UTF-8: rename it)")
-
-
-def _is_text(name: str) -> bool:
-    """Whether a name can be written to a file of text: bytes that are not UTF-8 cannot."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _unused(files: Sequence[PurePosixPath], pictures: frozenset[str]) -> list[str]:

@@ -24,7 +24,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pokediff.config import Precision, Sampler, Sampling
 from pokediff.data.images import CHANNELS, Channels, from_model
-from pokediff.errors import PokediffError
+from pokediff.errors import PokediffError, printable
+from pokediff.files import is_text
 from pokediff.model import interface
 from pokediff.model.cascade import Cascade, guidance_at, guided, in_fours
 from pokediff.model.checkpoint import CheckpointPipeline, quiet
@@ -155,8 +156,13 @@ class PokeDiffPipeline(CheckpointPipeline):
     # ------------------------------------------------------------------------------------------------------------ text
 
     def encode_prompt(self, prompt: str | Sequence[str]) -> torch.Tensor:
-        """(N, D) text vectors on the pipeline's device; a string is one prompt; "" gives the null condition."""
+        """(N, D) text vectors on the pipeline's device; a string is one prompt; "" gives the null condition.
+
+        Raises PokediffError for a prompt with lone surrogates.
+        """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if wrong := [text for text in prompts if not is_text(text)]:
+            raise PokediffError(f"prompt {printable(wrong[0])!r} is not UTF-8 text")
         null = self.base.null_text
         known = {"": null}
         for text in dict.fromkeys(prompts):
