@@ -36,23 +36,33 @@ CURES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), SPACE)
 CURES |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), RIGHTS)
 # Libraries in Rust (safetensors) and copies of folders pass on the text of an error of the system, not the error.
 SYSTEM_ERROR = re.compile(r"(?:\(os error |\[Errno )(\d+)[)\]]")
+NAMES = "ENOENT ENOTDIR EISDIR EEXIST ENOTEMPTY EBUSY EMFILE ENFILE ENAMETOOLONG ELOOP EXDEV ENXIO ENODEV ESTALE EIO"
+OF_DISKS = CURES.keys() | {getattr(errno, name) for name in NAMES.split()}
 
 
-def disk_failure(error: BaseException) -> OSError | None:
-    """The error of the file system that `error` is, or that another library made of it; None for any other."""
-    if isinstance(error, OSError) and not isinstance(error, shutil.Error):
-        return error if error.errno is not None else None
+def system_failure(error: BaseException) -> OSError | None:
+    """The error of the system that `error` is, or that another library made of it; None for any other."""
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, shutil.Error):
+        return error
     if match := SYSTEM_ERROR.search(str(error)):
-        return OSError(int(match[1]), os.strerror(int(match[1])))
+        number = int(match[1])
+        return OSError(number, os.strerror(number) if number in OF_DISKS else printable(first_line(error)))
     return None
+
+
+def system_line(failure: OSError) -> str:
+    """What failed, why, and the remedy: "FILE: No space left on device: make space", "Connection refused"."""
+    place = failure.filename or ("disk" if failure.errno in OF_DISKS else "")
+    cure = CURES.get(failure.errno or 0, "")
+    return f"{printable(str(place))}: {failure.strerror}{cure}" if place else str(failure.strerror)
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Around every command: print a `PokediffError` as one line and exit with code 2; Ctrl-C exits with code 130.
 
-    Errors of the file system are printed the same way: no such folder, no permission, no space left. A console that
-    is not UTF-8 shows a mark in place of a letter that it does not have.
+    Errors of the system are printed the same way: no such folder, no space left, connection refused. A console that is
+    not UTF-8 shows a mark in place of a letter that it does not have.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -66,11 +76,9 @@ def one_line_errors() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise SystemExit(1) from None
     except Exception as error:
-        if (failure := disk_failure(error)) is None:
+        if (failure := system_failure(error)) is None:
             raise
-        cure = CURES.get(failure.errno or 0, "")
-        place = printable(str(failure.filename or "disk"))
-        print(f"error: {place}: {failure.strerror}{cure}", file=sys.stderr)
+        print(f"error: {system_line(failure)}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

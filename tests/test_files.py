@@ -109,6 +109,21 @@ def test_a_full_disk_is_one_line_where_a_folder_is_copied(tmp_path, capsys):
     assert re.fullmatch("error: .*No space left on device: make space.*\n", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), "Connection refused"),
+        (RuntimeError(f"host:80 [Errno {errno.ECONNREFUSED}] refused\nmore"), "host:80 [Errno N] refused"),
+        (RuntimeError(f"Is a directory (os error {errno.EISDIR})"), "disk: Is a directory"),
+        (OSError(errno.EIO, "Input/output error"), "disk: Input/output error"),
+    ],
+)
+def test_an_error_that_is_not_of_a_disk_does_not_say_so(capsys, error, line):
+    with pytest.raises(SystemExit), one_line_errors():
+        raise error
+    assert re.sub(r"Errno \d+", "Errno N", capsys.readouterr().err) == f"error: {line}\n"
+
+
 def test_a_write_ends_on_the_disk_before_the_rename(tmp_path, monkeypatch):
     order = []
     for name in ("fsync", "replace"):
