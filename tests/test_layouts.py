@@ -121,6 +121,7 @@ def test_columns_without_a_caption_are_named(tmp_path):
         ("metadata.json", '[{"text": "x"}]', "metadata.json: row 1: file_name"),
         ("metadata.csv", "", "column file_name"),
         ("metadata.json", "[]", "metadata.json is empty"),
+        ("metadata.json", '[{"file_name": "a.png", "text": "a \\ud800 cat"}]', "row 1: text must be UTF-8 text"),
         ("metadata.json", '[{"file_name": "a.png", "text": 5}]', "row 1: text must be a text or a list of texts"),
     ],
 )
@@ -153,7 +154,8 @@ def test_a_table_of_another_name_is_no_table_but_named(tmp_path):
     _, lines = read(tmp_path)
     assert lines == [
         "captions: 0 of 1, from no file; measured colours are used instead",
-        "not read: captions.csv, captions.txt and 1 more (captions are read from metadata.jsonl or metadata.csv)",
+        "not read: captions.csv, captions.txt and 1 more "
+        "(captions are read from metadata.jsonl, .csv, .json or .parquet)",
     ]
 
 
@@ -161,17 +163,33 @@ def test_a_table_of_another_name_is_no_table_but_named(tmp_path):
 
 
 def test_text_files_beside_pictures(tmp_path):
-    draw(tmp_path, "one.png", "two.JPG", "three.webp", "four.png", "five.png")
+    draw(tmp_path, "one.png", "two.JPG", "three.webp", "four.png", "five.png", "six.png")
     (tmp_path / "ONE.txt").write_text("a box\n\n a red box \n")
     (tmp_path / "two.caption").write_text("a dog")
     (tmp_path / "three.webp.TXT").write_text("a cat")
     (tmp_path / "five.txt").write_text("\n")
+    (tmp_path / "six.text").write_text("a fox")
     records, lines = read(tmp_path)
     assert records["one.png"].captions == ("a box", "a red box")
     assert records["two.JPG"].captions == ("a dog",)
     assert records["three.webp"].captions == ("a cat",)
     assert records["four.png"].genus == "four"
-    assert lines == ["captions: 3 of 5, from .txt files and .caption files; file names are used for the rest"]
+    assert records["six.png"].captions == ("a fox",)
+    line = "captions: 4 of 6, from .txt files and .text files and .caption files; file names are used for the rest"
+    assert lines == [line]
+
+
+def test_the_table_of_kohya_maps_names_without_a_suffix(tmp_path):
+    draw(tmp_path, "sub/one.png", "v1.2.png", "three.png")
+    table = {"sub/one": {"tags": "red, box", "caption": "a box"}, "v1.2": {"tags": "dog"}, "three.png": {}}
+    (tmp_path / "metadata.json").write_text(json.dumps(table))
+    records, lines = read(tmp_path)
+    assert {name: record.captions for name, record in records.items()} == {
+        "sub/one.png": ("a box", "red, box"),
+        "v1.2.png": ("dog",),
+        "three.png": (),
+    }
+    assert lines == ["captions: 2 of 3, from metadata.json; file names are used for the rest"]
 
 
 def test_the_folder_of_kohya_is_a_caption_without_its_number(tmp_path):
@@ -296,6 +314,26 @@ def test_a_name_that_is_not_utf8_is_told(tmp_path):
     records, lines = read(tmp_path)
     assert list(records) == ["a.png"]
     assert lines[1] == r"not used: dr\xe9.png (the name is not UTF-8: rename it)"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+def test_a_name_that_is_a_path_elsewhere_is_told(tmp_path):
+    draw(tmp_path, "a.png", "back\\slash.png", "Type: Null.png")
+    records, lines = read(tmp_path)
+    assert list(records) == ["a.png"]
+    reason = r"a name with \ or :, a path on other systems: rename it"
+    assert lines[1] == rf"not used: Type: Null.png, back\slash.png ({reason})"
+
+
+def test_drawings_of_our_own_are_told_and_not_used(tmp_path):
+    draw(tmp_path, "a.png", "model/0000.png", "model/large/0000.png", "other/b.png")
+    facts = {"settings": {}, "pictures": [{"file": "0000.png"}], "files": ["0000.png"]}
+    (tmp_path / "model" / "sample.json").write_text(json.dumps(facts))
+    (tmp_path / "other" / "sample.json").write_text("[]")
+    records, lines = read(tmp_path)
+    assert list(records) == ["a.png", "other/b.png"]
+    assert lines[1] == "not used: model (drawings of pokediff: give that folder, too)"
+    assert "0000.png" in read(tmp_path / "model")[0]
 
 
 def test_a_link_to_a_folder_is_told_and_not_followed(tmp_path):

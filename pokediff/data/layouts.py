@@ -6,11 +6,12 @@
 | parquet files that hold pictures, as `datasets` writes them | their other columns |
 | WebDataset shards (shards.py) | .txt and .json of a sample, or its class, .cls |
 | MNIST's idx files (idx.py) | its labels |
-| x.png with x.txt, x.caption or x.png.txt (kohya) | one a line |
+| x.png with x.txt, x.caption, x.text or x.png.txt (kohya) | one a line |
 | a folder per class, or kohya's 10_name | the folder's name |
 | pictures alone | none: records.py takes the words of the file names |
 
-The first layout that fits is read. Hidden files and system folders are skipped. Nothing here decodes a picture.
+The first layout that fits is read. Hidden files, system folders and our own drawings are skipped. Nothing here decodes
+a picture.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from pokediff.errors import PokediffError, first_line
 from pokediff.files import Row, as_row, is_own_file, is_text, read_csv, read_json, read_rows, read_text
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.json", "metadata.parquet")  # the first of a folder is read
-SIDECARS = (".txt", ".caption")
+TABLE_NAMES = "metadata.jsonl, .csv, .json or .parquet"
+SIDECARS = (".txt", ".caption", ".text")
 # Files that may hold captions: named when they are not read.
 TABLES = frozenset(".jsonl .ndjson .csv .tsv .json .parquet .arrow .xlsx .xls .ods .yaml .yml .xml".split())
 # Files that may hold pictures and are not read, beside those that the system knows as pictures, films or archives.
@@ -98,7 +100,7 @@ def read_listing(folder: Path) -> Listing:
         rows, source = _rows_of_pictures(folder, files, pictures)
         return Listing(_with_splits(rows), source, (*notes, *_unread(files, pictures, (), source)))
     rows = [row for file in tables for row in _read_table(folder, file)]
-    _find_files(rows, files)
+    _find_files(rows, files, pictures)
     source = _names(tables)
     left = len({file.as_posix() for file in pictures} - {str(row.get("file_name")) for _, row in rows})
     if left:
@@ -179,27 +181,49 @@ def split_words(text: str, shortest: int) -> list[str]:
 def _walk(folder: Path, notes: list[str]) -> Iterator[PurePosixPath]:
     """All files below a folder, relative to it, without hidden ones and without what systems leave there.
 
-    `notes` gets a line for links to folders, which are not followed, for links out of the folder and pipes, and for
-    names that are not UTF-8.
+    `notes` gets a line for links to folders, which are not followed, for links out of the folder and pipes, for names
+    that are not UTF-8 or no names on other systems, and for drawings of our own.
     """
-    links, foreign, unnamed = [], [], []
+    links, foreign, unnamed, odd, drawn = [], [], [], [], []
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name[0] not in ".~" and name.lower() not in SYSTEM_FOLDERS]
         inside = PurePosixPath(Path(place).relative_to(folder).as_posix())
+        if inside.parts and _is_drawing(Path(place), folder):  # given as the data set itself, it is used
+            drawn.append(inside)
+            folders.clear()
+            continue
         links += [inside / name for name in folders if Path(place, name).is_symlink()]
         for file in (inside / name for name in names if name[0] not in ".~"):
             if not is_own_file(folder / file, folder):
                 foreign.append(file)
-            elif is_text(str(file)):
-                yield file
-            else:
+            elif not is_text(str(file)):
                 unnamed.append(PurePosixPath(os.fsencode(str(file)).decode(errors="backslashreplace")))
+            elif set("\\:") & set(str(file)):
+                odd.append(file)
+            else:
+                yield file
     if links:
         notes.append(f"not used: {_names(links)} (a link to a folder: give that folder, too)")
     if foreign:
         notes.append(f"not used: {_names(foreign)} (a link out of the folder, or no file: copy the file to its place)")
     if unnamed:
         notes.append(f"not used: {_names(unnamed)} (the name is not UTF-8: rename it)")
+    if odd:
+        notes.append(f"not used: {_names(sorted(odd))} (a name with \\ or :, a path on other systems: rename it)")
+    if drawn:
+        notes.append(f"not used: {_names(drawn)} (drawings of pokediff: give that folder, too)")
+
+
+def _is_drawing(place: Path, folder: Path) -> bool:
+    """Whether `pokediff sample` wrote a folder: a model that learns from its own drawings gets worse."""
+    facts = place / "sample.json"
+    if not is_own_file(facts, folder):
+        return False
+    try:
+        found = read_json(facts)
+    except (OSError, PokediffError):
+        return False
+    return isinstance(found, dict) and {"settings", "pictures", "files"} <= found.keys()
 
 
 def _unused(files: Sequence[PurePosixPath], pictures: frozenset[str]) -> list[str]:
@@ -216,12 +240,13 @@ def _unused(files: Sequence[PurePosixPath], pictures: frozenset[str]) -> list[st
     return [f"not used: {counts} (no format that is read here: save them as PNG)"] if found else []
 
 
-def _find_files(rows: Sequence[Row], files: Sequence[PurePosixPath]) -> None:
+def _find_files(rows: Sequence[Row], files: Sequence[PurePosixPath], pictures: Sequence[PurePosixPath]) -> None:
     """Give rows the names that their files have in the folder: another system may have written é as two signs, or
-    ignore the case of letters.
+    ignore the case of letters, and kohya leaves the suffix out.
     """
     there = {str(file) for file in files}
-    alike = {_folded(str(file)): str(file) for file in reversed(files)}
+    alike = {_folded(str(file.with_suffix(""))): str(file) for file in reversed(pictures)}
+    alike |= {_folded(str(file)): str(file) for file in reversed(files)}
     for _, row in rows:
         name = row.get("file_name")
         if isinstance(name, str) and name not in there:
@@ -299,7 +324,7 @@ def _unread(
     found = [file for file in files if looks_like_metadata(file)]
     if not found:
         return []
-    hint = f"captions come from {source}" if source else f"captions are read from {METADATA[0]} or {METADATA[1]}"
+    hint = f"captions come from {source}" if source else f"captions are read from {TABLE_NAMES}"
     return [f"not read: {_names(found)} ({hint})"]
 
 
@@ -379,10 +404,18 @@ def _read_csv(path: Path) -> Iterator[Row]:
 
 def _read_json(path: Path) -> Iterator[Row]:
     rows = read_json(path)
+    if isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values()):
+        rows = [_kohya_row(name, row) for name, row in rows.items()]
     if not isinstance(rows, list):
         raise PokediffError(f"{path}: must be a list of objects, each with a file_name")
     for number, row in enumerate(rows, 1):
         yield f"{path}: row {number}", as_row(row, f"{path}: row {number}")
+
+
+def _kohya_row(name: str, row: dict[str, Any]) -> dict[str, Any]:
+    """The row of {"x": {"caption": "a cat", "tags": "cat, red"}}, which kohya's scripts write."""
+    captions = [row[key] for key in ("caption", "tags") if row.get(key)]
+    return {"file_name": name, "captions": captions, **row}
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:

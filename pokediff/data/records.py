@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pokediff.data import layouts
 from pokediff.errors import PokediffError
-from pokediff.files import write_whole
+from pokediff.files import is_text, write_whole
 
 CAPTION_COLUMNS = ("captions", "text", "caption", "prompt")  # the first that is not empty is read
 LISTS = ("types", "colors")  # in a CSV their values are separated by commas
@@ -195,6 +195,8 @@ def _captions(row: dict[str, Any], where: str) -> list[str]:
         several = [value] if isinstance(value, str) else value
         if not isinstance(several, list | tuple) or not all(isinstance(caption, str) for caption in several):
             raise PokediffError(f"{where}: {column} must be a text or a list of texts")
+        if not all(map(is_text, several)):
+            raise PokediffError(f"{where}: {column} must be UTF-8 text")
         if captions := [caption.strip() for caption in several if caption.strip()]:
             return captions
     return []
