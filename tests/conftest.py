@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -45,6 +46,13 @@ def shared() -> Path:
     if not (SHARED / "data" / "pokemon" / "metadata.jsonl").is_file():
         pytest.skip("needs the real data in ../shared")
     return SHARED
+
+
+def free_port() -> int:
+    """A port that the system gives out. Another process may take it before it is used."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def draw_creature(color: tuple[int, int, int], shape: str, size: int = 40, seed: int = 0) -> np.ndarray:

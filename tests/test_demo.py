@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -28,7 +27,7 @@ import numpy as np
 import pytest
 import requests
 import torch
-from conftest import ROOT, make_denoiser
+from conftest import ROOT, free_port, make_denoiser
 from PIL import Image
 
 from pokediff.baselines.generator import save_baseline
@@ -372,12 +371,6 @@ def test_denoisers_run_in_one_thread(studio):
 
 
 # ------------------------------------------------------------------------------------------------------ the server
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass

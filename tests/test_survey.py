@@ -183,7 +183,7 @@ def driven(chromium: str, made, script: str) -> dict:
     (made / "driven.html").write_text(page)
     command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={made / 'profile'}"]
     dom = subprocess.run(
-        [*command, "--dump-dom", (made / "driven.html").as_uri()], capture_output=True, text=True, timeout=120
+        [*command, "--dump-dom", (made / "driven.html").as_uri()], capture_output=True, text=True, timeout=600
     ).stdout
     return json.loads(html.unescape(re.search(r"RESULT(.*)END", dom)[1]))
 
