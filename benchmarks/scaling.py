@@ -21,7 +21,6 @@ import json
 import os
 import platform
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 EVERY = 2  # steps a line of the log
@@ -92,8 +92,11 @@ def measure(processes: int, batch: int, lines: int, data: Path, folder: Path) ->
                 rows = found
                 sent.append((rows[-1]["step"], loopback_bytes(started.pid) if alone else 0))
     finally:
-        os.killpg(started.pid, signal.SIGKILL)
-        started.wait()
+        if started.poll() is None:
+            workers = psutil.Process(started.pid).children(recursive=True)  # each in a process group of its own
+            for process in (started, *workers):
+                process.kill()
+            started.wait()
     steps, total = (last - first for first, last in zip(sent[0], sent[-1], strict=True))
     median = {name: statistics.median(row[name] for row in rows[1:]) for name in ("images_per_s", "data_wait_share")}
     return {

@@ -18,7 +18,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, write_data
+from conftest import ROOT, free_port, write_data
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import REFINER, tiny_config, tiny_stage, with_stage
@@ -58,7 +58,7 @@ def launch(config: TrainConfig, *options: str, processes: int = 1) -> subprocess
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
     command += "--num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process 1".split()
     if processes > 1:
-        command += ["--main_process_port", "0"]  # a free one
+        command += ["--main_process_port", str(free_port())]
     return subprocess.Popen(
         [*command, str(ROOT / "train.py"), "--config", str(path), *options],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
