@@ -65,11 +65,13 @@ def test_the_start_is_open_and_another_brings_its_text_encoder(tmp_path):
 def test_a_recipe_draws_no_more_than_its_start(tmp_path):
     folder, said = own_folder(tmp_path / "mine", side=128), []
     assert list(recipe_for(folder, report=said.append).stages)[-1] == "upscaler-64"
-    assert "size 64, the largest of creatures" in said[0]
+    assert list(recipe_for(folder, start_from="creatures", report=said.append).stages)[-1] == "upscaler-64"
+    assert "size 64, the largest of creatures; for 128" in said[0]
+    assert said[0] == said[1]
     assert list(recipe_for(folder, start_from="pokediff", report=said.append).stages)[-1] == "upscaler-128"
     with pytest.raises(PokediffError, match="creatures has no upscaler-128: give --size 32 or 64"):
         recipe_for(folder, size=128, start_from="creatures")
-    assert len(said) == 1
+    assert len(said) == 2
 
 
 def test_too_few_pictures_are_refused(tmp_path):

@@ -60,8 +60,8 @@ def recipe_for(
     if size is None:
         fitting = next((drawn for drawn in SIZES if side <= 1.25 * drawn), SIZES[-1])
         size = min(fitting, max(known.sizes))
-        if size < fitting and start_from is None:
-            report(f"size {size}, the largest of creatures; {fitting} with --start-from pokediff (docs/training.md)")
+        if size < fitting:
+            report(f"size {size}, the largest of {start.name}; for {fitting}: another --start-from (docs/training.md)")
     steps = min(MOST_STEPS, max(FEWEST_STEPS, STEPS_PER_PICTURE * len(records)))
     stages = {
         name: own_stage(stage, int(STAGE_SHARE[name.split("-")[0]] * steps))
