@@ -186,6 +186,15 @@ def test_a_pipe_is_not_waited_for(stranger, file):
         PokeDiffPipeline.from_pretrained(stranger)
 
 
+def test_a_base_is_not_downloaded(tmp_path, monkeypatch):
+    """Whoever wrote the folder would decide what is fetched, and learn of it."""
+    asked = []
+    monkeypatch.setattr("socket.getaddrinfo", lambda *address, **_: asked.append(address) or [])
+    write_part_index(tmp_path, "someone/creatures")
+    refused(tmp_path, "someone/creatures is not on this machine")
+    assert asked == []
+
+
 def test_a_base_is_a_name_or_a_relative_path_and_no_circle(small, tmp_path):
     for base in ("/etc", "C:\\windows", "\\\\host\\share", "C:x", "a\nb", ["x"]):
         (tmp_path / INDEX).write_text(json.dumps({"base": base}))

@@ -147,9 +147,14 @@ def find_folder(name: str | Path, options: dict[str, Any]) -> Path:
     only_local = hub.pop("local_files_only", False)
 
     def load(local: bool) -> Path:
-        folder = snapshot_download(str(name), local_files_only=local or only_local, allow_patterns=DATA_FILES, **hub)
+        folder = snapshot_download(str(name), local_files_only=local, allow_patterns=DATA_FILES, **hub)
         return Path(folder)
 
+    if only_local:
+        try:
+            return load(True)
+        except OSError:
+            raise PokediffError(f"checkpoint {name} is not on this machine; {here}") from None
     return cached_or_downloaded(load, f"checkpoint {name}", here)
 
 
@@ -161,7 +166,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 def base_of(folder: Path) -> Path | None:
     """The folder of the checkpoint that `folder` holds a part of; None for a whole one. Its index names the base: a
-    path relative to `folder`, or a name for `find_folder`.
+    path relative to `folder`, or a name for `find_folder`, which downloads nothing that a stranger's folder names.
 
     Raises PokediffError when it is not there, or is a part whose base, in the end, is itself.
     """
@@ -179,7 +184,7 @@ def _named_base(folder: Path) -> Path | None:
     if not isinstance(base, str) or not base.isprintable() or PureWindowsPath(base).anchor:
         raise PokediffError(f"{folder / INDEX}: base must be a name or a relative path, not {str(base)[:80]!r}")
     by_path = base.startswith(".") or (folder / base / INDEX).is_file()
-    return find_folder(folder / base if by_path else base, {})
+    return find_folder(folder / base if by_path else base, {"local_files_only": True})
 
 
 def write_part_index(folder: Path, base: str) -> None:
