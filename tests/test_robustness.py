@@ -218,6 +218,7 @@ def test_a_base_is_a_name_or_a_relative_path_and_no_circle(small, tmp_path):
         ("cascade/base-16/config.json", {"image_size": 0}, "image_size 0"),
         ("cascade/base-16/config.json", {"in_channels": 2}, "in_channels 2 is none of"),
         ("cascade/base-16/config.json", {"steps": 10**9}, "more than num_train_timesteps"),
+        ("cascade/base-16/config.json", {"steps": "5"}, "steps is '5', not 5"),
         ("cascade/base-16/config.json", {"num_train_timesteps": 10**9}, "within reason"),
         ("cascade/base-16/config.json", {"sigma_data": float("inf")}, "not finite"),
         ("cascade/base-16/config.json", {"sigma_data": 10**30}, "not finite, or beyond"),

@@ -21,7 +21,7 @@ from diffusers import SchedulerMixin
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from pokediff.config import ModelConfig, from_values
+from pokediff.config import ModelConfig, from_values, plain
 from pokediff.data.images import CHANNELS
 from pokediff.errors import PokediffError, first_line
 from pokediff.files import as_row, is_own_file, read_json
@@ -188,6 +188,9 @@ def read_settings(path: Path) -> tuple[ModelConfig, Facts]:
     numbers = (model.below or 1.0, model.sigma_data, model.guidance_scale or 0.0, model.high_noise_guidance)
     if not all(abs(number) <= LARGEST_NUMBER for number in (*numbers, *facts.noise_range)):  # NaN is not
         raise PokediffError(f"{path}: a number is not finite, or beyond {LARGEST_NUMBER:,}")
+    for key, value in {**plain(model), **plain(facts)}.items():
+        if given.get(key, value) != value:  # the denoiser gets what stands in the file, where "5" is no number
+            raise PokediffError(f"{path}: {key} is {str(given[key])[:80]!r}, not {value!r}")
     if min(model.blocks) < 1 or patch < 1 or side % (patch * 2 ** (len(model.widths) - 1)) or patch % factor:
         raise PokediffError(f"{path}: patch, upscale or blocks do not divide {side} px into whole maps")
     if model.steps > facts.num_train_timesteps:
