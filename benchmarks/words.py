@@ -50,7 +50,7 @@ def main() -> None:
     if args.count and not args.data:
         parser.error("--count needs --data")
     if args.count:
-        config = args.config or ROOT / "configs" / {"pokediff": "pokemon.yaml"}.get(
+        config = args.config or ROOT / "configs" / {"pokediff": "pokemon-open.yaml"}.get(
             args.count.name, f"{args.count.name}.yaml"
         )
         count(args.count, args.data, config)

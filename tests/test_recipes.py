@@ -33,7 +33,7 @@ def test_files_without_metadata_give_captions(tmp_path):
     assert records["fire_dragon_002.png"].genus == "fire dragon"
 
 
-@pytest.mark.parametrize(("side", "sizes"), [(16, [32]), (40, [32]), (64, [32, 64]), (96, [32, 128])])
+@pytest.mark.parametrize(("side", "sizes"), [(16, [32]), (40, [32]), (64, [32, 64]), (96, [32, 64, 128])])
 def test_the_size_follows_the_pictures_and_every_stage_is_trained(tmp_path, side, sizes):
     config = recipe_for(own_folder(tmp_path / "mine", side=side), start_from="pokediff")
     assert sorted({stage.image_size for stage in config.stages.values()}) == sizes
@@ -60,6 +60,8 @@ def test_the_start_is_open_and_another_brings_its_text_encoder(tmp_path):
     config, other = recipe_for(folder), recipe_for(folder, start_from="pokediff")
     assert (Path(config.start_from).name, config.text_encoder) == ("creatures", "builtin:creatures")
     assert (Path(other.start_from).name, other.text_encoder) == ("pokediff", "builtin")
+    scales = [run.stages["base-32"].model.guidance_scale for run in (config, other)]
+    assert scales == [2.5, 2.4]  # of the bases that they start from
 
 
 def test_a_recipe_draws_no_more_than_its_start(tmp_path):

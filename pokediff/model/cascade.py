@@ -90,7 +90,7 @@ class Cascade(ModelMixin):
         return self[max(names, key=lambda name: (self[name].below, self[name].config.fast == fast))]
 
     def legs(self, size: int) -> tuple[int, ...]:
-        """The sizes that are drawn in order up to `size`, e.g. (32, 128)."""
+        """The sizes that are drawn in order up to `size`, e.g. (32, 64, 128)."""
         upscale = self.leading(size).config.upscale
         return (size,) if upscale == 1 else (*self.legs(size // upscale), size)
 

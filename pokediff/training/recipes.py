@@ -17,6 +17,7 @@ from pokediff.data.images import BadImage, is_pixel_art, read_image
 from pokediff.data.records import Record, picture_bytes, read_records
 from pokediff.errors import PokediffError
 from pokediff.model.checkpoint import find_folder
+from pokediff.model.denoiser import Denoiser
 from pokediff.model.pipeline import PokeDiffPipeline
 from pokediff.paths import shipped
 
@@ -63,14 +64,14 @@ def recipe_for(
         if size < fitting:
             report(f"size {size}, the largest of {start.name}; for {fitting}: another --start-from (docs/training.md)")
     steps = min(MOST_STEPS, max(FEWEST_STEPS, STEPS_PER_PICTURE * len(records)))
-    stages = {
-        name: own_stage(stage, int(STAGE_SHARE[name.split("-")[0]] * steps))
-        for name, stage in base.stages.items()
-        if stage.image_size in (SIZES[0], size)
-    }
-    if missing := [name for name in stages if name not in known.cascade]:
+    needed = {name: stage for name, stage in base.stages.items() if stage.image_size <= size}
+    if missing := [name for name in needed if name not in known.cascade]:
         sizes = " or ".join(map(str, known.sizes))
         raise PokediffError(f"{start} has no {missing[0]}: give --size {sizes}, or another --start-from")
+    stages = {
+        name: own_stage(stage, known.cascade[name], int(STAGE_SHARE[name.split("-")[0]] * steps))
+        for name, stage in needed.items()
+    }
     return replace(
         base,
         data=(folder.as_posix(),),
@@ -88,12 +89,12 @@ def recipe_for(
     )
 
 
-def own_stage(stage: StageConfig, steps: int) -> StageConfig:
-    """A stage of the shipped recipe for a short training from its weights."""
-    base = stage.model.below is None
+def own_stage(stage: StageConfig, start: Denoiser, steps: int) -> StageConfig:
+    """A stage of the shipped recipe for a short training from the weights, and with the guidance, of `start`."""
+    guidance = {key: start.config[key] for key in ("guidance_scale", "high_noise_guidance")}
     return replace(
         stage,
-        model=replace(stage.model, dropout=0.1 if base else 0.0),
+        model=replace(stage.model, dropout=0.1 if stage.model.below is None else 0.0, **guidance),
         styles=None,
         max_steps=steps,
         learning_rate=3e-4,
