@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_data
+from safetensors.torch import save
 
 from pokediff.config import DatasetConfig
 from pokediff.data import cache, decoding
@@ -339,6 +340,21 @@ def test_embeddings_that_were_cut_are_made_again(tmp_path):
         assert f"{path} is damaged" in said[-1]
         embed(folder, "builtin", report=said.append)
         assert list(load_embeddings(path, "builtin")) == captions
+
+
+@pytest.mark.parametrize("earlier", [{"encoder_sha256": "0" * 64}, {}], ids=["other weights", "version 0.1"])
+def test_embeddings_of_an_encoder_that_has_changed_are_made_again(tmp_path, earlier):
+    folder, said = write_data(tmp_path / "d", number=24), []
+    path = embed(folder, "builtin", report=said.append)
+    saved = load_embeddings(path, "builtin")
+    metadata = {"encoder": "builtin", "captions": json.dumps(list(saved)), **earlier}
+    path.write_bytes(save({"pooled": torch.zeros(len(saved), 384)}, metadata))
+    pictures = load_pictures(folder, 16, report=said.append)
+    table = caption_vectors(folder, pictures, "builtin", report=said.append).table
+    assert said[-1] == f"{path} was made with other weights of builtin: its vectors are made again"
+    assert table.norm(dim=1).min() > 0.99
+    embed(folder, "builtin", report=said.append)
+    assert set(load_embeddings(path, "builtin")) == set(saved)
 
 
 def test_a_set_too_big_for_memory_lies_on_disk_and_gives_the_same_batches(data, monkeypatch):

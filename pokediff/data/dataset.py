@@ -29,6 +29,7 @@ from pokediff.data.packed import Arrays, Captions, Ragged, Records, Texts
 from pokediff.data.records import Record, Split, has_license, read_records, split_of, with_full_splits
 from pokediff.errors import PokediffError, first_line
 from pokediff.model.text import (
+    OtherWeights,
     TextEncoder,
     embeddings_path,
     encode_captions,
@@ -350,9 +351,12 @@ def _encoded(
 
 
 def _stored(path: Path, encoder_name: str, report: Callable[[str], Any]) -> dict[str, torch.Tensor]:
-    """The vectors of a file, {} when it is damaged: they can be made again."""
+    """The vectors of a file, {} when it is damaged or the encoder has changed: they can be made again."""
     try:
         return load_embeddings(path, encoder_name)
+    except OtherWeights as error:
+        report(f"{error}: its vectors are made again")
+        return {}
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         report(f"{path} is damaged ({first_line(error)}): its vectors are made again")
         return {}

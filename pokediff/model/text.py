@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -199,6 +200,13 @@ def encoder_files(name: str) -> list[Path]:
     return [path for path in (Path(details), Path(details.partition(":")[2])) if path.name and path.exists()]
 
 
+def encoder_sha256(name: str) -> str:
+    """Of the contents of `encoder_files`: one name may get other weights."""
+    places = encoder_files(name)
+    files = [path for place in places for path in ([place] if place.is_file() else sorted(place.rglob("*.*")))]
+    return sha256(b"".join(sha256(path.read_bytes()).digest() for path in files if path.is_file())).hexdigest()
+
+
 def cached_or_downloaded(load: Callable[[bool], T], what: str, otherwise: str) -> T:
     """load(local=True), else load(local=False) if the hub answers: without it the client would retry for minutes.
 
@@ -250,15 +258,26 @@ def embeddings_path(folder: str | Path, encoder_name: str) -> Path:
 
 
 def save_embeddings(path: Path, encoder_name: str, captions: Sequence[str], pooled: torch.Tensor) -> None:
-    """One file: tensor `pooled` (N, D) float16, and in its metadata the encoder's name and the N captions as JSON."""
+    """One file: tensor `pooled` (N, D) float16, and in its metadata the encoder's name and digest and the captions."""
     from safetensors.torch import save
 
-    metadata = {"encoder": encoder_name, "captions": json.dumps(list(captions), ensure_ascii=False)}
+    metadata = {
+        "encoder": encoder_name,
+        "encoder_sha256": encoder_sha256(encoder_name),
+        "captions": json.dumps(list(captions), ensure_ascii=False),
+    }
     write_whole(path, save({"pooled": pooled.half()}, metadata))
 
 
+class OtherWeights(Exception):
+    """The vectors of a file come from an encoder of the same name, but with other weights."""
+
+
 def load_embeddings(path: Path, encoder_name: str) -> dict[str, torch.Tensor]:
-    """{caption: vector (D,) float32}, empty without a file. Raises PokediffError for the file of another encoder."""
+    """{caption: vector (D,) float32}, empty without a file.
+
+    Raises PokediffError for the file of another encoder, and OtherWeights.
+    """
     from safetensors import safe_open
 
     if not path.is_file():
@@ -268,4 +287,6 @@ def load_embeddings(path: Path, encoder_name: str) -> dict[str, torch.Tensor]:
         pooled = file.get_tensor("pooled").float()
     if metadata["encoder"] != encoder_name:
         raise PokediffError(f"{path} was made by {metadata['encoder']}, not by {encoder_name}: delete it")
+    if metadata.get("encoder_sha256") != encoder_sha256(encoder_name):
+        raise OtherWeights(f"{path} was made with other weights of {encoder_name}")
     return dict(zip(json.loads(metadata["captions"]), pooled, strict=True))
