@@ -262,6 +262,18 @@ def test_a_small_strength_keeps_detail_that_the_small_picture_cannot_hold():
     assert apart[0.05] > 1.5 > 0.3 > abs(apart[1.0])
 
 
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("strength", [0.05, 0.3, 0.6, 1.0])
+def test_an_upscaler_takes_its_steps_over_the_noise_that_the_strength_asks_for(steps, strength):
+    pipe = copying()
+    pipe.cascade["upscaler-32"].register_to_config(steps=steps)
+    noise = [e.timestep for e in pipe.evaluations(Sampling(size=32), strength) if e.size == 32]
+    assert len(noise) == steps
+    assert noise[0] < 1000 * strength
+    if strength < 0.5:
+        assert noise[0] > 600 * strength
+
+
 # -------------------------------------------------------------------------------------------------------------- on disk
 
 

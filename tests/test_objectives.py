@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 
-from pokediff.config import CriticConfig, DiffusionConfig, PerceptualConfig
+from pokediff.config import CriticConfig, DiffusionConfig, ModelConfig, PerceptualConfig, StageConfig, TrainConfig
+from pokediff.data import dataset
+from pokediff.data.images import from_model, premultiply
 from pokediff.errors import PokediffError
 from pokediff.model.diffusion import make_noise_schedule
-from pokediff.training.objectives import Batch, denoising
+from pokediff.model.interface import enlarge
+from pokediff.training.objectives import Batch, denoising, training_batch
 from pokediff.training.perceptual import AdversarialLoss, PerceptualLoss, on_plain_color
 from pokediff.training.runs import load_moments, moments
 
@@ -128,3 +134,45 @@ def test_a_resumed_critic_goes_on_as_if_it_had_not_stopped(squeeze):
         assert ours.keys() == theirs.keys()
         for key, value in ours.items():
             torch.testing.assert_close(theirs[key], value, rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------ upscalers of one step
+
+
+def upscaler_batch(drawn_at: int | None, rank: int = 0, world: int = 1) -> Batch:
+    """The part of one of `world` processes of a batch of eight 32 px pictures, of an upscaler by two."""
+    model = ModelConfig(patch=2, widths=(16,), blocks=(1,), attention=(False,), upscale=2, below=2.0, steps=1)
+    stage = StageConfig(image_size=32, model=model, low_res_noise=0.1)
+    config = TrainConfig(stages={"upscaler-32": stage}, seed=3)
+    part = slice(8 * rank // world, 8 * (rank + 1) // world)
+    pixels = torch.from_numpy(premultiply(from_model(pictures(8))))[part]
+    given = dataset.Batch(pixels, torch.zeros(len(pixels), 8), torch.zeros(len(pixels), 3))
+    accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=world, process_index=rank)
+    return training_batch(given, config, stage, accelerator, 5, drawn_at)
+
+
+def test_an_upscaler_of_one_step_is_trained_on_what_it_meets_in_a_drawing():
+    batch, plain = upscaler_batch(499), upscaler_batch(None)
+    assert plain.start is None
+    drawn = torch.tensor([True, True, True, False] * 2)
+    assert (batch.timesteps == 499).tolist() == drawn.tolist()
+    torch.testing.assert_close(batch.start[drawn], enlarge(batch.low_res, 32)[drawn])
+    torch.testing.assert_close(batch.start[~drawn], batch.x0[~drawn])
+    assert (batch.timesteps[~drawn] == plain.timesteps[~drawn]).all()
+
+    seen = []
+    denoising(make_noise_schedule(DiffusionConfig()))(lambda x, *_: seen.append(x) or x, replace_noise(batch))
+    small = F.avg_pool2d(seen[0], 2)
+    torch.testing.assert_close(enlarge(small, 32)[drawn], seen[0][drawn])  # nothing of the large picture shines through
+    assert (enlarge(small, 32)[~drawn] - seen[0][~drawn]).abs().max() > 0.1
+
+
+def replace_noise(batch: Batch) -> Batch:
+    return Batch(**{**vars(batch), "noise": torch.zeros_like(batch.noise)})
+
+
+def test_batches_of_an_upscaler_of_one_step_do_not_depend_on_the_number_of_processes():
+    whole, halves = upscaler_batch(499), [upscaler_batch(499, rank, 2) for rank in range(2)]
+    for name in ("start", "timesteps", "low_res"):
+        parts = torch.cat([getattr(half, name) for half in halves])
+        torch.testing.assert_close(parts, getattr(whole, name), rtol=0, atol=0)

@@ -13,7 +13,7 @@ from conftest import write_data
 from safetensors.torch import load_file
 from tiny import REFINER, UPSCALER, tiny_config, tiny_stage, write_open_clip
 
-from pokediff.config import TrainConfig, dump_yaml, load_yaml
+from pokediff.config import Sampling, TrainConfig, dump_yaml, load_yaml
 from pokediff.data.dataset import embed, load_pictures
 from pokediff.data.records import split_of
 from pokediff.errors import PokediffError
@@ -21,6 +21,7 @@ from pokediff.model import checkpoint
 from pokediff.model.diffusion import cosine_sigmas
 from pokediff.model.pipeline import PokeDiffPipeline
 from pokediff.model.text import embeddings_path, load_embeddings, save_embeddings
+from pokediff.training import loop
 from pokediff.training.clock import Pace
 from pokediff.training.objectives import trained_timesteps
 from pokediff.training.stages import fitted, outcome, remove_trial, resized, select, times, timetable, train, with_steps
@@ -111,6 +112,19 @@ def test_a_stage_killed_before_its_first_checkpoint_is_not_finished(cascade, dat
         train(tiny_config(data, out, STAGES), only=["refiner-16"])
     facts = json.loads((out / "run.json").read_text())["stages"]
     assert {name: "finished" in stage for name, stage in facts.items()} == {"base-16": True, "upscaler-32": True}
+
+
+def test_an_upscaler_of_one_step_is_trained_at_the_timestep_of_its_drawing(cascade, data, tmp_path, monkeypatch):
+    asked, batch_of = set(), loop.training_batch
+    monkeypatch.setattr(loop, "training_batch", lambda *a: asked.add(a[-1]) or batch_of(*a))
+    for steps, expected in ((1, {499}), (2, {None})):
+        stage = replace(UPSCALER, model=replace(UPSCALER.model, steps=steps), max_steps=1)
+        config = tiny_config(data, tmp_path / str(steps), {"upscaler-32": stage}, base=str(cascade))
+        out = train(config)
+        assert asked == expected
+        asked.clear()
+    pipe = PokeDiffPipeline.from_pretrained(out.parent / "1")
+    assert [e.timestep for e in pipe.evaluations(Sampling(size=32)) if e.size == 32] == [499]
 
 
 @pytest.mark.slow

@@ -69,13 +69,16 @@ def denoising_loss(
     timesteps: torch.Tensor,
     *condition: torch.Tensor | None,
     extras: Sequence[Extra] = (),
+    start: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(B,) mean squared error of x0, weighted 1 + 1 / sigma^2: the error of v (Salimans & Ho 2022, appendix D).
 
     x0 and noise (B, C, H, W), timesteps (B,); `condition` are the denoiser's other inputs: text, augment, low_res.
-    What each of `extras` gives for the predicted x0, the true one and the loss so far is added.
+    What each of `extras` gives for the predicted x0, the true one and the loss so far is added. The noise is added to
+    `start`, where given, in place of x0.
     """
-    noisy = schedule.add_noise(x0, noise, timesteps).contiguous(memory_format=torch.channels_last)
+    noisy = schedule.add_noise(x0 if start is None else start, noise, timesteps)
+    noisy = noisy.contiguous(memory_format=torch.channels_last)
     predicted = denoiser(noisy, timesteps, *condition)
     error = (predicted - x0).square().mean(dim=(1, 2, 3))
     loss = error / (1 - schedule.alphas_cumprod.to(error.device)[timesteps])  # 1 - a = sigma^2 / (1 + sigma^2)

@@ -59,7 +59,8 @@ def plan(
     """The legs of a drawing, from the base to `sampling.size`.
 
     The first leg takes `num_inference_steps`, of which the fraction `strength` is run. Every further leg runs the end
-    of the noise schedule that its denoisers are trained on, in their default number of steps.
+    of the noise schedule that its denoisers are trained on, at most the fraction `strength`, in their default number of
+    steps.
 
     Raises PokediffError for a scheduler, sampler, size, number of steps or strength that cannot be used.
     """
@@ -74,8 +75,8 @@ def plan(
         steps, run = sampling.num_inference_steps or leading.config.steps, strength
         if legs:
             own = leading.config.steps
-            steps = min(math.ceil(own / reach), len(sigmas))
-            run = min(strength, own / steps)
+            steps = min(math.ceil(own / min(strength, reach)), len(sigmas))
+            run = own / steps
         scheduler = make_scheduler(schedule, sampling.sampler, steps, device)
         skipped = skipped_steps(scheduler, run)
         rows = []

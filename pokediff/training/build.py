@@ -78,6 +78,13 @@ class Stage:
     progress: Progress = field(default_factory=Progress)
 
     @property
+    def drawn_at(self) -> int | None:
+        """The timestep at which an upscaler of one step is used; None for other denoisers."""
+        if self.config.model.upscale == 1 or self.config.model.steps > 1:
+            return None
+        return round(self.pipeline.evaluations(self.sampling)[-1].timestep)
+
+    @property
     def sampling(self) -> Sampling:
         """Sampling settings of previews and metrics during training."""
         return Sampling(size=self.config.image_size, fast=self.config.fast)

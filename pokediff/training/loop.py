@@ -125,7 +125,7 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(stage.config, step)
     torch.manual_seed(mix(run.config.seed, step, 1 + run.accelerator.process_index))  # dropout
-    batch = training_batch(pictures, run.config, stage.config, run.accelerator, step)
+    batch = training_batch(pictures, run.config, stage.config, run.accelerator, step, stage.drawn_at)
     with run.accelerator.autocast():
         loss = stage.objective(denoiser, batch).mean()
     run.accelerator.backward(loss)
@@ -265,7 +265,7 @@ def seconds_per_step(run: Run, stage: Stage) -> float:
     trial, seconds = copy.deepcopy(stage.denoiser), []
     for step in range(3):
         started = time.monotonic()
-        batch = training_batch(stage.batches[step], run.config, stage.config, run.accelerator, step)
+        batch = training_batch(stage.batches[step], run.config, stage.config, run.accelerator, step, stage.drawn_at)
         with run.accelerator.autocast():
             loss = stage.objective(trial, batch).mean()
         loss.backward()

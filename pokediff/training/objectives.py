@@ -17,6 +17,7 @@ from pokediff.config import StageConfig, TrainConfig
 from pokediff.data import dataset
 from pokediff.data.images import to_model
 from pokediff.model.diffusion import Extra, cosine_timestep, denoising_loss
+from pokediff.model.interface import enlarge
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Batch:
     text: torch.Tensor  # (B, D)
     augment: torch.Tensor | None = None  # (B, A)
     low_res: torch.Tensor | None = None  # (B, C, S/f, S/f), of an upscaler
+    start: torch.Tensor | None = None  # (B, C, S, S): what the noise is added to, if not x0
 
     def to(self, device: torch.device) -> Batch:
         """A copy on the device."""
@@ -46,7 +48,8 @@ def denoising(schedule: DDPMScheduler, extras: Sequence[Extra] = ()) -> Objectiv
     def objective(denoiser: Any, batch: Batch) -> torch.Tensor:
         condition = (batch.text, batch.augment, batch.low_res)
         used = extras if torch.is_grad_enabled() else ()
-        return denoising_loss(schedule, denoiser, batch.x0, batch.noise, batch.timesteps, *condition, extras=used)
+        noised = (batch.x0, batch.noise, batch.timesteps)
+        return denoising_loss(schedule, denoiser, *noised, *condition, extras=used, start=batch.start)
 
     return objective
 
@@ -60,10 +63,18 @@ def trained_timesteps(config: TrainConfig, stage: StageConfig) -> int:
 
 
 def training_batch(
-    pictures: dataset.Batch, config: TrainConfig, stage: StageConfig, accelerator: Accelerator, step: int
+    pictures: dataset.Batch,
+    config: TrainConfig,
+    stage: StageConfig,
+    accelerator: Accelerator,
+    step: int,
+    drawn_at: int | None = None,
 ) -> Batch:
     """This process's slice of a step's batch. Noise and timesteps are a function of (seed, step), and drawn for all
     processes together: any number of processes trains the same model.
+
+    With `drawn_at`, the timestep at which an upscaler of one step is used, three of four pictures are what it meets in
+    a drawing: the enlarged small picture with the noise of that timestep. The rest keeps it a denoiser, for img2img.
     """
     x0 = to_model(pictures.pixels.to(accelerator.device), config.dataset.channels)
     generator = torch.Generator(accelerator.device).manual_seed(mix(config.seed, step, 0))
@@ -73,7 +84,12 @@ def training_batch(
     noise = torch.randn((total, *x0.shape[1:]), generator=generator, device=x0.device)
     low_res = make_low_res(x0, stage, generator, total, mine)
     text, augment = pictures.text.to(x0.device), pictures.augment.to(x0.device)
-    return Batch(x0, noise[mine], timesteps[mine], text, augment, low_res)
+    batch = Batch(x0, noise[mine], timesteps[mine], text, augment, low_res)
+    if low_res is None or drawn_at is None:
+        return batch
+    drawn = torch.arange(total, device=x0.device)[mine] % 4 < 3
+    start = torch.where(drawn[:, None, None, None], enlarge(low_res, x0.shape[-1]), x0)
+    return replace(batch, start=start, timesteps=batch.timesteps.masked_fill(drawn, drawn_at))
 
 
 def make_low_res(
