@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ class Stage:
     metrics: ValidationMetrics | None = None
     progress: Progress = field(default_factory=Progress)
 
-    @property
+    @cached_property
     def drawn_at(self) -> int | None:
         """The timestep at which an upscaler of one step is used; None for other denoisers."""
         if self.config.model.upscale == 1 or self.config.model.steps > 1:
