@@ -66,7 +66,7 @@ class ModelConfig:
     sigma_data: float = 1.0  # sigma_data of EDM's preconditioning; 1 is v-prediction
     gate: bool = False  # a weight per pixel between EDM's x0 and a second x0 without the skip from the input
     below: float | None = None  # of a refiner or upscaler: it is trained and used only below this sigma
-    steps: int = 15  # default number of sampler steps
+    steps: int = 15  # default number of sampler steps; an upscaler with 1 is trained at the timestep of its drawing
     guidance_scale: float | None = None  # default guidance scale; None: never guided
     high_noise_guidance: float = 1.0  # above sigma 10, where shapes are decided, guidance is this many times as strong
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -160,15 +161,11 @@ def test_an_upscaler_of_one_step_is_trained_on_what_it_meets_in_a_drawing():
     torch.testing.assert_close(batch.start[~drawn], batch.x0[~drawn])
     assert (batch.timesteps[~drawn] == plain.timesteps[~drawn]).all()
 
-    seen = []
-    denoising(make_noise_schedule(DiffusionConfig()))(lambda x, *_: seen.append(x) or x, replace_noise(batch))
+    seen, still = [], replace(batch, noise=torch.zeros_like(batch.noise))
+    denoising(make_noise_schedule(DiffusionConfig()))(lambda x, *_: seen.append(x) or x, still)
     small = F.avg_pool2d(seen[0], 2)
     torch.testing.assert_close(enlarge(small, 32)[drawn], seen[0][drawn])  # nothing of the large picture shines through
     assert (enlarge(small, 32)[~drawn] - seen[0][~drawn]).abs().max() > 0.1
-
-
-def replace_noise(batch: Batch) -> Batch:
-    return Batch(**{**vars(batch), "noise": torch.zeros_like(batch.noise)})
 
 
 def test_batches_of_an_upscaler_of_one_step_do_not_depend_on_the_number_of_processes():

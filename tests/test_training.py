@@ -359,8 +359,8 @@ def test_two_processes_train_the_same_model_as_one(finished, data, tmp_path):
 def test_a_step_that_is_not_finite_is_skipped_and_three_in_a_row_stop(data, tmp_path, monkeypatch, capsys):
     batch_of, bad = loop.training_batch, {2}
 
-    def spoilt(pictures, config, stage, accelerator, step):
-        batch = batch_of(pictures, config, stage, accelerator, step)
+    def spoilt(pictures, config, stage, accelerator, step, *rest):
+        batch = batch_of(pictures, config, stage, accelerator, step, *rest)
         return replace(batch, noise=batch.noise * math.nan) if step in bad and len(asked) > 3 else batch
 
     asked: list[int] = []  # the first three are the estimate's
