@@ -177,7 +177,8 @@ class StageConfig:
     image_size: int = 32  # px, a multiple of 16
     model: ModelConfig = field(default_factory=ModelConfig)
     styles: dict[str, float] | None = None  # as dataset.styles, for this stage (default: those of the run)
-    start_from: str | None = None  # FOLDER or FOLDER:DENOISER whose weights to start from, where shapes agree
+    # FOLDER or FOLDER:DENOISER each, whose weights to start from where shapes agree; a later one has precedence
+    start_from: tuple[str, ...] = ()
     # conditioning augmentation of an upscaler: largest sigma of the noise on its small picture (Ho et al. 2022)
     low_res_noise: float = 0.25
     perceptual: PerceptualConfig | None = None  # a perceptual loss beside the error of x0

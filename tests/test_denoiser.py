@@ -145,6 +145,23 @@ def test_starting_from_a_denoiser_of_smaller_pictures_copies_all_levels_below_th
     torch.testing.assert_close(twin(x, 300.0), other(x, 300.0))
 
 
+def test_starting_from_a_refiner_and_a_base_copies_each_level_to_that_of_the_same_maps():
+    shape = dict(head_dim=32, embedding_dim=64, norm_free=True, gate=True)
+    base = small(widths=(32, 64), head_dim=32, embedding_dim=64)  # maps of 16 and 8
+    refiner = small(widths=(32,), attention=(0,), blocks=(2,), patch=1, **shape)  # maps of 32
+    denoiser = small(widths=(32, 32, 64), attention=(0, 0, 1), blocks=(2, 1, 1), patch=1, **shape)
+    denoiser.start_from(refiner)
+    denoiser.start_from(base)
+    torch.testing.assert_close(denoiser.stem.weight, refiner.stem.weight)
+    torch.testing.assert_close(denoiser.down[0][1].conv1.weight, refiner.down[0][1].conv1.weight)
+    torch.testing.assert_close(denoiser.up[2][1].conv1.weight, refiner.up[0][1].conv1.weight)
+    torch.testing.assert_close(denoiser.down[2][0].conv1.weight, base.down[1][0].conv1.weight)
+    torch.testing.assert_close(denoiser.up[0][0].conv1.weight, base.up[0][0].conv1.weight)
+    torch.testing.assert_close(denoiser.downsample[1].weight, base.downsample[0].weight)
+    torch.testing.assert_close(denoiser.upsample[0].weight, base.upsample[0].weight)
+    torch.testing.assert_close(denoiser.time_mlp[0].weight, base.time_mlp[0].weight)
+
+
 def preconditioned(noise_range: tuple[float, float, float] = (0.006, 100.0, 2.0)) -> Denoiser:
     shape = dict(image_size=32, widths=(32,), attention=(False,), blocks=(1,))
     return Denoiser(**shape, sigma_data=0.25, gate=True, noise_range=noise_range)

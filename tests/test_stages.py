@@ -279,7 +279,7 @@ def test_a_stage_is_trained_on_its_range_of_noise_only(data, tmp_path):
             {"refiner-16": REFINER},
             "refiner-16 cannot draw with the cascade so far, refiner-16: no denoiser of 16",
         ),
-        ({"base-16": tiny_stage(start_from="C:/nowhere/pokediff")}, "C:/nowhere/pokediff is no checkpoint"),
+        ({"base-16": tiny_stage(start_from=("C:/nowhere/pokediff",))}, "C:/nowhere/pokediff is no checkpoint"),
     ],
 )
 def test_what_cannot_draw_is_named_before_anything_is_trained(data, tmp_path, stages, words):

@@ -198,13 +198,16 @@ class Denoiser(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def start_from(self, other: Denoiser) -> int:
-        """Copy the weights of `other` where names and shapes agree, levels counted from the deepest: all below the
-        first level of a denoiser of smaller pictures fits. Returns the number of weights copied.
+        """Copy the weights of `other` where names and shapes agree, those of a level to the level whose maps have the
+        same side: a denoiser of larger pictures, or with one level more above, takes all the levels that it shares.
+        Returns the number of weights copied.
         """
-        deeper = len(self.config.widths) - len(other.config.widths)
+        shift = int(math.log2(self._sides[0] / other._sides[0]))  # levels of this one above the first of the other
+        # on the way up levels are counted from the deepest
+        shifts = {"down": shift, "up": len(self._sides) - len(other._sides) - shift}
 
-        def here(name: str) -> str:  # on the way up levels are counted from the deepest anyway
-            return re.sub(r"^(down|downsample)\.(\d+)", lambda m: f"{m[1]}.{int(m[2]) + deeper}", name)
+        def here(name: str) -> str:
+            return re.sub(r"^(down|up)(sample)?\.(\d+)", lambda m: f"{m[1]}{m[2] or ''}.{int(m[3]) + shifts[m[1]]}", name)
 
         own, taken = self.state_dict(), 0
         for name, values in other.state_dict().items():
@@ -212,6 +215,11 @@ class Denoiser(ModelMixin, ConfigMixin):
                 mine.copy_(values)
                 taken += values.numel()
         return taken
+
+    @property
+    def _sides(self) -> list[int]:
+        """The side of the maps of each level, from the first."""
+        return [self.config.image_size // self.patch // 2**level for level in range(len(self.config.widths))]
 
 
 class Block(nn.Module):

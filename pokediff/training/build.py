@@ -168,18 +168,19 @@ def make_denoiser(config: TrainConfig, stage: StageConfig, text_dim: int, augmen
 def start_weights(run: Run, name: str, denoiser: Denoiser) -> None:
     """Copy initial weights, if any: from `start_from` of the stage or the run, or from a student's teacher."""
     config, stage = run.config, run.config.stages[name]
-    if source := stage.start_from or config.start_from:
+    for source in stage.start_from or ([config.start_from] if config.start_from else []):
         folder, wanted = source_parts(source)
         cascade = PokeDiffPipeline.from_pretrained(folder, text_encoder=None, tokenizer=None).cascade
         if wanted and wanted not in cascade:
             raise PokediffError(f"start_from: {folder} has no {wanted}; it has {', '.join(cascade)}")
-        if not wanted and name not in cascade and not stage.start_from:
-            return
-        other = cascade[wanted or (name if name in cascade else next(iter(cascade)))]
-    elif stage.distill and run.pipeline is not None and stage.distill.teacher in run.pipeline.cascade:
-        source, other = stage.distill.teacher, run.pipeline.cascade[stage.distill.teacher]
-    else:
-        return
+        if wanted or name in cascade or stage.start_from:
+            copy_weights(run, name, denoiser, source, cascade[wanted or (name if name in cascade else next(iter(cascade)))])
+    teacher = stage.distill.teacher if stage.distill else None
+    if teacher and not (stage.start_from or config.start_from) and run.pipeline and teacher in run.pipeline.cascade:
+        copy_weights(run, name, denoiser, teacher, run.pipeline.cascade[teacher])
+
+
+def copy_weights(run: Run, name: str, denoiser: Denoiser, source: str, other: Denoiser) -> None:
     run.say(f"{name}: {denoiser.start_from(other) / 1e6:.2f} M weights from {source}")
 
 

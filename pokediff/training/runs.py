@@ -438,8 +438,8 @@ def describe_pictures(run: Run, stage: Stage) -> None:
 
 def started_from(config: TrainConfig) -> list[str]:
     """Where weights of this training come from: FOLDER or FOLDER:DENOISER each."""
-    sources = (config.base, config.start_from, *(stage.start_from for stage in config.stages.values()))
-    return sorted({source for source in sources if source})
+    of_stages = (source for stage in config.stages.values() for source in stage.start_from)
+    return sorted({source for source in (config.base, config.start_from, *of_stages) if source})
 
 
 def source_parts(source: str) -> tuple[str, str | None]:
