@@ -162,10 +162,13 @@ class CriticConfig:
     weight: float = 0.3  # norm of its gradient at x0, relative to that of the other losses
     learning_rate: float = 2e-4
     share: float = 0.5  # fraction of each batch that it sees
+    # small pictures that the cascade draws beforehand; the critic sees them enlarged by an upscaler of one step, too
+    drawings: int = 0
 
     def __post_init__(self) -> None:
         _positive(self, "critic", "weight", "learning_rate")
         _require(0 < self.share <= 1, "critic.share", "must be above 0 and at most 1")
+        _require(self.drawings >= 0, "critic.drawings", "must not be negative")
 
 
 @dataclass(frozen=True)
@@ -210,6 +213,10 @@ class StageConfig:
         _require(not (self.distill and self.model.upscale > 1), "distill", "is not implemented for upscalers")
         other = self.perceptual or self.critic
         _require(not (self.distill and other), "distill", "excludes perceptual and critic")
+        draws = self.model.upscale > 1 and self.model.steps == 1
+        _require(
+            draws or not (self.critic and self.critic.drawings), "critic.drawings", "needs an upscaler of one step"
+        )
         _require(self.styles != {}, "styles", "must name a style, or be left out")
         _require(0 <= self.ema_decay < 1, "ema_decay", "must be in [0, 1)")
         _positive(self, "", "batch_size", "max_steps", "learning_rate", "max_grad_norm", "patience")

@@ -14,7 +14,7 @@ from pokediff.data.images import from_model, premultiply
 from pokediff.errors import PokediffError
 from pokediff.model.diffusion import make_noise_schedule
 from pokediff.model.interface import enlarge
-from pokediff.training.objectives import Batch, denoising, training_batch
+from pokediff.training.objectives import Batch, Drawings, denoising, training_batch
 from pokediff.training.perceptual import AdversarialLoss, PerceptualLoss, on_plain_color
 from pokediff.training.runs import load_moments, moments
 
@@ -140,7 +140,7 @@ def test_a_resumed_critic_goes_on_as_if_it_had_not_stopped(squeeze):
 # ------------------------------------------------------------------------------------------------ upscalers of one step
 
 
-def upscaler_batch(drawn_at: int | None, rank: int = 0, world: int = 1) -> Batch:
+def upscaler_batch(drawn_at: int | None, rank: int = 0, world: int = 1, drawings: Drawings | None = None) -> Batch:
     """The part of one of `world` processes of a batch of eight 32 px pictures, of an upscaler by two."""
     model = ModelConfig(patch=2, widths=(16,), blocks=(1,), attention=(False,), upscale=2, below=2.0, steps=1)
     stage = StageConfig(image_size=32, model=model, low_res_noise=0.1)
@@ -149,7 +149,7 @@ def upscaler_batch(drawn_at: int | None, rank: int = 0, world: int = 1) -> Batch
     pixels = torch.from_numpy(premultiply(from_model(pictures(8))))[part]
     given = dataset.Batch(pixels, torch.zeros(len(pixels), 8), torch.zeros(len(pixels), 3))
     accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=world, process_index=rank)
-    return training_batch(given, config, stage, accelerator, 5, drawn_at)
+    return training_batch(given, config, stage, accelerator, 5, drawn_at, drawings)
 
 
 def test_an_upscaler_of_one_step_is_trained_on_what_it_meets_in_a_drawing():
@@ -173,3 +173,39 @@ def test_batches_of_an_upscaler_of_one_step_do_not_depend_on_the_number_of_proce
     for name in ("start", "timesteps", "low_res"):
         parts = torch.cat([getattr(half, name) for half in halves])
         torch.testing.assert_close(parts, getattr(whole, name), rtol=0, atol=0)
+
+
+@pytest.fixture
+def drawings() -> Drawings:
+    generator = torch.Generator().manual_seed(4)
+    return Drawings(torch.rand(5, 4, 16, 16, generator=generator), torch.randn(5, 8, generator=generator))
+
+
+def test_a_part_of_a_batch_are_drawings_without_a_large_picture(drawings):
+    batch, plain = upscaler_batch(499, drawings=drawings), upscaler_batch(499)
+    assert batch.unpaired.tolist() == [True] * 2 + [False] * 6
+    for row in range(2):
+        which = [torch.equal(batch.low_res[row], picture) for picture in drawings.pictures].index(True)
+        assert torch.equal(batch.text[row], drawings.text[which])
+    torch.testing.assert_close(batch.start[:2], enlarge(batch.low_res[:2], 32))
+    assert (batch.timesteps[:2] == 499).all()
+    for name in ("x0", "noise"):
+        assert torch.equal(getattr(batch, name), getattr(plain, name))
+    for name in ("text", "start", "low_res", "timesteps", "augment"):
+        assert torch.equal(getattr(batch, name)[2:], getattr(plain, name)[2:])
+
+
+def test_the_error_of_a_drawing_is_that_of_the_small_picture_alone(drawings, perceptual):
+    batch = upscaler_batch(499, drawings=drawings)
+    details = torch.tensor([[0.3, -0.3], [-0.3, 0.3]]).repeat(16, 16)  # they average to nothing
+    objective = denoising(make_noise_schedule(DiffusionConfig()), [perceptual])
+    loss = objective(lambda *_: (enlarge(batch.low_res, 32) + details).requires_grad_(), batch)
+    assert loss[:2].tolist() == pytest.approx([0, 0], abs=1e-9)
+    assert (loss[2:] > 0.1).all()
+
+
+@pytest.mark.parametrize(("upscale", "steps"), [(1, 1), (2, 5)])
+def test_drawings_are_for_upscalers_of_one_step(upscale, steps):
+    model = ModelConfig(upscale=upscale, steps=steps, below=2.0)
+    with pytest.raises(PokediffError, match=r"critic\.drawings needs an upscaler of one step"):
+        StageConfig(model=model, critic=CriticConfig("squeeze:FILE", drawings=4))

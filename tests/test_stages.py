@@ -13,7 +13,7 @@ from conftest import write_data
 from safetensors.torch import load_file
 from tiny import REFINER, UPSCALER, tiny_config, tiny_stage, write_open_clip
 
-from pokediff.config import Sampling, TrainConfig, dump_yaml, load_yaml
+from pokediff.config import CriticConfig, Sampling, TrainConfig, dump_yaml, load_yaml
 from pokediff.data.dataset import embed, load_pictures
 from pokediff.data.records import split_of
 from pokediff.errors import PokediffError
@@ -116,7 +116,7 @@ def test_a_stage_killed_before_its_first_checkpoint_is_not_finished(cascade, dat
 
 def test_an_upscaler_of_one_step_is_trained_at_the_timestep_of_its_drawing(cascade, data, tmp_path, monkeypatch):
     asked, batch_of = set(), loop.training_batch
-    monkeypatch.setattr(loop, "training_batch", lambda *a: asked.add(a[-1]) or batch_of(*a))
+    monkeypatch.setattr(loop, "training_batch", lambda *a: asked.add(a[5]) or batch_of(*a))
     for steps, expected in ((1, {499}), (2, {None})):
         stage = replace(UPSCALER, model=replace(UPSCALER.model, steps=steps), max_steps=1)
         config = tiny_config(data, tmp_path / str(steps), {"upscaler-32": stage}, base=str(cascade))
@@ -125,6 +125,24 @@ def test_an_upscaler_of_one_step_is_trained_at_the_timestep_of_its_drawing(casca
         asked.clear()
     pipe = PokeDiffPipeline.from_pretrained(out.parent / "1")
     assert [e.timestep for e in pipe.evaluations(Sampling(size=32)) if e.size == 32] == [499]
+
+
+@pytest.mark.slow
+def test_the_critic_sees_what_the_cascade_draws_also_after_a_resume(cascade, data, squeeze, tmp_path, monkeypatch):
+    seen, draw = [], loop.make_drawings
+    monkeypatch.setattr(loop, "make_drawings", lambda *a: seen.append(draw(*a)) or seen[-1])
+    model = replace(UPSCALER.model, steps=1)
+    stage = replace(UPSCALER, model=model, critic=CriticConfig(squeeze, drawings=6), max_steps=2, checkpoint_every=1)
+    config = tiny_config(data, tmp_path / "whole", {"upscaler-32": stage}, base=str(cascade))
+    train(config)
+    part = replace(config, out=str(tmp_path / "part"))
+    train(replace(part, max_minutes=1e-9))  # stopped after one step
+    train(part, resume="auto")
+    assert same(weights(tmp_path / "part", "upscaler-32"), weights(tmp_path / "whole", "upscaler-32"))
+    pipe = PokeDiffPipeline.from_pretrained(cascade)
+    *_, last = pipe.denoise(seen[0].text, range(6), Sampling(size=16))
+    for drawings in seen:
+        torch.testing.assert_close(drawings.pictures, last.x0.float(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -408,6 +408,13 @@ class TrainingBatches(torch.utils.data.Dataset):
         self.mine = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
         self.chances = np.cumsum(draw_chances(pictures.records, config.styles, config.kinds))
 
+    def captions(self, number: int) -> torch.Tensor:
+        """(number, D) text vectors of captions, drawn as those of the batches are."""
+        rng = np.random.default_rng([self.seed, number])
+        index = np.searchsorted(self.chances, rng.random(number) * self.chances[-1], side="right")
+        rows = (self.vectors.rows[i] for i in index)
+        return self.vectors.table[[mine[int(rng.random() * len(mine))] for mine in rows]]
+
     def __getitem__(self, step: int) -> Batch:
         rng = np.random.default_rng([self.seed, step])
         size = self.batch_size  # draw for all processes alike, then take this one's slice

@@ -21,12 +21,12 @@ from pokediff.errors import PokediffError
 from pokediff.evaluation.validation_metrics import ValidationMetrics
 from pokediff.model.cascade import Cascade
 from pokediff.model.denoiser import Denoiser, flops_per_image
-from pokediff.model.pipeline import PokeDiffPipeline
+from pokediff.model.pipeline import BATCH_SIZE, PokeDiffPipeline
 from pokediff.model.text import ClipTextEncoder, load_text_encoder
 from pokediff.progress import ProgressBar
 from pokediff.training.clock import Limit
 from pokediff.training.distillation import Distillation
-from pokediff.training.objectives import Batch, Objective, denoising, validation_batches
+from pokediff.training.objectives import Batch, Drawings, Objective, denoising, validation_batches
 from pokediff.training.perceptual import AdversarialLoss, PerceptualLoss
 from pokediff.training.runs import Progress, load_state, source_parts
 
@@ -75,6 +75,7 @@ class Stage:
     shown: tuple[Pictures, Pictures]  # training and validation pictures, of the previews
     facts: dict[str, Any]  # numbers of parameters, pictures and GFLOP, for log and model card
     critic: AdversarialLoss | None = None
+    drawings: Drawings | None = None  # small pictures for the critic
     metrics: ValidationMetrics | None = None
     progress: Progress = field(default_factory=Progress)
 
@@ -174,7 +175,9 @@ def start_weights(run: Run, name: str, denoiser: Denoiser) -> None:
         if wanted and wanted not in cascade:
             raise PokediffError(f"start_from: {folder} has no {wanted}; it has {', '.join(cascade)}")
         if wanted or name in cascade or stage.start_from:
-            copy_weights(run, name, denoiser, source, cascade[wanted or (name if name in cascade else next(iter(cascade)))])
+            copy_weights(
+                run, name, denoiser, source, cascade[wanted or (name if name in cascade else next(iter(cascade)))]
+            )
     teacher = stage.distill.teacher if stage.distill else None
     if teacher and not (stage.start_from or config.start_from) and run.pipeline and teacher in run.pipeline.cascade:
         copy_weights(run, name, denoiser, teacher, run.pipeline.cascade[teacher])
@@ -237,6 +240,23 @@ def make_objective(run: Run, name: str, critic: AdversarialLoss | None = None) -
         raise PokediffError(f"{name}: distill needs a cascade with the teacher {stage.distill.teacher}")
     cascade = copy.deepcopy(run.pipeline.cascade).to(run.accelerator.device)
     return Distillation(stage.distill, cascade, stage.model.steps, stage.image_size, run.schedule)
+
+
+def make_drawings(run: Run, stage: Stage) -> Drawings | None:
+    """The small pictures that `critic.drawings` asks for, by the cascade so far, of captions as in the batches: the same
+    on all processes and whenever the run is resumed. None where there are none.
+    """
+    number = stage.config.critic.drawings if stage.config.critic else 0
+    if number == 0 or run.pipeline is None:
+        return None
+    text = stage.batches.captions(number)
+    size = stage.config.image_size // stage.config.model.upscale
+    pictures = []
+    for rows in run.bar(torch.arange(number).split(BATCH_SIZE), desc=f"drawings of {size} px", unit="batch"):
+        for step in run.pipeline.denoise(text[rows], rows.tolist(), Sampling(size=size)):
+            last = step.x0
+        pictures.append(last.float().cpu())
+    return Drawings(torch.cat(pictures), text)
 
 
 def ema_with_warmup(decay: float) -> Callable[..., None]:

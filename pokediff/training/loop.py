@@ -27,7 +27,7 @@ from pokediff.model.denoiser import compile_network, flops_per_image
 from pokediff.model.pipeline import BATCH_SIZE
 from pokediff.progress import ProgressBar
 from pokediff.training import runs
-from pokediff.training.build import Run, Stage
+from pokediff.training.build import Run, Stage, make_drawings
 from pokediff.training.clock import Window, agreed, interruptible
 from pokediff.training.objectives import mix, training_batch
 
@@ -54,6 +54,7 @@ def train_stage(run: Run, stage: Stage, closing: float = 0.0) -> str:
         num_workers=run.config.workers,
         prefetch_factor=4 if run.config.workers else None,
     )
+    stage.drawings = make_drawings(run, stage)
     actions = periodic_actions(run, stage)
     costs = [closing / len(actions)] * len(actions)  # seconds
     window, bad, stop = Window(), 0, "steps"
@@ -125,7 +126,7 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(stage.config, step)
     torch.manual_seed(mix(run.config.seed, step, 1 + run.accelerator.process_index))  # dropout
-    batch = training_batch(pictures, run.config, stage.config, run.accelerator, step, stage.drawn_at)
+    batch = training_batch(pictures, run.config, stage.config, run.accelerator, step, stage.drawn_at, stage.drawings)
     with run.accelerator.autocast():
         loss = stage.objective(denoiser, batch).mean()
     run.accelerator.backward(loss)

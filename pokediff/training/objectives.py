@@ -20,6 +20,9 @@ from pokediff.model.diffusion import Extra, cosine_timestep, denoising_loss
 from pokediff.model.interface import enlarge
 
 
+UNPAIRED = 0.25  # of a batch, with drawings; half of what a critic of share 0.5 sees
+
+
 @dataclass(frozen=True)
 class Batch:
     """Training tensors."""
@@ -31,10 +34,19 @@ class Batch:
     augment: torch.Tensor | None = None  # (B, A)
     low_res: torch.Tensor | None = None  # (B, C, S/f, S/f), of an upscaler
     start: torch.Tensor | None = None  # (B, C, S, S): what the noise is added to, if not x0
+    unpaired: torch.Tensor | None = None  # (B,) bool: x0 is another picture than the one in low_res
 
     def to(self, device: torch.device) -> Batch:
         """A copy on the device."""
         return replace(self, **{name: value.to(device) for name, value in vars(self).items() if value is not None})
+
+
+@dataclass(frozen=True)
+class Drawings:
+    """Small pictures that a cascade has drawn."""
+
+    pictures: torch.Tensor  # (N, C, S/f, S/f) in [-1, 1]
+    text: torch.Tensor  # (N, D)
 
 
 Objective = Callable[[Any, Batch], torch.Tensor]  # (denoiser, batch) to (B,) losses
@@ -48,8 +60,8 @@ def denoising(schedule: DDPMScheduler, extras: Sequence[Extra] = ()) -> Objectiv
     def objective(denoiser: Any, batch: Batch) -> torch.Tensor:
         condition = (batch.text, batch.augment, batch.low_res)
         used = extras if torch.is_grad_enabled() else ()
-        noised = (batch.x0, batch.noise, batch.timesteps)
-        return denoising_loss(schedule, denoiser, *noised, *condition, extras=used, start=batch.start)
+        noised, how = (batch.x0, batch.noise, batch.timesteps), dict(start=batch.start, unpaired=batch.unpaired)
+        return denoising_loss(schedule, denoiser, *noised, *condition, extras=used, **how)
 
     return objective
 
@@ -69,12 +81,14 @@ def training_batch(
     accelerator: Accelerator,
     step: int,
     drawn_at: int | None = None,
+    drawings: Drawings | None = None,
 ) -> Batch:
     """This process's slice of a step's batch. Noise and timesteps are a function of (seed, step), and drawn for all
     processes together: any number of processes trains the same model.
 
     With `drawn_at`, the timestep at which an upscaler of one step is used, three of four pictures are what it meets in
     a drawing: the enlarged small picture with the noise of that timestep. The rest keeps it a denoiser, for img2img.
+    With `drawings` the first pictures, UNPAIRED of the batch, are drawn small ones, to which no large one belongs.
     """
     x0 = to_model(pictures.pixels.to(accelerator.device), config.dataset.channels)
     generator = torch.Generator(accelerator.device).manual_seed(mix(config.seed, step, 0))
@@ -89,7 +103,26 @@ def training_batch(
         return batch
     drawn = torch.arange(total, device=x0.device)[mine] % 4 < 3
     start = torch.where(drawn[:, None, None, None], enlarge(low_res, x0.shape[-1]), x0)
-    return replace(batch, start=start, timesteps=batch.timesteps.masked_fill(drawn, drawn_at))
+    batch = replace(batch, start=start, timesteps=batch.timesteps.masked_fill(drawn, drawn_at))
+    if drawings is None:
+        return batch
+    chosen = torch.randint(0, len(drawings.text), (total,), generator=generator, device=x0.device)[mine].cpu()
+    small, words = drawings.pictures[chosen].to(x0), drawings.text[chosen].to(text)
+    unpaired = torch.arange(len(x0), device=x0.device) < UNPAIRED * len(x0)
+
+    def where(values: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        return torch.where(unpaired.view(-1, *[1] * (others.ndim - 1)), values, others)
+
+    return Batch(
+        x0,
+        batch.noise,
+        batch.timesteps.masked_fill(unpaired, drawn_at),
+        where(words, text),
+        where(torch.zeros_like(augment), augment),
+        where(small, low_res),
+        where(enlarge(small, x0.shape[-1]), start),
+        unpaired,
+    )
 
 
 def make_low_res(

@@ -52,12 +52,21 @@ class PerceptualLoss:
         self.config = config
         self.network = frozen_lpips(config.lpips, device)
 
-    def __call__(self, predicted: torch.Tensor, x0: torch.Tensor, _loss: torch.Tensor | None = None) -> torch.Tensor:
-        """(B,) weighted distances of (B, C, S, S) in [-1, 1]; 0 for the last pictures, beyond the share."""
+    def __call__(
+        self,
+        predicted: torch.Tensor,
+        x0: torch.Tensor,
+        _loss: torch.Tensor | None = None,
+        unpaired: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(B,) weighted distances of (B, C, S, S) in [-1, 1]; 0 for unpaired pictures and the last ones, beyond the
+        share.
+        """
         number = math.ceil(self.config.share * len(x0))
         color = torch.rand(number, 3, 1, 1, device=x0.device)
         distance = self.network(*(on_plain_color(pictures[:number], color) for pictures in (predicted, x0))).flatten()
-        return F.pad(distance.float() * self.config.weight / self.config.share, (0, len(x0) - number))
+        distance = F.pad(distance.float() * self.config.weight / self.config.share, (0, len(x0) - number))
+        return distance if unpaired is None else distance.masked_fill(unpaired, 0.0)
 
 
 class Critic(nn.Module):
@@ -113,7 +122,9 @@ class AdversarialLoss:
         self.learnt = [parameter for parameter in self.critic.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.Adam(self.learnt, config.learning_rate, betas=(0.0, 0.99))
 
-    def __call__(self, predicted: torch.Tensor, x0: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, predicted: torch.Tensor, x0: torch.Tensor, loss: torch.Tensor, _unpaired: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """(B,) zeros, with the critic's gradient with respect to `predicted`; trains the critic one step."""
         number = math.ceil(self.config.share * len(x0))
         color = torch.rand(number, 3, 1, 1, device=x0.device)
