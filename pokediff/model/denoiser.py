@@ -207,9 +207,7 @@ class Denoiser(ModelMixin, ConfigMixin):
         shifts = {"down": shift, "up": len(self._sides) - len(other._sides) - shift}
 
         def here(name: str) -> str:
-            return re.sub(
-                r"^(down|up)(sample)?\.(\d+)", lambda m: f"{m[1]}{m[2] or ''}.{int(m[3]) + shifts[m[1]]}", name
-            )
+            return re.sub(r"^(down|up)(sample|)\.(\d+)", lambda m: f"{m[1]}{m[2]}.{int(m[3]) + shifts[m[1]]}", name)
 
         own, taken = self.state_dict(), 0
         for name, values in other.state_dict().items():

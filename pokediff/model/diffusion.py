@@ -77,8 +77,8 @@ def denoising_loss(
 
     x0 and noise (B, C, H, W), timesteps (B,); `condition` are the denoiser's other inputs: text, augment, low_res.
     What each of `extras` gives for the predicted x0, the true one and the loss so far is added. The noise is added to
-    `start`, where given, in place of x0. Of pictures that are `unpaired` (B,) only low_res is known, the last condition:
-    the error is that of x0, averaged down to it.
+    `start`, where given, in place of x0. Of pictures that are `unpaired` (B,) only low_res, the last condition, is
+    known: the error is that of x0 averaged down to it.
     """
     noisy = schedule.add_noise(x0 if start is None else start, noise, timesteps)
     noisy = noisy.contiguous(memory_format=torch.channels_last)

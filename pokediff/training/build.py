@@ -174,10 +174,10 @@ def start_weights(run: Run, name: str, denoiser: Denoiser) -> None:
         cascade = PokeDiffPipeline.from_pretrained(folder, text_encoder=None, tokenizer=None).cascade
         if wanted and wanted not in cascade:
             raise PokediffError(f"start_from: {folder} has no {wanted}; it has {', '.join(cascade)}")
-        if wanted or name in cascade or stage.start_from:
-            copy_weights(
-                run, name, denoiser, source, cascade[wanted or (name if name in cascade else next(iter(cascade)))]
-            )
+        if not wanted and name not in cascade and not stage.start_from:
+            continue
+        wanted = wanted or (name if name in cascade else next(iter(cascade)))
+        copy_weights(run, name, denoiser, source, cascade[wanted])
     teacher = stage.distill.teacher if stage.distill else None
     if teacher and not (stage.start_from or config.start_from) and run.pipeline and teacher in run.pipeline.cascade:
         copy_weights(run, name, denoiser, teacher, run.pipeline.cascade[teacher])
@@ -243,8 +243,8 @@ def make_objective(run: Run, name: str, critic: AdversarialLoss | None = None) -
 
 
 def make_drawings(run: Run, stage: Stage) -> Drawings | None:
-    """The small pictures that `critic.drawings` asks for, by the cascade so far, of captions as in the batches: the same
-    on all processes and whenever the run is resumed. None where there are none.
+    """The small pictures that `critic.drawings` asks for, drawn by the cascade so far, of captions as in the batches:
+    the same on all processes and whenever the run is resumed. None where it asks for none.
     """
     number = stage.config.critic.drawings if stage.config.critic else 0
     if number == 0 or run.pipeline is None:
@@ -253,9 +253,8 @@ def make_drawings(run: Run, stage: Stage) -> Drawings | None:
     size = stage.config.image_size // stage.config.model.upscale
     pictures = []
     for rows in run.bar(torch.arange(number).split(BATCH_SIZE), desc=f"drawings of {size} px", unit="batch"):
-        for step in run.pipeline.denoise(text[rows], rows.tolist(), Sampling(size=size)):
-            last = step.x0
-        pictures.append(last.float().cpu())
+        *_, last = run.pipeline.denoise(text[rows], rows.tolist(), Sampling(size=size))
+        pictures.append(last.x0.float().cpu())
     return Drawings(torch.cat(pictures), text)
 
 

@@ -19,7 +19,6 @@ from pokediff.data.images import to_model
 from pokediff.model.diffusion import Extra, cosine_timestep, denoising_loss
 from pokediff.model.interface import enlarge
 
-
 UNPAIRED = 0.25  # of a batch, with drawings; half of what a critic of share 0.5 sees
 
 
