@@ -249,10 +249,10 @@ def make_drawings(run: Run, stage: Stage) -> Drawings | None:
     number = stage.config.critic.drawings if stage.config.critic else 0
     if number == 0 or run.pipeline is None:
         return None
-    text = stage.batches.captions(number)
+    text = stage.batches.captions(number if run.sample is None else min(number, BATCH_SIZE))  # fewer in a trial
     size = stage.config.image_size // stage.config.model.upscale
     pictures = []
-    for rows in run.bar(torch.arange(number).split(BATCH_SIZE), desc=f"drawings of {size} px", unit="batch"):
+    for rows in run.bar(torch.arange(len(text)).split(BATCH_SIZE), desc=f"drawings of {size} px", unit="batch"):
         *_, last = run.pipeline.denoise(text[rows], rows.tolist(), Sampling(size=size))
         pictures.append(last.x0.float().cpu())
     return Drawings(torch.cat(pictures), text)

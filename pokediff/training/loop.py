@@ -54,7 +54,7 @@ def train_stage(run: Run, stage: Stage, closing: float = 0.0) -> str:
         num_workers=run.config.workers,
         prefetch_factor=4 if run.config.workers else None,
     )
-    stage.drawings = make_drawings(run, stage)
+    stage.drawings = make_drawings(run, stage) if steps else None
     actions = periodic_actions(run, stage)
     costs = [closing / len(actions)] * len(actions)  # seconds
     window, bad, stop = Window(), 0, "steps"

@@ -59,8 +59,10 @@ def denoising(schedule: DDPMScheduler, extras: Sequence[Extra] = ()) -> Objectiv
     def objective(denoiser: Any, batch: Batch) -> torch.Tensor:
         condition = (batch.text, batch.augment, batch.low_res)
         used = extras if torch.is_grad_enabled() else ()
-        noised, how = (batch.x0, batch.noise, batch.timesteps), dict(start=batch.start, unpaired=batch.unpaired)
-        return denoising_loss(schedule, denoiser, *noised, *condition, extras=used, **how)
+        noised = (batch.x0, batch.noise, batch.timesteps)
+        return denoising_loss(
+            schedule, denoiser, *noised, *condition, extras=used, start=batch.start, unpaired=batch.unpaired
+        )
 
     return objective
 
@@ -105,22 +107,27 @@ def training_batch(
     batch = replace(batch, start=start, timesteps=batch.timesteps.masked_fill(drawn, drawn_at))
     if drawings is None:
         return batch
-    chosen = torch.randint(0, len(drawings.text), (total,), generator=generator, device=x0.device)[mine].cpu()
-    small, words = drawings.pictures[chosen].to(x0), drawings.text[chosen].to(text)
-    unpaired = torch.arange(len(x0), device=x0.device) < UNPAIRED * len(x0)
+    chosen = torch.randint(0, len(drawings.text), (total,), generator=generator, device=x0.device)[mine]
+    return with_drawings(batch, drawings, chosen.cpu(), drawn_at)
 
-    def where(values: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-        return torch.where(unpaired.view(-1, *[1] * (others.ndim - 1)), values, others)
 
-    return Batch(
-        x0,
-        batch.noise,
-        batch.timesteps.masked_fill(unpaired, drawn_at),
-        where(words, text),
-        where(torch.zeros_like(augment), augment),
-        where(small, low_res),
-        where(enlarge(small, x0.shape[-1]), start),
-        unpaired,
+def with_drawings(batch: Batch, drawings: Drawings, chosen: torch.Tensor, drawn_at: int) -> Batch:
+    """The batch with the `chosen` (B,) drawings in place of its first pictures, UNPAIRED of it, x0 excepted."""
+    number = math.ceil(UNPAIRED * len(batch.x0))
+
+    def first(values: torch.Tensor, rest: torch.Tensor | None) -> torch.Tensor:
+        assert rest is not None  # an upscaler has all of them
+        return torch.cat([values.to(rest), rest[number:]])
+
+    small = drawings.pictures[chosen[:number]]
+    return replace(
+        batch,
+        timesteps=first(torch.full((number,), drawn_at), batch.timesteps),
+        text=first(drawings.text[chosen[:number]], batch.text),
+        augment=None if batch.augment is None else first(torch.zeros_like(batch.augment[:number]), batch.augment),
+        low_res=first(small, batch.low_res),
+        start=first(enlarge(small, batch.x0.shape[-1]), batch.start),
+        unpaired=torch.arange(len(batch.x0), device=batch.x0.device) < number,
     )
 
 
