@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pokediff.config import SampleConfig, Sampling
 from pokediff.data.images import premultiply
-from pokediff.drawing.export import OnnxDenoiser, export, is_exported, load_exported
+from pokediff.drawing.export import OnnxDenoiser, export, in_steps, is_exported, load_exported
 from pokediff.drawing.sample import sample
 from pokediff.errors import PokediffError
 from pokediff.model.cascade import Cascade
@@ -108,3 +111,54 @@ def test_what_cannot_be_exported_is_named(tiny_checkpoint, exported, tmp_path):
 def test_an_export_is_no_checkpoint_of_pytorch(exported):
     with pytest.raises(PokediffError, match="cannot be loaded"):
         PokeDiffPipeline.from_pretrained(exported)
+
+
+# ------------------------------------------------------------------------------------------------- weights in 8 bits
+
+
+@pytest.fixture
+def round_weights(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
+    return importlib.import_module("round_weights")
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.01, 3e-7])  # the last one is within float16's smallest numbers
+@pytest.mark.parametrize("shape", [(24, 8, 3, 3), (24, 40)])
+def test_rounded_weights_are_multiples_of_a_step_and_near(round_weights, shape, scale):
+    weights = scale * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    weights[3] = 0
+    rounded = round_weights.rounded(weights.half())
+    for values in (rounded.float().numpy(), rounded.float().numpy().swapaxes(0, 1)):
+        multiples, steps = in_steps(values)
+        assert multiples.dtype == np.int8
+        assert np.array_equal(multiples * steps, values)  # float32, as a runtime computes it
+    error = (rounded.double() - weights.double()).flatten(1).abs().amax(1)
+    assert (error <= 0.6 * weights.flatten(1).abs().amax(1) / 112 + 2**-25).all()
+
+
+def test_other_weights_are_no_multiples(round_weights):
+    weights = torch.randn(24, 40, generator=torch.Generator().manual_seed(0)).half()
+    assert in_steps(weights.float().numpy()) is None
+    almost = round_weights.rounded(weights).float().numpy()
+    almost[5, 39] *= 1.01
+    assert in_steps(almost) is None
+
+
+def test_a_rounded_checkpoint_takes_less_room_and_draws_the_same(round_weights, tiny_checkpoint, tmp_path, monkeypatch):
+    checkpoint = shutil.copytree(tiny_checkpoint, tmp_path / "rounded")
+    export(checkpoint, tmp_path / "plain", size=32, small=True)
+    monkeypatch.setattr("sys.argv", ["round_weights", str(checkpoint), "base-32"])
+    round_weights.main()
+    weights = checkpoint / "cascade" / "base-32" / "diffusion_pytorch_model.safetensors"
+    once = weights.read_bytes()
+    round_weights.main()
+    assert weights.read_bytes() == once
+    assert export(checkpoint, tmp_path / "small", size=32, small=True)["largest_difference"] <= 2
+    of = {
+        (kind, name): (tmp_path / kind / "cascade" / name / "model.onnx").stat().st_size
+        for kind in ("plain", "small")
+        for name in ("base-32", "refiner-32")
+    }
+    numbers = sum(value.numel() for value in load_file(weights).values() if value.ndim > 1 and value.numel() >= 256)
+    assert of["plain", "base-32"] - of["small", "base-32"] > 0.8 * numbers  # a byte each, less the steps and nodes
+    assert of["plain", "refiner-32"] == of["small", "refiner-32"]

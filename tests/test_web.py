@@ -473,7 +473,7 @@ def test_a_network_that_cannot_be_loaded_is_told_in_a_sentence(visit, site, tmp_
 def test_the_shipped_model_draws_the_same_picture_in_the_browser(visit, tmp_path):
     pytest.importorskip("onnxscript")
     facts = web(None, tmp_path / "site", size=64)
-    assert facts["megabytes"] <= 45
+    assert facts["megabytes"] <= 30
     with served(make_server(tmp_path / "site", 0)) as url:
         page = visit(link(url, prompt="a blue water turtle", seed=7))
         wait_for(page, "1 picture drawn")

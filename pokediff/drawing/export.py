@@ -55,7 +55,9 @@ MODEL = "model.onnx"
 NULL_TEXT = "null_text.txt"
 TEMPORARY = ".export.tmp"  # folder in the output folder; marks that of a killed run as ours
 OPSET = 18
-SMALLEST_HALF = 256  # numbers of a tensor that is worth a cast
+SMALLEST_STORED = 256  # numbers of a tensor that is worth another node
+LARGEST_MULTIPLE = 127  # of a step, in int8
+SAMPLE = 16  # weights of a row from which its step is guessed
 TOLERANCE = 2  # of 255 levels: float32 sums in another order
 MISSING = "is not installed: pip install 'pokediff[onnx]'"
 
@@ -118,9 +120,9 @@ class OnnxDenoiser(nn.Module):
         return torch.from_numpy(x0)
 
 
-def export(checkpoint: str | Path, out: str | Path, size: int | None = None, half: bool = False) -> dict[str, Any]:
-    """Write a checkpoint to `out` as ONNX: all denoisers, or those that drawings of `size` px need. With `half` weights
-    are stored as float16 and computed in float32, which halves the files.
+def export(checkpoint: str | Path, out: str | Path, size: int | None = None, small: bool = False) -> dict[str, Any]:
+    """Write a checkpoint to `out` as ONNX: all denoisers, or those that drawings of `size` px need. With `small`
+    weights are stored as float16, or in 8 bits where that loses nothing, and computed in float32.
 
     Returns {"largest_difference": levels of 255 between drawings of both, "megabytes": of the denoisers}. Raises
     PokediffError when the checkpoint cannot be read or does not draw `size`, `out` is the checkpoint or holds other
@@ -138,12 +140,12 @@ def export(checkpoint: str | Path, out: str | Path, size: int | None = None, hal
     pipeline = PokeDiffPipeline.from_pretrained(folder)
     sizes = pipeline.sizes if size is None else pipeline.cascade.legs(size)
     with own_folder(out, INDEX, TEMPORARY), aside(out / TEMPORARY, INDEX) as new:
-        facts = _export(pipeline, folder, new, sizes, half)
+        facts = _export(pipeline, folder, new, sizes, small)
         move_whole(new, out, last=(f"cascade/{LIST}", INDEX))
     return facts
 
 
-def _export(pipeline: PokeDiffPipeline, folder: Path, out: Path, sizes: tuple[int, ...], half: bool) -> dict[str, Any]:
+def _export(pipeline: PokeDiffPipeline, folder: Path, out: Path, sizes: tuple[int, ...], small: bool) -> dict[str, Any]:
     """Write and verify all files in the new folder `out`. Returns what `export` returns."""
     copy_components(folder, out)
     names = [name for name, denoiser in pipeline.cascade.items() if denoiser.config.image_size in sizes]
@@ -153,8 +155,8 @@ def _export(pipeline: PokeDiffPipeline, folder: Path, out: Path, sizes: tuple[in
     np.savetxt(out / "cascade" / NULL_TEXT, pipeline.base.null_text.numpy()[None])
     if pipeline.text_encoder is not None:
         write_text_encoder(pipeline, out / "text_encoder" / MODEL)
-    for path in out.glob(f"**/{MODEL}") if half else ():
-        store_half(path)
+    for path in out.glob(f"**/{MODEL}") if small else ():
+        store_small(path)
     difference = largest_difference(pipeline, load_exported(out), sizes)
     if difference > TOLERANCE:
         raise PokediffError(f"the export draws another picture than {folder}: {difference} of 255 levels apart")
@@ -214,23 +216,59 @@ def _write(module: nn.Module, example: dict[str, torch.Tensor], output: str, siz
     program.save(path.as_posix(), external_data=False)
 
 
-def store_half(path: Path) -> None:
-    """Store the weights of an ONNX file as float16, each with a cast to float32, which runtimes fold when they load it.
-    Nothing is lost of a checkpoint whose weights are float16 already.
+def store_small(path: Path) -> None:
+    """Store the weights of an ONNX file in 16 or 8 bits, each with nodes that make it float32 again, which runtimes
+    compute when they load it. Nothing is lost of a checkpoint whose weights are float16 already: 8 bits take those that
+    are whole multiples of a step a row (scripts/round_weights.py).
     """
     import onnx
 
-    model, casts = onnx.load(path.as_posix()), []
-    for tensor in model.graph.initializer:
-        if tensor.data_type == onnx.TensorProto.FLOAT and math.prod(tensor.dims) >= SMALLEST_HALF:
-            name, values = tensor.name, onnx.numpy_helper.to_array(tensor)
+    model, added = onnx.load(path.as_posix()), []
+    for tensor in list(model.graph.initializer):
+        if tensor.data_type != onnx.TensorProto.FLOAT or math.prod(tensor.dims) < SMALLEST_STORED:
+            continue
+        name, values = tensor.name, onnx.numpy_helper.to_array(tensor)
+        if parts := in_steps(values):
+            multiples, steps = (onnx.numpy_helper.from_array(part, f"{name}.{i}") for i, part in enumerate(parts))
+            tensor.CopyFrom(multiples)
+            model.graph.initializer.append(steps)
+            added += [
+                onnx.helper.make_node("Cast", [multiples.name], [f"{name}.float"], to=onnx.TensorProto.FLOAT),
+                onnx.helper.make_node("Mul", [f"{name}.float", steps.name], [name]),
+            ]
+        else:
             limit = np.finfo(np.float16).max
             tensor.CopyFrom(onnx.numpy_helper.from_array(values.clip(-limit, limit).astype(np.float16), f"{name}.half"))
-            casts.append(onnx.helper.make_node("Cast", [tensor.name], [name], to=onnx.TensorProto.FLOAT))
-    nodes = [*casts, *model.graph.node]
+            added.append(onnx.helper.make_node("Cast", [tensor.name], [name], to=onnx.TensorProto.FLOAT))
+    nodes = [*added, *model.graph.node]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     write_whole(path, model.SerializeToString())
+
+
+def in_steps(values: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """int8 multiples and float32 steps, of one step a row or, of a transposed matrix, a column, whose float32 products
+    are exactly `values`; None where there are none.
+    """
+    for axis in range(2 if values.ndim > 1 else 0):
+        rows = np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
+        largest = np.abs(rows).max(axis=1)
+        steps = np.zeros_like(largest)
+        for most in range(LARGEST_MULTIPLE, 0, -1):  # the multiple of a row's largest weight is not known
+            step = largest / np.float32(most)  # exact, where that is the multiple
+            fits = (multiples(rows[:, :SAMPLE], step) * step[:, None] == rows[:, :SAMPLE]).all(axis=1)
+            steps = np.where((steps == 0) & fits, step, steps)
+        whole = multiples(rows, steps)
+        if (whole * steps[:, None] == rows).all():
+            shape = [-1 if index == axis else 1 for index in range(values.ndim)]
+            back = np.moveaxis(whole.reshape(np.moveaxis(values, axis, 0).shape), 0, axis)
+            return np.ascontiguousarray(back, np.int8), steps.reshape(shape)
+    return None
+
+
+def multiples(rows: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """Rows (N, M) in whole multiples of their steps (N,), rounded; a step of 0 gives 0."""
+    return np.rint(rows / np.where(steps, steps, np.float32(np.inf))[:, None])
 
 
 def largest_difference(one: PokeDiffPipeline, other: PokeDiffPipeline, sizes: tuple[int, ...]) -> int:

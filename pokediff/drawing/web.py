@@ -2,7 +2,7 @@
 
     index.html, assets/    the page, built from web/, with ONNX Runtime
     model.json             the model: denoisers, noise schedule, known words, rights
-    model/                 its networks as ONNX, weights stored as float16; tokenizer; authors of the training pictures
+    model/                 its networks as ONNX, weights in 16 or 8 bits; tokenizer; authors of the training pictures
     service-worker.js      keeps the site for offline use
     site.json              the files of the site: which to keep offline, and to delete when a new one replaces it
 
@@ -64,7 +64,7 @@ def web(checkpoint: str | Path | None, out: Path, size: int | None = None) -> di
     with own_folder(out, SITE), aside(out / TEMPORARY, SITE) as temporary:
         old = listed_files(out / SITE)
         exported, new = temporary / "exported", temporary / "site"
-        facts = export(with_text_encoder(folder, temporary / "whole"), exported, size, half=True)
+        facts = export(with_text_encoder(folder, temporary / "whole"), exported, size, small=True)
         shutil.copytree(page, new)
         model = write_model(exported, new, Path(checkpoint).name if checkpoint else folder.name)
         replace_site(new, out, old)
