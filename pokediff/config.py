@@ -451,7 +451,7 @@ class SampleConfig:
     batch_size: int = 16  # pictures drawn at once; changes speed and memory
     palette: str | None = None  # number of colours per picture, or a palette file (.gpl, .hex); 14 for pixel sprites
     hard_alpha: bool | None = None  # make every pixel opaque or transparent (default: on for pixel art)
-    clean: bool = True  # remove specks beside the figure
+    clean: bool = True  # remove loose pieces smaller than 5 % of the figure
     raw: bool = False  # no post-processing: pictures as the denoisers leave them
     enlarge: int = 1  # integer scale of 0000.png ...; large/ holds copies of at least 256 px
     background: str | None = None  # a colour name or #rrggbb behind the pictures (default: transparent)

@@ -80,13 +80,13 @@ def shaded(side: int, draw: Callable[[], int], noise: int, grey: bool = False) -
 
 
 def islands(draw: Callable[[], int]) -> np.ndarray:
-    """Up to seven rectangles of at most 3 x 3 px, so that several are often equally large."""
+    """Up to seven rectangles of at most 12 x 12 px, some of them specks beside others."""
     width, height = 20 + draw() % 30, 20 + draw() % 30
     picture = np.zeros((height, width, 4), np.uint8)
     for _ in range(1 + draw() % 7):
         top, left, tall, wide, alpha = (draw() for _ in range(5))
-        rows = slice(top % height, top % height + 1 + tall % 3)
-        columns = slice(left % width, left % width + 1 + wide % 3)
+        rows = slice(top % height, top % height + 1 + tall % 12)
+        columns = slice(left % width, left % width + 1 + wide % 12)
         picture[rows, columns] = [draw() % 256, draw() % 256, draw() % 256, alpha % 256]
     return picture
 

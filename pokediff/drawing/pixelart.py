@@ -22,7 +22,7 @@ SPLIT_ROUNDS, MAX_ROUNDS = 3, 50  # of k-means, after a split and at the end
 LAB_STEPS = 256  # of one unit of CIE Lab
 # Linear sRGB to CIE XYZ (IEC 61966-2-1).
 XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
-SPECK_SHARE = 0.004  # of the picture's pixels: smaller islands are specks (4 pixels at 32 px, 16 at 64 px)
+SPECK_SHARE = 0.05  # of the largest island: real pictures seldom have smaller ones, drawings often (docs/LOG.md)
 
 
 def is_pixel_prompt(prompt: str) -> bool:
@@ -36,7 +36,7 @@ def remove_faint(rgba: np.ndarray) -> np.ndarray:
 
 
 def remove_specks(rgba: np.ndarray, share: float = SPECK_SHARE) -> np.ndarray:
-    """Make islands of fewer than `share` of all pixels transparent; the largest island stays whatever its size.
+    """Make islands smaller than `share` of the largest one transparent.
 
     An island is a set of connected pixels, corners included, with an alpha above 25 of 255. Fainter pixels that touch
     no island become transparent too.
@@ -46,8 +46,7 @@ def remove_specks(rgba: np.ndarray, share: float = SPECK_SHARE) -> np.ndarray:
     if number <= 1:
         return rgba
     areas = stats[:, cv2.CC_STAT_AREA]
-    kept = areas >= max(2, share * seen.size)
-    kept[1 + int(areas[1:].argmax())] = True
+    kept = areas >= share * areas[1:].max()
     kept[0] = False  # the background
     near = cv2.dilate(kept[labels].astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
     return np.where(near[..., None] & ~((labels > 0) & ~kept[labels])[..., None], rgba, 0).astype(np.uint8)

@@ -12,7 +12,7 @@ type Rgb = readonly number[]; // three numbers, 0 to 255
 export const PIXEL_COLORS = 14; // of a drawn pixel sprite
 const MAX_COLORS = 256;
 const FAINT = 3; // of 255: alpha below is invisible
-const SPECK_SHARE = 0.004; // of the picture's pixels: smaller islands are specks
+const SPECK_SHARE = 0.05; // of the largest island: smaller ones are specks
 const [SPLIT_ROUNDS, MAX_ROUNDS] = [3, 50]; // of k-means, after a split and at the end
 const LAB_STEPS = 256; // of one unit of CIE Lab
 
@@ -119,9 +119,8 @@ export function removeFaint(picture: Picture): Picture {
 }
 
 /**
- * Makes islands of fewer than a share of all pixels transparent; the largest stays whatever its size. An island is a set
- * of connected pixels, corners included, with an alpha above 25; fainter pixels that touch no island go, too. Of equally
- * large islands the first one counts as the largest, in the order of OpenCV: by blocks of 2 x 2 pixels.
+ * Makes islands smaller than a share of the largest one transparent. An island is a set of connected pixels, corners
+ * included, with an alpha above 25; fainter pixels that touch no island go, too.
  */
 export function removeSpecks(picture: Picture): Picture {
   const { width, height, data } = picture;
@@ -129,7 +128,7 @@ export function removeSpecks(picture: Picture): Picture {
   const labels = new Int32Array(area); // 0: no island
   const sizes = [0];
   const seen = (pixel: number) => data[4 * pixel + 3] > 25;
-  for (const start of byBlocks(width, height)) {
+  for (let start = 0; start < area; start++) {
     if (!seen(start) || labels[start] > 0) continue;
     const label = sizes.length;
     sizes.push(0);
@@ -142,18 +141,10 @@ export function removeSpecks(picture: Picture): Picture {
         }
   }
   if (sizes.length === 1) return picture;
-  const largest = sizes.reduce((best, size, label) => (size > sizes[best] ? label : best), 0);
-  const stays = sizes.map((size, label) => label > 0 && (label === largest || size >= Math.max(2, SPECK_SHARE * area)));
+  const least = SPECK_SHARE * sizes.reduce((a, b) => Math.max(a, b));
+  const stays = sizes.map((size, label) => label > 0 && size >= least);
   const near = (pixel: number) => around(pixel, width, height).some((other) => stays[labels[other]]);
   return kept(picture, (pixel) => (labels[pixel] > 0 ? stays[labels[pixel]] : near(pixel)));
-}
-
-/** All pixels, those of a block of 2 x 2 after another. */
-function* byBlocks(width: number, height: number): Generator<number> {
-  for (let row = 0; row < height; row += 2)
-    for (let column = 0; column < width; column += 2)
-      for (let r = row; r < Math.min(row + 2, height); r++)
-        for (let c = column; c < Math.min(column + 2, width); c++) yield r * width + c;
 }
 
 /** A pixel and its up to eight neighbours. */

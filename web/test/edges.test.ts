@@ -61,8 +61,8 @@ function islands(draw: () => number): Picture {
   for (let left = 1 + (draw() % 7); left > 0; left--) {
     const [top, start, tall, wide, alpha] = [draw(), draw(), draw(), draw(), draw()];
     const color = [draw() % 256, draw() % 256, draw() % 256, alpha % 256];
-    for (let y = top % height; y < Math.min(height, (top % height) + 1 + (tall % 3)); y++)
-      for (let x = start % width; x < Math.min(width, (start % width) + 1 + (wide % 3)); x++)
+    for (let y = top % height; y < Math.min(height, (top % height) + 1 + (tall % 12)); y++)
+      for (let x = start % width; x < Math.min(width, (start % width) + 1 + (wide % 12)); x++)
         picture.data.set(color, 4 * (y * width + x));
   }
   return picture;
