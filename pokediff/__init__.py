@@ -19,11 +19,19 @@ if TYPE_CHECKING:
     from pokediff.model.cascade import Cascade
     from pokediff.model.denoiser import Denoiser
     from pokediff.model.pipeline import PokeDiffPipeline
+    from pokediff.model.scorer import Scorer
 
 __version__ = "0.2.0"
-# A checkpoint stores its component as pokediff.Cascade, and diffusers looks up the base class in the same module.
-MODULES = {"PokeDiffPipeline": "pipeline", "Cascade": "cascade", "Denoiser": "denoiser", "ModelMixin": "cascade"}
-__all__ = ["Cascade", "Denoiser", "PokeDiffPipeline"]
+# A checkpoint stores its components as pokediff.Cascade and pokediff.Scorer, and diffusers looks up the base class in
+# the same module.
+MODULES = {
+    "PokeDiffPipeline": "pipeline",
+    "Cascade": "cascade",
+    "Denoiser": "denoiser",
+    "Scorer": "scorer",
+    "ModelMixin": "cascade",
+}
+__all__ = ["Cascade", "Denoiser", "PokeDiffPipeline", "Scorer"]
 
 
 def __getattr__(name: str) -> Any:

@@ -251,7 +251,7 @@ def test_saved_and_loaded(pipe, tmp_path):
 
 
 def test_components_and_optional_components(pipe, tiny_checkpoint, tmp_path):
-    assert set(pipe.components) == {"cascade", "scheduler", "text_encoder", "tokenizer"}
+    assert set(pipe.components) == {"cascade", "scheduler", "text_encoder", "tokenizer", "scorer"}
     without = PokeDiffPipeline.from_pretrained(tiny_checkpoint, text_encoder=None, tokenizer=None)
     assert without.text_encoder is None
     same(without, pipe)  # the built-in encoder is loaded by its name

@@ -107,7 +107,7 @@ def sample_table(config: SampleConfig) -> Path:
         print_notes(pipeline, config, [row.prompt for row in rows])
     config = resolved(config, pipeline)
     out = Path(config.out or Path("outputs") / Path(str(config.prompts_file)).stem)
-    facts = {"weights": weights_sha256(checkpoint_folder(config.lora or config.checkpoint))}
+    facts = {"weights": weights_sha256(checkpoint_folder(config.lora or config.checkpoint), config.sampling.best_of)}
 
     def finished(jobs: Sequence[Job]) -> np.ndarray:
         return next(draw(pipeline, jobs, config, every=False)).x0
@@ -189,7 +189,9 @@ def draw(
         yield last(pipeline.generate([job.prompt for job in jobs], [job.seed for job in jobs], config.sampling))
         return
     text = pipeline.encode_prompt([job.prompt for job in jobs])  # (B, D)
-    seeds = [job.seed for job in jobs]
+    seeds, sampling = [job.seed for job in jobs], config.sampling
+    if sampling.best_of > 1:
+        seeds, sampling = pipeline.best_seeds(text, seeds, sampling), replace(sampling, best_of=1)
     _, noise = pipeline.make_noise(seeds, size)  # a (B, C, S, S) for each leg
     for k, job in enumerate(jobs):
         if job.to is not None:
@@ -197,7 +199,7 @@ def draw(
             text[k] = slerp(text[k : k + 1], pipeline.encode_prompt(prompt), job.share)[0]
             for start, end in zip(noise, pipeline.make_noise([seed], size)[1], strict=True):
                 start[k] = slerp(start[k : k + 1], end, job.share)[0]
-    for step in pipeline.denoise(text, seeds, config.sampling, noise=noise, **init):
+    for step in pipeline.denoise(text, seeds, sampling, noise=noise, **init):
         if step.denoiser is None:
             yield last(from_model(step.x0))
         elif every:

@@ -370,7 +370,7 @@ def facts_of(pipeline: PokeDiffPipeline | DrawsAtOnce, config: SampleConfig) -> 
     )
     return {
         "settings": plain(settings),
-        "weights_sha256": weights_sha256(checkpoint_folder(config.lora or config.checkpoint)),
+        "weights_sha256": weights_sha256(checkpoint_folder(config.lora or config.checkpoint), config.sampling.best_of),
         "device": str(pipeline.device),
         "packages": {name: version(name) for name in ("pokediff", "torch", "diffusers")},
     }
@@ -392,11 +392,14 @@ def checkpoint_folder(name: str | None) -> Path:
     return find_folder(name or shipped("checkpoints", "pokediff"), {})
 
 
-def weights_sha256(folder: Path) -> str:
-    """Of all weights that a checkpoint or baseline draws with: its networks and text encoder, and those of its base."""
-    places = [f"{place}/*.{kind}" for place in (".", "cascade/*", "text_encoder") for kind in ("safetensors", "onnx")]
+def weights_sha256(folder: Path, best_of: int = 1) -> str:
+    """Of all weights that a checkpoint or baseline draws with: its networks and text encoder, its scorer where that
+    chooses, and those of its base.
+    """
+    parts = [".", "cascade/*", "text_encoder", *(["scorer"] if best_of > 1 else [])]
+    places = [f"{place}/*.{kind}" for place in parts for kind in ("safetensors", "onnx")]
     files = sorted(path for place in places for path in folder.glob(place))
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
     if not is_baseline(folder) and (base := base_of(folder)):
-        digests.append(weights_sha256(base))
+        digests.append(weights_sha256(base, best_of))
     return hashlib.sha256("".join(digests).encode()).hexdigest()

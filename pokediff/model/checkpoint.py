@@ -64,7 +64,7 @@ class CheckpointPipeline(DiffusionPipeline):
                 pipeline = super().from_pretrained(str(folder), **kwargs)
             else:
                 part = Cascade.from_pretrained(folder / "cascade", dtype=pipeline.dtype)
-                pipeline.register_modules(cascade=pipeline.cascade.updated(part))
+                pipeline = pipeline.with_components(cascade=pipeline.cascade.updated(part))
             check_whole(pipeline)
         return pipeline
 
@@ -108,6 +108,8 @@ def inspect(folder: Path) -> None:
     inspection.check_scheduler(folder / "scheduler")
     if index.get("text_encoder", [None])[0] is not None:
         inspection.check_text(folder)
+    if index.get("scorer", [None])[0] is not None:
+        inspection.check_scorer(folder / "scorer")
 
 
 def check_whole(pipeline: Any) -> None:
@@ -121,6 +123,9 @@ def check_whole(pipeline: Any) -> None:
         inspection.check_finite("text_encoder", pipeline.text_encoder)
         encoder = ClipTextEncoder(pipeline.text_encoder, pipeline.tokenizer, "of the checkpoint")
         dims.add(encoder(["a"]).pooled.shape[1])
+    if pipeline.scorer is not None:
+        inspection.check_finite("scorer", pipeline.scorer)
+        inspection.check_scores(pipeline.scorer, pipeline.base)
     if len(dims) > 1:
         raise PokediffError(f"text vectors have {' and '.join(map(str, sorted(dims)))} numbers: the parts do not fit")
 

@@ -27,6 +27,7 @@ from pokediff.errors import PokediffError, first_line
 from pokediff.files import as_row, is_own_file, read_json
 from pokediff.model.denoiser import Denoiser
 from pokediff.model.samplers import SAMPLERS, SCHEDULERS, make_scheduler
+from pokediff.model.scorer import Scorer, feature_count
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -35,6 +36,7 @@ COMPONENTS = {  # library and classes of each component of model_index.json
     "scheduler": ("diffusers", set(SCHEDULERS)),
     "text_encoder": ("transformers", {"CLIPTextModelWithProjection"}),
     "tokenizer": ("transformers", {"CLIPTokenizer", "CLIPTokenizerFast"}),
+    "scorer": ("pokediff", {"Scorer"}),
 }
 LIBRARIES = sorted({library for library, _ in COMPONENTS.values()})
 LIST, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"  # of a cascade, and of a denoiser
@@ -230,6 +232,27 @@ def check_cascade(folder: Path) -> list[str]:
     names = denoiser_names(folder)
     check_agreement({name: check_denoiser(folder / name) for name in names}, folder)
     return names
+
+
+def check_scorer(folder: Path) -> None:
+    """Raise PokediffError unless a scorer's configuration and weights fit each other."""
+    check_files(folder)
+    path, found = folder / "config.json", shapes_of(folder / WEIGHTS)
+    given = read_object(path)
+    features, timestep = given.get("features"), given.get("timestep")
+    if type(features) is not int or found.get("linear.weight") != (1, features):
+        raise PokediffError(f"{path}: features is {str(features)[:80]}, {WEIGHTS} holds {found.get('linear.weight')}")
+    if not isinstance(timestep, int | float) or not 0 <= timestep <= MOST_TIMESTEPS:
+        raise PokediffError(f"{path}: timestep must be 0 to {MOST_TIMESTEPS:,}")
+    with torch.device("meta"):
+        check_shapes(folder / WEIGHTS, found, Scorer(features))
+
+
+def check_scores(scorer: Scorer, base: Denoiser) -> None:
+    """Raise PokediffError when a scorer was trained on the maps of another denoiser."""
+    wanted = feature_count(base.config.widths)
+    if scorer.config.features != wanted:
+        raise PokediffError(f"scorer: it knows {scorer.config.features} features, but the base has {wanted}")
 
 
 def check_scheduler(folder: Path) -> None:

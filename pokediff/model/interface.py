@@ -59,6 +59,15 @@ def make_seeds(
     return generators
 
 
+def candidates(seed: int | torch.Generator, number: int) -> list[int]:
+    """`number` seeds for one picture: `seed` and others a million apart, or as the generator draws them. Not further,
+    since torch's generator on the CPU uses the lower 32 bits alone.
+    """
+    if isinstance(seed, torch.Generator):
+        return torch.randint(2**63 - 1, (number,), generator=seed, device=seed.device).tolist()
+    return [(int(seed) + 1_000_000 * index) % 2**63 for index in range(number)]
+
+
 def make_generators(seeds: Sequence[int] | Sequence[torch.Generator]) -> list[torch.Generator]:
     return [seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(int(seed)) for seed in seeds]
 

@@ -12,6 +12,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -33,6 +34,7 @@ from pokediff.model.denoiser import Denoiser, has_bf16
 from pokediff.model.interface import PokeDiffPipelineOutput
 from pokediff.model.plan import Evaluation, Step, plan
 from pokediff.model.samplers import first_x, sampler_name, to_v
+from pokediff.model.scorer import Scorer
 from pokediff.model.text import ClipTextEncoder, TextEncoder, load_text_encoder
 
 __all__ = ["PokeDiffPipeline", "PokeDiffPipelineOutput", "Step", "has_bf16", "quiet"]
@@ -52,11 +54,12 @@ class PokeDiffPipeline(CheckpointPipeline):
         text_encoder, tokenizer: a CLIPTextModelWithProjection, when the encoder is part of the checkpoint.
         text_encoder_name: otherwise the encoder with this name is loaded when it is first needed.
         pixel_art: whether drawings get hard edges by default, as in the training pictures.
+        scorer: chooses among drawings of the base (`best_seeds`); None: `Sampling.best_of` cannot be used.
     """
 
     model_cpu_offload_seq = "text_encoder->cascade"
     settings = ("text_encoder_name", "pixel_art")  # in model_index.json beside the components
-    _optional_components = ["text_encoder", "tokenizer"]  # noqa: RUF012 (diffusers' own form)
+    _optional_components = ["text_encoder", "tokenizer", "scorer"]  # noqa: RUF012 (diffusers' own form)
     _callback_tensor_inputs = ["latents", "x0"]  # noqa: RUF012
 
     def __init__(
@@ -67,9 +70,11 @@ class PokeDiffPipeline(CheckpointPipeline):
         tokenizer: PreTrainedTokenizerBase | None = None,
         text_encoder_name: str = "builtin",
         pixel_art: bool = False,
+        scorer: Scorer | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(cascade=cascade, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer)
+        self.register_modules(scorer=scorer)
         self.register_to_config(text_encoder_name=text_encoder_name, pixel_art=pixel_art)
         self._encoder: TextEncoder | None = None
         self._interrupt = False
@@ -115,8 +120,10 @@ class PokeDiffPipeline(CheckpointPipeline):
     def resolved(self, sampling: Sampling) -> Sampling:
         """`sampling` with the checkpoint's default size, steps, guidance scale and sampler in place of None.
 
-        Raises PokediffError for a size or variant that the checkpoint does not have.
+        Raises PokediffError for a size, variant or scorer that the checkpoint does not have.
         """
+        if sampling.best_of > 1 and self.scorer is None:
+            raise PokediffError("best_of: this checkpoint has no scorer; scripts/train_scorer.py trains one")
         size = sampling.size or self.image_size
         first = self.cascade.leading(self.cascade.legs(size)[0], sampling.fast).config
         return replace(
@@ -128,7 +135,9 @@ class PokeDiffPipeline(CheckpointPipeline):
         )
 
     def with_components(self, **others: Any) -> PokeDiffPipeline:
-        """A pipeline with some other components."""
+        """A pipeline with some other components; with another base, without the scorer, which knows the former one."""
+        if next(iter(others.get("cascade", self.cascade).items()))[1] is not self.base:
+            others = {"scorer": None, **others}
         return PokeDiffPipeline(**{**self.components, **{key: self.config[key] for key in self.settings}, **others})
 
     def evaluations(self, sampling: Sampling, strength: float = 1.0) -> list[Evaluation]:
@@ -219,6 +228,11 @@ class PokeDiffPipeline(CheckpointPipeline):
         if len(prompts) != len(seeds):
             raise PokediffError(f"{len(prompts)} prompts need {len(prompts)} seeds, not {len(seeds)}")
         sampling = self.resolved(interface.make_sampling(sampling, options))
+        if sampling.best_of > 1:
+            if image is not None or noise is not None:
+                raise PokediffError("best_of chooses the noise: leave out image and noise")
+            seeds = self.best_seeds(prompts, seeds, sampling, negative_prompts=negative_prompts)
+            sampling = replace(sampling, best_of=1)
         size, device = sampling.size or self.image_size, self._execution_device
         strength = 1.0 if image is None else strength
         legs = plan(self.cascade, self.scheduler, sampling, strength, device)
@@ -255,6 +269,39 @@ class PokeDiffPipeline(CheckpointPipeline):
                 index += 1
             x = x.clamp(-1, 1)
         yield Step(index, 0.0, 0.0, x, x)
+
+    @torch.inference_mode()
+    def best_seeds(
+        self,
+        prompts: Texts,
+        seeds: Seeds,
+        sampling: Sampling | None = None,
+        *,
+        negative_prompts: Texts | None = None,
+        batch_size: int = BATCH_SIZE,
+        **options: Any,
+    ) -> list[int]:
+        """Of `sampling.best_of` seeds for each of N pictures, the one whose drawing at the smallest size looks most
+        real to the scorer. They are the seed given and others a million apart, or what a generator draws.
+
+        Arguments and errors are those of `denoise`; it also raises PokediffError for a checkpoint without scorer.
+        """
+        sampling = self.resolved(interface.make_sampling(sampling, options))
+        number = sampling.best_of
+        small = replace(sampling, size=self.sizes[0], best_of=1)
+        tried = [interface.candidates(seed, number) for seed in seeds]
+        flat = [seed for several in tried for seed in several]
+        text = self._vectors(prompts, len(seeds)).repeat_interleave(number, dim=0)
+        unwanted = sampling.negative_prompt if negative_prompts is None else negative_prompts
+        negative = self._vectors(unwanted, len(seeds)).repeat_interleave(number, dim=0)
+        scores = []
+        for start in range(0, len(flat), batch_size):
+            part = slice(start, start + batch_size)
+            *_, last = self.denoise(text[part], flat[part], small, negative_prompts=negative[part])
+            given = [values.to(self.base.dtype) for values in (last.x0, text[part])]
+            scores.append(in_fours(partial(self.scorer, self.base), given))
+        best = torch.cat(scores).view(len(seeds), number).argmax(1).tolist()
+        return [several[index] for several, index in zip(tried, best, strict=True)]
 
     def _vectors(self, prompts: str | Texts, number: int) -> torch.Tensor:
         """(N, D) text vectors of N prompts, or of one for all."""
@@ -392,6 +439,9 @@ class PokeDiffPipeline(CheckpointPipeline):
         sampling = self.resolved(interface.make_sampling(None, options))
         given: dict[str, Any] = {"negative_prompts": negative}
         given |= interface.fit_images(image, mask_image, sampling.size or self.image_size)
+        if sampling.best_of > 1 and image is None:  # here, so that `seeds` of the output draw the pictures again
+            seeds = self.best_seeds(prompts, seeds, sampling, negative_prompts=negative, batch_size=batch_size)
+            sampling = replace(sampling, best_of=1)
         given["strength"] = strength if image is not None and mask_image is None else 1.0
         self._num_timesteps = len(self.evaluations(sampling, given["strength"]))
         with self.progress_bar(total=self._num_timesteps * -(-len(prompts) // batch_size)) as bar:

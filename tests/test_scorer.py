@@ -1,0 +1,199 @@
+"""best_of: of several drawings the one that a linear classifier of the base's maps takes for a real picture."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, draw_creature, make_denoiser
+from safetensors.torch import load_file, save_file
+
+from pokediff.config import SampleConfig, Sampling
+from pokediff.data.images import premultiply, read_image, to_model
+from pokediff.drawing.sample import sample
+from pokediff.drawing.sheets import weights_sha256
+from pokediff.errors import PokediffError
+from pokediff.model.cascade import Cascade
+from pokediff.model.pipeline import PokeDiffPipeline
+from pokediff.model.scorer import feature_count, map_statistics
+
+PROMPTS, SEEDS = ["a red creature", "a blue creature", "a green creature"], [5, 6, 2**63 - 1]
+QUICK = dict(num_inference_steps=3, exact=True)
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def train_scorer():
+    sys.path.insert(0, str(ROOT / "scripts"))
+    yield importlib.import_module("train_scorer")
+    sys.path.remove(str(ROOT / "scripts"))
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_checkpoint, data, train_scorer, tmp_path_factory):
+    """The tiny checkpoint, with a scorer as the script trains it."""
+    place = tmp_path_factory.mktemp("scored")
+    shutil.copytree(tiny_checkpoint, place / "tiny")
+    recipe = place / "recipe.yaml"
+    recipe.write_text("data: [none]\ntext_encoder: builtin\nstages: {base-32: {image_size: 32, max_steps: 1}}\n")
+    train_scorer.main(
+        [*f"--checkpoint {place / 'tiny'} --config {recipe} --data {data} --number 40 --held-out 8".split()]
+    )
+    return place / "tiny"
+
+
+@pytest.fixture(scope="module")
+def pipe(folder) -> PokeDiffPipeline:
+    loaded = PokeDiffPipeline.from_pretrained(folder)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def test_the_statistics_are_those_of_the_maps():
+    denoiser = make_denoiser(widths=(16, 32, 48), attention=(False, False, True), blocks=(1, 2, 1))
+    x0, text = torch.randn(3, 4, 32, 32).clamp(-1, 1), torch.randn(3, 384)
+    features = map_statistics(denoiser, x0, text, 100.0)
+    assert features.shape == (3, feature_count((16, 32, 48)))
+    torch.testing.assert_close(map_statistics(denoiser, x0[1:2], text[1:2], 100.0), features[1:2])
+    assert not any(module._forward_hooks for module in denoiser.modules())
+    mean, deviation, most = features[:, :96].split(32, dim=1)  # of the second level, on the way down
+    assert (deviation > 0).all()
+    assert (most >= mean).all()
+
+
+def test_it_tells_real_pictures_from_drawn_ones(pipe):
+    """The tiny cascade draws blots; creatures are discs and squares with eyes."""
+    creatures = [premultiply(draw_creature((220, 40, 40), "round", 32, seed)) for seed in range(100, 108)]
+    real = to_model(torch.from_numpy(np.stack(creatures)), "rgba")
+    text = pipe.encode_prompt("a red creature").expand(8, -1)
+    *_, last = pipe.denoise(text, list(range(8)), size=32, **QUICK)
+    score = pipe.scorer(pipe.base, real, text), pipe.scorer(pipe.base, last.x0, text)
+    assert (score[0] > 0).float().mean() > 0.8
+    assert (score[1] < 0).float().mean() > 0.8
+
+
+def test_the_drawing_with_the_highest_score_is_chosen(pipe):
+    chosen = pipe.best_seeds(PROMPTS, SEEDS, best_of=4, **QUICK)
+    tried = np.array([[(seed + 1_000_000 * k) % 2**63 for k in range(4)] for seed in SEEDS])
+    scores = np.zeros(tried.shape)
+    for row, prompt in enumerate(PROMPTS):
+        text = pipe.encode_prompt(prompt)
+        for column, seed in enumerate(tried[row].tolist()):
+            *_, last = pipe.denoise(text, [seed], size=32, **QUICK)
+            scores[row, column] = pipe.scorer(pipe.base, last.x0, text)
+    assert chosen == tried[np.arange(3), scores.argmax(1)].tolist()
+    assert len({int(column) for column in scores.argmax(1)}) > 1  # not always the first one
+    assert pipe.best_seeds(PROMPTS, SEEDS, best_of=4, batch_size=5, **QUICK) == chosen
+    assert pipe.best_seeds(PROMPTS[1:], SEEDS[1:], best_of=4, **QUICK) == chosen[1:]
+    assert pipe.best_seeds(PROMPTS, SEEDS, **QUICK) == SEEDS
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_it_is_drawn_at_every_size_and_again_by_its_seed(pipe, size):
+    chosen = pipe.best_seeds(PROMPTS, SEEDS, best_of=3, **QUICK)
+    drawn = pipe.generate(PROMPTS, SEEDS, size=size, best_of=3, **QUICK)
+    np.testing.assert_array_equal(drawn, pipe.generate(PROMPTS, chosen, size=size, **QUICK))
+    np.testing.assert_array_equal(
+        drawn,
+        np.concatenate(
+            [pipe.generate([p], [s], size=size, best_of=3, **QUICK) for p, s in zip(PROMPTS, SEEDS, strict=True)]
+        ),
+    )
+
+
+def test_the_call_returns_the_seeds_that_were_chosen(pipe):
+    called = pipe(PROMPTS, seed=3, best_of=3, size=32, output_type="np", **QUICK)
+    assert called.seeds == pipe.best_seeds(PROMPTS, [3, 4, 5], best_of=3, **QUICK)
+    again = pipe(PROMPTS[:1], seed=called.seeds[0], size=32, output_type="np", **QUICK)
+    np.testing.assert_array_equal(again.images[0], called.images[0])
+    by_generator = pipe(PROMPTS[0], generator=torch.Generator().manual_seed(1), best_of=2, size=32, **QUICK)
+    assert by_generator.seeds == pipe.best_seeds(
+        PROMPTS[:1], [torch.Generator().manual_seed(1)], best_of=2, negative_prompts=[""], **QUICK
+    )
+
+
+def test_negative_prompts_count_in_the_choice(pipe):
+    """The candidates are drawn as the picture will be."""
+    options = dict(best_of=4, guidance_scale=6.0, **QUICK)
+    one = pipe.generate(PROMPTS[:1], [1], size=32, negative_prompt="a blue creature", **options)
+    many = pipe.generate(PROMPTS[:1], [1], size=32, negative_prompts=["a blue creature"], **options)
+    np.testing.assert_array_equal(one, many)
+
+
+def test_sample_draws_the_chosen_one(folder, pipe, tmp_path):
+    config = SampleConfig(
+        prompt=(PROMPTS[0],), seed=4, checkpoint=str(folder), out=str(tmp_path / "out"), num_images_per_prompt=2,
+        raw=True, sampling=Sampling(best_of=3, size=32, **QUICK),
+    )  # fmt: skip
+    out = sample(config)
+    facts = json.loads((out / "sample.json").read_text())
+    assert facts["settings"]["sampling"]["best_of"] == 3
+    drawn = pipe.generate([PROMPTS[0]] * 2, [4, 5], size=32, best_of=3, **QUICK)
+    for index in range(2):
+        np.testing.assert_array_equal(read_image((out / f"{index:04}.png").read_bytes()), drawn[index])
+
+
+def test_another_scorer_is_another_drawing(folder, tmp_path):
+    """But only where it chooses."""
+    shutil.copytree(folder, tmp_path / "other")
+    path = tmp_path / "other" / "scorer" / WEIGHTS
+    save_file({name: -tensor for name, tensor in load_file(path).items()}, path)
+    assert weights_sha256(tmp_path / "other") == weights_sha256(folder)
+    assert weights_sha256(tmp_path / "other", best_of=2) != weights_sha256(folder, best_of=2)
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+
+def test_a_checkpoint_without_one_says_so(tiny_pipe):
+    with pytest.raises(PokediffError, match="best_of: this checkpoint has no scorer"):
+        tiny_pipe("a cat", best_of=2)
+
+
+def test_it_chooses_noise_so_none_can_be_given(pipe):
+    _, noise = pipe.make_noise([1], 32)
+    for given in ({"noise": noise}, {"image": np.zeros((32, 32, 4), np.uint8)}):
+        with pytest.raises(PokediffError, match="leave out image and noise"):
+            next(pipe.denoise(PROMPTS[:1], [1], size=32, best_of=2, **given))
+    with pytest.raises(PokediffError, match="best_of"):
+        SampleConfig(prompt=("a",), variation=0.2, sampling=Sampling(best_of=2))
+    with pytest.raises(PokediffError, match="best_of"):
+        Sampling(best_of=0)
+
+
+def test_another_base_loses_the_scorer(pipe):
+    assert pipe.with_components(scheduler=pipe.scheduler).scorer is pipe.scorer
+    upscaler = Cascade({**dict(pipe.cascade.items()), "upscaler-64": make_denoiser(image_size=64, patch=2, upscale=2)})
+    assert pipe.with_components(cascade=upscaler).scorer is pipe.scorer
+    assert pipe.with_components(cascade=Cascade({"base-32": make_denoiser()})).scorer is None
+
+
+def test_saved_and_loaded(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    again = PokeDiffPipeline.from_pretrained(tmp_path)
+    assert again.best_seeds(PROMPTS, SEEDS, best_of=4, **QUICK) == pipe.best_seeds(PROMPTS, SEEDS, best_of=4, **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "words"),
+    [
+        ({"features": 10**9}, {}, "features is 1000000000"),
+        ({"features": "many"}, {}, "features is many"),
+        ({"timestep": -1}, {}, "timestep must be 0"),
+        ({"features": 12}, {"linear.weight": torch.zeros(1, 12)}, "it knows 12 features, but the base has"),
+        ({}, {"linear.bias": torch.tensor([float("nan")])}, "not finite"),
+        ({}, {"other": torch.zeros(1)}, "other is no tensor"),
+    ],
+)
+def test_a_scorer_that_does_not_fit_is_refused(folder, tmp_path, config, tensors, words):
+    shutil.copytree(folder, tmp_path / "other")
+    path = tmp_path / "other" / "scorer"
+    path.joinpath("config.json").write_text(json.dumps({**json.loads((path / "config.json").read_text()), **config}))
+    save_file({**load_file(path / WEIGHTS), **tensors}, path / WEIGHTS)
+    with pytest.raises(PokediffError, match=words):
+        PokeDiffPipeline.from_pretrained(tmp_path / "other")
