@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pokediff.config import plain
 from pokediff.data.records import read_records
 from pokediff.errors import PokediffError
+from pokediff.model.denoiser import Denoiser
+from pokediff.model.pipeline import PokeDiffPipeline
 from pokediff.training.recipes import recipe_for, what_to_expect
 
 
@@ -62,6 +65,19 @@ def test_the_start_is_open_and_another_brings_its_text_encoder(tmp_path):
     assert (Path(other.start_from).name, other.text_encoder) == ("pokediff", "builtin")
     scales = [run.stages["base-32"].model.guidance_scale for run in (config, other)]
     assert scales == [2.5, 2.4]  # of the bases that they start from
+
+
+@pytest.mark.parametrize("start", ["creatures", "pokediff"])
+def test_every_stage_has_the_network_of_its_start(tmp_path, start):
+    """So that all weights are taken over: a refiner of the recipe's own would be flat, and have those of one level."""
+    config = recipe_for(own_folder(tmp_path / "mine", side=128), start_from=start, report=lambda _: None)
+    cascade = PokeDiffPipeline.from_pretrained(start, text_encoder=None, tokenizer=None).cascade
+    for name, stage in config.stages.items():
+        known, text_dim = cascade[name], len(cascade[name].null_text)
+        new = Denoiser(image_size=stage.image_size, text_dim=text_dim, **plain(stage.model))
+        missing = sum(p.numel() for p in known.parameters()) + text_dim - new.start_from(known)
+        assert missing in (0, known.augment.weight.numel()), name  # labels of augmentations that a folder does not use
+        assert stage.model.below == known.config.below
 
 
 def test_a_recipe_draws_no_more_than_its_start(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pokediff.config import StageConfig, TrainConfig, ValidationMetricsConfig, load_yaml
+from pokediff.config import ModelConfig, StageConfig, TrainConfig, ValidationMetricsConfig, from_values, load_yaml
 from pokediff.data.images import BadImage, is_pixel_art, read_image
 from pokediff.data.records import Record, picture_bytes, read_records
 from pokediff.errors import PokediffError
@@ -90,11 +90,14 @@ def recipe_for(
 
 
 def own_stage(stage: StageConfig, start: Denoiser, steps: int) -> StageConfig:
-    """A stage of the shipped recipe for a short training from the weights, and with the guidance, of `start`."""
-    guidance = {key: start.config[key] for key in ("guidance_scale", "high_noise_guidance")}
+    """A stage of the shipped recipe for a short training from the weights of `start`: its network, range of noise and
+    guidance, and the recipe's number of steps.
+    """
+    network = {item.name: start.config[item.name] for item in fields(ModelConfig)}
+    network |= {"dropout": 0.1 if start.config.below is None else 0.0, "steps": stage.model.steps}
     return replace(
         stage,
-        model=replace(stage.model, dropout=0.1 if stage.model.below is None else 0.0, **guidance),
+        model=from_values(network, ModelConfig, "start_from"),
         styles=None,
         max_steps=steps,
         learning_rate=3e-4,
