@@ -74,11 +74,12 @@ class Target:
 
 
 def small_checkpoint(folder: Path) -> None:
-    """A cascade of a base and an upscaler with random weights, and a small text encoder, 1 MB in all."""
+    """A cascade of a base and an upscaler, a scorer and a small text encoder, with random weights, 1 MB in all."""
     from diffusers import DPMSolverMultistepScheduler
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
     from pokediff.config import DiffusionConfig
+    from pokediff.model.scorer import Scorer, feature_count
 
     torch.manual_seed(0)
     small = dict(
@@ -93,18 +94,20 @@ def small_checkpoint(folder: Path) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(ROOT / "checkpoints" / "pokediff" / "tokenizer", local_files_only=True)
     schedule = DPMSolverMultistepScheduler.from_config(make_noise_schedule(DiffusionConfig()).config)
     cascade = Cascade({"base-16": base, "upscaler-32": upscaler})
-    pipeline = PokeDiffPipeline(cascade, schedule, CLIPTextModelWithProjection(text), tokenizer)
-    for part in (cascade, pipeline.text_encoder):
+    scorer = Scorer(feature_count(base.config.widths))
+    pipeline = PokeDiffPipeline(cascade, schedule, CLIPTextModelWithProjection(text), tokenizer, scorer=scorer)
+    for part in (cascade, scorer, pipeline.text_encoder):
         part.half()
     pipeline.save_pretrained(folder)
 
 
 def draw_with(pipeline: Any) -> None:
-    """Draw one picture at the smallest size, and at the largest in one step."""
+    """Draw a picture at the smallest size, and at the largest in one step; the best of two where there is a scorer."""
     pipeline.set_progress_bar_config(disable=True)
-    sizes = pipeline.sizes
+    sizes, best_of = pipeline.sizes, 1 if pipeline.scorer is None else 2
     for size in {sizes[0], sizes[-1]}:
-        pipeline.generate(["a red creature"], [0], Sampling(size=size, num_inference_steps=1, precision="fp32"))
+        sampling = Sampling(size=size, num_inference_steps=1, best_of=best_of, precision="fp32")
+        pipeline.generate(["a red creature"], [0], sampling)
 
 
 def read_checkpoint(folder: Path) -> None:
