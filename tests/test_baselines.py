@@ -310,7 +310,7 @@ def test_a_report_of_a_baseline_and_what_it_does_not_have(tmp_path, monkeypatch)
     model = load_baseline(out, CPU)
     for wrong in (
         dict(num_inference_steps=5), dict(guidance_scale=2.0), dict(sampler="ddim"), dict(fast=True),
-        dict(negative_prompt="red"),
+        dict(negative_prompt="red"), dict(best_of=2),
     ):  # fmt: skip
         with pytest.raises(PokediffError, match=rf"no time steps: it draws at once; leave out {next(iter(wrong))}"):
             model.resolved(Sampling(**wrong))

@@ -426,6 +426,7 @@ def test_the_form_of_a_baseline(generator, sdxl):
     [
         (Sampling(sampler="ddim"), "leave out sampler"),
         (Sampling(fast=True), "leave out fast"),
+        (Sampling(best_of=2), "leave out best_of"),
         (Sampling(guidance_interval=(0.1, 1.0)), "leave out guidance_interval"),
         (Sampling(size=100), "multiples of 8 px, not 100"),
     ],

@@ -59,7 +59,7 @@ class LoraGenerator(DrawsAtOnce):
     def resolved(self, sampling: Sampling) -> Sampling:
         """`sampling` with defaults in place of None. Raises PokediffError for what SDXL does not have here."""
         for name in ("sampler", "fast", "guidance_interval", "best_of"):
-            if getattr(sampling, name) not in (None, False, 1):
+            if getattr(sampling, name) != getattr(Sampling(), name):
                 raise PokediffError(f"SDXL draws with its own scheduler and guidance; leave out {name}")
         size, steps, guidance = sampling.size or self.image_size, sampling.num_inference_steps, sampling.guidance_scale
         if size % 8:
