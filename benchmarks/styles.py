@@ -21,7 +21,7 @@ from pokediff.data.captions import STYLES
 from pokediff.data.dataset import Pictures, load_pictures
 from pokediff.drawing.sample import load_checkpoint
 from pokediff.errors import one_line_errors
-from pokediff.evaluation.classifiers import linear_classifier
+from pokediff.evaluation.classifiers import LinearClassifier
 from pokediff.evaluation.features import FeatureNet, load_features
 from pokediff.model.pipeline import PokeDiffPipeline, quiet
 
@@ -40,7 +40,7 @@ def style_classifier(training: Pictures, network: FeatureNet) -> Callable[[np.nd
     """A function from straight RGBA (N, S, S, 4) to the positions in PHRASES (N,)."""
     parts = [of_style(training, phrase, 500) for phrase in PHRASES]
     labels = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-    classify = linear_classifier(np.concatenate([network(part.straight()) for part in parts]), labels)
+    classify = LinearClassifier(np.concatenate([network(part.straight()) for part in parts]), labels)
     return lambda pixels: classify(network(pixels))
 
 

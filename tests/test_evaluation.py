@@ -13,7 +13,7 @@ from pokediff.data.dataset import load_pictures
 from pokediff.data.images import composite
 from pokediff.errors import PokediffError
 from pokediff.evaluation import copies, distances, looks, prompts
-from pokediff.evaluation.classifiers import linear_classifier, two_sample_hits
+from pokediff.evaluation.classifiers import LinearClassifier, two_sample_hits
 from pokediff.evaluation.features import CLIP, IMAGENET, Lpips, clip_similarity, load_features, resized
 from pokediff.evaluation.measures import measure_looks
 from pokediff.evaluation.report import Report, to_json
@@ -134,10 +134,22 @@ def test_families_do_not_give_two_samples_away():
     assert fooled.mean() > 0.95
 
 
+def test_log_odds_of_two_classes_are_of_the_features_as_they_are():
+    labels = np.repeat([0, 1], 60)
+    features = RNG.normal(size=(120, 3)) * [5, 1, 0.1] + [100, 0, 0] + np.outer(labels, [6, 1, 0])
+    classify = LinearClassifier(features, labels, weight_decay=0.1)
+    weights, bias = classify.log_odds()
+    odds = features @ weights + bias
+    np.testing.assert_array_equal(odds > 0, classify(features) == 1)
+    assert (odds > 0).mean() == pytest.approx(0.5, abs=0.1)
+    strong = LinearClassifier(features, labels, weight_decay=10.0).log_odds()[0]
+    assert np.abs(strong).sum() < np.abs(weights).sum() / 5
+
+
 def test_linear_classifier_of_three_classes():
     centres = np.array([[0, 0], [8, 0], [0, 8]])
     labels = np.repeat([0, 1, 2], 50)
-    classify = linear_classifier(centres[labels] + RNG.normal(size=(150, 2)), labels)
+    classify = LinearClassifier(centres[labels] + RNG.normal(size=(150, 2)), labels)
     assert classify(centres + 0.5).tolist() == [0, 1, 2]
 
 

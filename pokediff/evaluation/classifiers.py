@@ -31,28 +31,41 @@ FEWEST = 20  # training pictures of a class that the judge learns
 # -------------------------------------------------------------------------------------------------- on features
 
 
-def linear_classifier(features: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """Logistic regression on standardised features (N, D) with labels (N,) from 0; returns a function from features
-    (M, D) to labels (M,).
-    """
-    mean, deviation = features.mean(0), features.std(0) + 1e-6
+class LinearClassifier:
+    """Logistic regression on standardised features (N, D) with labels (N,) from 0."""
 
-    def prepared(values: np.ndarray) -> torch.Tensor:
-        scaled = torch.from_numpy((values - mean) / deviation).float()
+    def __init__(self, features: np.ndarray, labels: np.ndarray, weight_decay: float = WEIGHT_DECAY) -> None:
+        self.mean, self.deviation = features.mean(0), features.std(0) + 1e-6
+        self.weights = fitted(self.prepared(features), torch.from_numpy(labels).long(), weight_decay)  # (D + 1, K)
+
+    def prepared(self, values: np.ndarray) -> torch.Tensor:
+        scaled = torch.from_numpy((values - self.mean) / self.deviation).float()
         return torch.cat([scaled, torch.ones(len(scaled), 1)], dim=1)  # the last column is the bias
 
-    x, y = prepared(features), torch.from_numpy(labels).long()
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        """The labels (M,) of features (M, D)."""
+        return (self.prepared(values) @ self.weights).argmax(1).numpy()
+
+    def log_odds(self) -> tuple[np.ndarray, float]:
+        """Of two classes, weights (D,) and bias with which features as they are give the log-odds of label 1."""
+        weights = (self.weights[:, 1] - self.weights[:, 0]).numpy()
+        scaled = weights[:-1] / self.deviation
+        return scaled, float(weights[-1] - (scaled * self.mean).sum())
+
+
+def fitted(x: torch.Tensor, y: torch.Tensor, weight_decay: float) -> torch.Tensor:
+    """The weights (D, K) of a logistic regression of labels y (N,) on x (N, D)."""
     weights = torch.zeros(x.shape[1], int(y.max()) + 1, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(x @ weights, y) + WEIGHT_DECAY * weights.square().sum()
+        loss = F.cross_entropy(x @ weights, y) + weight_decay * weights.square().sum()
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    return lambda values: (prepared(values) @ weights).argmax(1).numpy()
+    return weights.detach()
 
 
 def two_sample_hits(x: np.ndarray, y: np.ndarray, x_groups: Iterable, y_groups: Iterable, seed: int = 0) -> np.ndarray:
@@ -74,7 +87,7 @@ def two_sample_hits(x: np.ndarray, y: np.ndarray, x_groups: Iterable, y_groups: 
     for k in range(FOLDS):
         test = fold == k
         if test.any() and len(np.unique(labels[~test])) == 2:
-            hits[test] = linear_classifier(features[~test], labels[~test])(features[test]) == labels[test]
+            hits[test] = LinearClassifier(features[~test], labels[~test])(features[test]) == labels[test]
     return hits
 
 
