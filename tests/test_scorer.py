@@ -77,20 +77,42 @@ def test_it_tells_real_pictures_from_drawn_ones(pipe):
     assert (score[1] < 0).float().mean() > 0.8
 
 
-def test_the_drawing_with_the_highest_score_is_chosen(pipe):
-    chosen = pipe.best_seeds(PROMPTS, SEEDS, best_of=4, **QUICK)
+@pytest.mark.parametrize("others", [{}, {"guidance_scale": 9.0, "negative_prompt": "a yellow creature"}])
+def test_the_drawing_with_the_highest_score_is_chosen(pipe, others):
+    options = {**QUICK, **others}
+    chosen = pipe.best_seeds(PROMPTS, SEEDS, best_of=4, **options)
     tried = np.array([[(seed + 1_000_000 * k) % 2**63 for k in range(4)] for seed in SEEDS])
     scores = np.zeros(tried.shape)
     for row, prompt in enumerate(PROMPTS):
         text = pipe.encode_prompt(prompt)
         for column, seed in enumerate(tried[row].tolist()):
-            *_, last = pipe.denoise(text, [seed], size=32, **QUICK)
+            *_, last = pipe.denoise(text, [seed], size=32, **options)
             scores[row, column] = pipe.scorer(pipe.base, last.x0, text)
     assert chosen == tried[np.arange(3), scores.argmax(1)].tolist()
     assert len({int(column) for column in scores.argmax(1)}) > 1  # not always the first one
-    assert pipe.best_seeds(PROMPTS, SEEDS, best_of=4, batch_size=5, **QUICK) == chosen
-    assert pipe.best_seeds(PROMPTS[1:], SEEDS[1:], best_of=4, **QUICK) == chosen[1:]
-    assert pipe.best_seeds(PROMPTS, SEEDS, **QUICK) == SEEDS
+    assert pipe.best_seeds(PROMPTS, SEEDS, best_of=4, batch_size=5, **options) == chosen
+    assert pipe.best_seeds(PROMPTS[1:], SEEDS[1:], best_of=4, **options) == chosen[1:]
+
+
+def test_the_best_of_one_is_that_one(pipe, tiny_pipe):
+    assert pipe.best_seeds(PROMPTS, SEEDS) == tiny_pipe.best_seeds(PROMPTS, SEEDS) == SEEDS
+
+
+def test_a_compiled_base_is_not_called(pipe, monkeypatch):
+    """Compiled code does not see the hooks that read the maps."""
+
+    def compiled(*_: object) -> None:
+        raise AssertionError("the compiled denoiser was called")
+
+    monkeypatch.setattr(pipe.base, "_compiled_call_impl", compiled)
+    assert pipe.scorer(pipe.base, torch.zeros(1, 4, 32, 32), pipe.encode_prompt("a cat")).shape == (1,)
+
+
+def test_it_chooses_in_half_precision(folder):
+    half = PokeDiffPipeline.from_pretrained(folder, dtype=torch.bfloat16)
+    assert half.scorer.dtype == torch.bfloat16
+    chosen = half.best_seeds(PROMPTS, SEEDS, best_of=3, num_inference_steps=3)
+    assert all((one - first) % 1_000_000 == 0 for one, first in zip(chosen[:2], SEEDS, strict=False))
 
 
 @pytest.mark.parametrize("size", [32, 64])
@@ -115,14 +137,6 @@ def test_the_call_returns_the_seeds_that_were_chosen(pipe):
     assert by_generator.seeds == pipe.best_seeds(
         PROMPTS[:1], [torch.Generator().manual_seed(1)], best_of=2, negative_prompts=[""], **QUICK
     )
-
-
-def test_negative_prompts_count_in_the_choice(pipe):
-    """The candidates are drawn as the picture will be."""
-    options = dict(best_of=4, guidance_scale=6.0, **QUICK)
-    one = pipe.generate(PROMPTS[:1], [1], size=32, negative_prompt="a blue creature", **options)
-    many = pipe.generate(PROMPTS[:1], [1], size=32, negative_prompts=["a blue creature"], **options)
-    np.testing.assert_array_equal(one, many)
 
 
 def test_sample_draws_the_chosen_one(folder, pipe, tmp_path):

@@ -191,7 +191,8 @@ def draw(
     text = pipeline.encode_prompt([job.prompt for job in jobs])  # (B, D)
     seeds, sampling = [job.seed for job in jobs], config.sampling
     if sampling.best_of > 1:
-        seeds, sampling = pipeline.best_seeds(text, seeds, sampling), replace(sampling, best_of=1)
+        seeds = pipeline.best_seeds(text, seeds, sampling, batch_size=len(jobs))
+        sampling = replace(sampling, best_of=1)
     _, noise = pipeline.make_noise(seeds, size)  # a (B, C, S, S) for each leg
     for k, job in enumerate(jobs):
         if job.to is not None:

@@ -231,8 +231,8 @@ class PokeDiffPipeline(CheckpointPipeline):
         if sampling.best_of > 1:
             if image is not None or noise is not None:
                 raise PokediffError("best_of chooses the noise: leave out image and noise")
-            seeds = self.best_seeds(prompts, seeds, sampling, negative_prompts=negative_prompts)
-            sampling = replace(sampling, best_of=1)
+            options = {"negative_prompts": negative_prompts, "batch_size": len(seeds)}
+            seeds, sampling = self.best_seeds(prompts, seeds, sampling, **options), replace(sampling, best_of=1)
         size, device = sampling.size or self.image_size, self._execution_device
         strength = 1.0 if image is None else strength
         legs = plan(self.cascade, self.scheduler, sampling, strength, device)
@@ -288,8 +288,10 @@ class PokeDiffPipeline(CheckpointPipeline):
         """
         sampling = self.resolved(interface.make_sampling(sampling, options))
         number = sampling.best_of
-        small = replace(sampling, size=self.sizes[0], best_of=1)
         tried = [interface.candidates(seed, number) for seed in seeds]
+        if number == 1:
+            return [seed for several in tried for seed in several]
+        small = replace(sampling, size=self.sizes[0], best_of=1)
         flat = [seed for several in tried for seed in several]
         text = self._vectors(prompts, len(seeds)).repeat_interleave(number, dim=0)
         unwanted = sampling.negative_prompt if negative_prompts is None else negative_prompts

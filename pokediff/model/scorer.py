@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
@@ -36,7 +37,8 @@ class Scorer(ModelMixin, ConfigMixin):
     @torch.inference_mode()
     def forward(self, denoiser: Denoiser, x0: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """(B,) log-odds that pictures x0 (B, C, S, S) in [-1, 1] with text vectors (B, D) are real."""
-        return self.linear(map_statistics(denoiser, x0, text, self.config.timestep))[:, 0]
+        features = map_statistics(denoiser, x0, text, self.config.timestep)
+        return F.linear(features, self.linear.weight.float(), self.linear.bias.float())[:, 0]  # sums of thousands
 
 
 def feature_count(widths: Sequence[int]) -> int:
@@ -55,7 +57,8 @@ def map_statistics(denoiser: Denoiser, x0: torch.Tensor, text: torch.Tensor, tim
     noise = torch.randn(1, *x0.shape[1:], generator=torch.Generator().manual_seed(0)).to(x0)
     sigma = cosine_sigmas(torch.tensor(timestep), config.num_train_timesteps, *config.noise_range).item()
     try:
-        denoiser((x0 + sigma * noise) / (1 + sigma**2) ** 0.5, timestep, text)
+        # not called as a module: where that is compiled, it does not see the hooks
+        denoiser.forward((x0 + sigma * noise) / (1 + sigma**2) ** 0.5, timestep, text)
     finally:
         for handle in handles:
             handle.remove()
