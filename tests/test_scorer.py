@@ -21,6 +21,7 @@ from pokediff.errors import PokediffError
 from pokediff.model.cascade import Cascade
 from pokediff.model.pipeline import PokeDiffPipeline
 from pokediff.model.scorer import feature_count, map_statistics
+from pokediff.progress import ProgressBar
 
 PROMPTS, SEEDS = ["a red creature", "a blue creature", "a green creature"], [5, 6, 2**63 - 1]
 QUICK = dict(num_inference_steps=3, exact=True)
@@ -139,12 +140,15 @@ def test_the_call_returns_the_seeds_that_were_chosen(pipe):
     )
 
 
-def test_sample_draws_the_chosen_one(folder, pipe, tmp_path):
+def test_sample_draws_the_chosen_one_and_its_bar_counts_the_others(folder, pipe, tmp_path, monkeypatch):
+    bars = []
+    monkeypatch.setattr("pokediff.drawing.sample.ProgressBar", lambda **o: bars.append(ProgressBar(**o)) or bars[-1])
     config = SampleConfig(
         prompt=(PROMPTS[0],), seed=4, checkpoint=str(folder), out=str(tmp_path / "out"), num_images_per_prompt=2,
         raw=True, sampling=Sampling(best_of=3, size=32, **QUICK),
     )  # fmt: skip
     out = sample(config)
+    assert bars[0].n == bars[0].total == 4 * (len(pipe.evaluations(Sampling(size=32, **QUICK))) + 1)
     facts = json.loads((out / "sample.json").read_text())
     assert facts["settings"]["sampling"]["best_of"] == 3
     drawn = pipe.generate([PROMPTS[0]] * 2, [4, 5], size=32, best_of=3, **QUICK)

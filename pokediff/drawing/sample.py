@@ -27,7 +27,7 @@ from pokediff.drawing.table import draw_table, is_table, read_table
 from pokediff.errors import PokediffError
 from pokediff.files import new_folder, read_json, require_file
 from pokediff.model.denoiser import compile_network
-from pokediff.model.pipeline import PokeDiffPipeline, quiet
+from pokediff.model.pipeline import OnStep, PokeDiffPipeline, quiet
 from pokediff.model.samplers import slerp
 from pokediff.progress import ProgressBar
 from pokediff.training.launch import join
@@ -155,13 +155,17 @@ def batches(
     """Pictures and frames of one batch of jobs, given by their numbers, after another, with a progress bar. Only the
     first batch is animated: without `save_frames` the others have their last frame only.
     """
-    steps = len(pipeline.evaluations(config.sampling, init.get("strength", 1.0))) + 1
-    number = sum(map(len, numbers))
+    steps, choosing = len(pipeline.evaluations(config.sampling, init.get("strength", 1.0))) + 1, 0
+    if config.sampling.best_of > 1:
+        small = replace(config.sampling, size=pipeline.sizes[0])
+        choosing = config.sampling.best_of * (len(pipeline.evaluations(small)) + 1)
+    number, total = sum(map(len, numbers)), (choosing + steps) * len(numbers)
     name, silent = f"{number} picture{'s' * (number > 1)}", not join().is_main_process
-    with ProgressBar(total=steps * len(numbers), desc=name, unit="step", leave=False, disable=silent) as bar:
+    with ProgressBar(total=total, desc=name, unit="step", leave=False, disable=silent) as bar:
         for batch in numbers:
             every, frames = batch[0] == 0 or config.save_frames > 0, []
-            for frame in draw(pipeline, [jobs[index] for index in batch], config, init, every):
+            mine = [jobs[index] for index in batch]
+            for frame in draw(pipeline, mine, config, init, every, lambda _: bar.update() and None):
                 frames.append(frame)
                 bar.update(1 if every else steps)
             yield frames[-1].x0, frames
@@ -173,9 +177,11 @@ def draw(
     config: SampleConfig,
     init: dict[str, Any] | None = None,
     every: bool = True,
+    on_choice: OnStep = lambda _: None,
 ) -> Iterator[Frame]:
     """The steps of one batch; the last one, with sigma 0, holds the finished pictures in x0, as the denoisers left them
     in x. `init` is what `read_init_image` gives (default: read from `config`); with `every` false only the last.
+    `on_choice` gets the steps of the drawings among which `best_of` chooses.
     """
     config = resolved(config, pipeline)
     init = read_init_image(config) if init is None else init
@@ -191,7 +197,7 @@ def draw(
     text = pipeline.encode_prompt([job.prompt for job in jobs])  # (B, D)
     seeds, sampling = [job.seed for job in jobs], config.sampling
     if sampling.best_of > 1:
-        seeds = pipeline.best_seeds(text, seeds, sampling, batch_size=len(jobs))
+        seeds = pipeline.best_seeds(text, seeds, sampling, batch_size=len(jobs), on_step=on_choice)
         sampling = replace(sampling, best_of=1)
     _, noise = pipeline.make_noise(seeds, size)  # a (B, C, S, S) for each leg
     for k, job in enumerate(jobs):

@@ -279,10 +279,12 @@ class PokeDiffPipeline(CheckpointPipeline):
         *,
         negative_prompts: Texts | None = None,
         batch_size: int = BATCH_SIZE,
+        on_step: OnStep = lambda _: None,
         **options: Any,
     ) -> list[int]:
         """Of `sampling.best_of` seeds for each of N pictures, the one whose drawing at the smallest size looks most
-        real to the scorer. They are the seed given and others a million apart, or what a generator draws.
+        real to the scorer. They are the seed given and others a million apart, or what a generator draws. `on_step`
+        gets every step of every batch.
 
         Arguments and errors are those of `denoise`; it also raises PokediffError for a checkpoint without scorer.
         """
@@ -299,8 +301,9 @@ class PokeDiffPipeline(CheckpointPipeline):
         scores = []
         for start in range(0, len(flat), batch_size):
             part = slice(start, start + batch_size)
-            *_, last = self.denoise(text[part], flat[part], small, negative_prompts=negative[part])
-            given = [values.to(self.base.dtype) for values in (last.x0, text[part])]
+            for step in self.denoise(text[part], flat[part], small, negative_prompts=negative[part]):
+                on_step(step)
+            given = [values.to(self.base.dtype) for values in (step.x0, text[part])]
             scores.append(in_fours(partial(self.scorer, self.base), given))
         best = torch.cat(scores).view(len(seeds), number).argmax(1).tolist()
         return [several[index] for several, index in zip(tried, best, strict=True)]
