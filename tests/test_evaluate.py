@@ -32,6 +32,7 @@ from pokediff.model.diffusion import denoising_loss, make_noise_schedule, schedu
 from pokediff.model.pipeline import PokeDiffPipeline
 
 THINGS = ("cat", "fish", "bird", "snake", "ghost", "dragon")
+JUDGE_STEPS, LOSS_PICTURES = 20, 40  # a judge trained for a second, and losses of few pictures
 RNG = np.random.default_rng(0)
 
 
@@ -65,10 +66,9 @@ def write_things(folder, sources: int = 6):
 
 @pytest.fixture(scope="module", autouse=True)
 def _small():
-    """A judge trained for a second, and losses of few pictures."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(classifiers, "STEPS", 20)
-        patch.setattr(model_measures, "PICTURES", 40)
+        patch.setattr(classifiers, "STEPS", JUDGE_STEPS)
+        patch.setattr(model_measures, "PICTURES", LOSS_PICTURES)
         yield
 
 
@@ -392,8 +392,10 @@ def test_two_processes_draw_what_one_draws(evaluated, tmp_path):
     config, out = evaluated
     report = str(tmp_path / "r")
     script = (
-        "import sys; from pokediff.config import EvaluateConfig, Sampling; "
+        "from pokediff.config import EvaluateConfig, Sampling; "
+        "from pokediff.evaluation import classifiers, model_measures; "
         "from pokediff.evaluation.evaluate import evaluate; "
+        f"classifiers.STEPS, model_measures.PICTURES = {JUDGE_STEPS}, {LOSS_PICTURES}; "
         f"evaluate(EvaluateConfig(checkpoint={config.checkpoint!r}, data={config.data!r}, out={report!r}, "
         f"number=24, styles={config.styles!r}, features=(), batch_size=5, sampling={config.sampling!r}))"
     )
