@@ -183,6 +183,13 @@ def test_prompts_that_do_not_work_are_told_and_drawn(settings, capsys):
     assert not any("UserWarning" in line for line in said)
 
 
+@pytest.mark.parametrize(("scale", "told"), [(1.0, True), (2.0, False)])
+def test_a_negative_prompt_without_guidance_is_told(settings, capsys, scale, told):
+    config = settings(num_images_per_prompt=1)
+    sample(replace(config, sampling=replace(config.sampling, negative_prompt="red", guidance_scale=scale)))
+    assert ("the negative prompt has no effect without guidance" in capsys.readouterr().err) is told
+
+
 def test_names_of_folders():
     assert slug("火のドラゴン") != slug("水の亀")
     assert slug("Ein grüner Käfer (klein)") == "ein-grüner-käfer-klein"

@@ -102,10 +102,9 @@ def sample_table(config: SampleConfig) -> Path:
     """Draw the prompts of a CSV file, as `table` describes. Returns the folder."""
     rows = read_table(config)  # before the model
     pipeline = load_pipeline(config)
-    main = join().is_main_process
+    main, config = join().is_main_process, resolved(config, pipeline)
     if main:
         print_notes(pipeline, config, [row.prompt for row in rows])
-    config = resolved(config, pipeline)
     out = Path(config.out or Path("outputs") / Path(str(config.prompts_file)).stem)
     facts = {"weights": weights_sha256(checkpoint_folder(config.lora or config.checkpoint), config.sampling.best_of)}
 
@@ -128,8 +127,11 @@ def prompt_notes(pipeline: Model, folder: Path, prompts: Sequence[str]) -> list[
 
 
 def print_notes(pipeline: Model, config: SampleConfig, prompts: Sequence[str]) -> None:
-    """Print at most NOTES lines of `prompt_notes`."""
+    """Print at most NOTES lines: of `prompt_notes`, and on a negative prompt without guidance. `config` is resolved."""
     notes = [] if config.lora else prompt_notes(pipeline, checkpoint_folder(config.checkpoint), prompts)
+    sampling = config.sampling
+    if isinstance(pipeline, PokeDiffPipeline) and sampling.negative_prompt and sampling.guidance_scale == 1:
+        notes.insert(0, "the negative prompt has no effect without guidance: give --guidance-scale 2, say")
     for note in notes[:NOTES]:
         print(f"note: {note}", file=sys.stderr)
     if more := len(notes[NOTES:]):
