@@ -141,7 +141,7 @@ def sampling(pipeline: PokeDiffPipeline) -> dict[str, Any]:
     ]
     return {
         "sigmas": schedule_sigmas(pipeline.scheduler).tolist(),
-        "denoisers": [describe(name, denoiser) for name, denoiser in pipeline.cascade.items()],
+        "denoisers": [describe(name, part) for name, part in pipeline.cascade.items() if not part.config.fast],
         "plans": plans,
         "drawings": drawings,
         "guidance": scales,

@@ -99,6 +99,15 @@ def test_a_cascade_knows_its_sizes_and_legs(large):
     assert not small.has_fast
 
 
+def test_a_cascade_of_few_step_denoisers_alone_needs_no_word_for_them():
+    parts = {"base-16-fast": denoiser(16, fast=True, steps=4), "refiner-16-fast": denoiser(16, 1.0, fast=True)}
+    pipe = pipeline_of(**{name.replace("-", "_"): part for name, part in parts.items()})
+    assert pipe.resolved(Sampling()).sampler == "ddim"
+    for fast in (False, True):
+        names = [step.denoiser for step in pipe.evaluations(Sampling(size=16, fast=fast))]
+        assert names == ["base-16-fast"] * 2 + ["refiner-16-fast"] * 2
+
+
 def test_what_a_cascade_cannot_do_is_refused(large):
     with pytest.raises(PokediffError, match="size 48: this checkpoint draws 16, 32, 64 px"):
         large.legs(48)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import make_denoiser
 from safetensors.torch import load_file
 
 from pokediff.config import SampleConfig, Sampling
@@ -92,6 +93,21 @@ def test_a_size_limits_the_export_and_a_part_is_exported_whole(tiny_checkpoint, 
     assert list(load_exported(out).cascade) == ["base-32", "refiner-32"]
     shutil.rmtree(tmp_path / "part")
     assert load_exported(out).sizes == (32,)
+
+
+def test_the_few_step_denoisers_alone_can_be_exported(tiny_checkpoint, tiny_pipe, tmp_path):
+    student = make_denoiser(1, steps=3, guidance_scale=1.0, fast=True)
+    student.load_state_dict(tiny_pipe.cascade["base-32"].state_dict())
+    Cascade({"base-32-fast": student}).save_pretrained(tmp_path / "part" / "cascade")
+    write_part_index(tmp_path / "part", os.path.relpath(tiny_checkpoint, tmp_path / "part"))
+    assert export(tmp_path / "part", tmp_path / "few", size=32, fast=True)["largest_difference"] <= 2
+    few, whole = load_exported(tmp_path / "few"), PokeDiffPipeline.from_pretrained(tmp_path / "part")
+    assert list(few.cascade) == ["refiner-32", "base-32-fast"]
+    drawn, expected = (
+        premultiply(pipe.generate(["a red creature"], [1], Sampling(size=32, precision="fp32", fast=fast))).astype(int)
+        for pipe, fast in ((few, False), (whole, True))
+    )
+    assert np.abs(drawn - expected).max() <= 2
 
 
 def test_what_cannot_be_exported_is_named(tiny_checkpoint, exported, tmp_path):

@@ -19,6 +19,7 @@ Tokenizer, noise schedule and PyTorch's text encoder are copied, so the folder i
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import shutil
 import warnings
@@ -120,9 +121,12 @@ class OnnxDenoiser(nn.Module):
         return torch.from_numpy(x0)
 
 
-def export(checkpoint: str | Path, out: str | Path, size: int | None = None, small: bool = False) -> dict[str, Any]:
-    """Write a checkpoint to `out` as ONNX: all denoisers, or those that drawings of `size` px need. With `small`
-    weights are stored as float16, or in 8 bits where that loses nothing, and computed in float32.
+def export(
+    checkpoint: str | Path, out: str | Path, size: int | None = None, small: bool = False, fast: bool | None = None
+) -> dict[str, Any]:
+    """Write a checkpoint to `out` as ONNX: all denoisers, or those that drawings of `size` px need; with `fast` those
+    that fast drawings need, if it is false the others. With `small` weights are stored as float16, or in 8 bits where
+    that loses nothing, and computed in float32.
 
     Returns {"largest_difference": levels of 255 between drawings of both, "megabytes": of the denoisers}. Raises
     PokediffError when the checkpoint cannot be read or does not draw `size`, `out` is the checkpoint or holds other
@@ -139,16 +143,19 @@ def export(checkpoint: str | Path, out: str | Path, size: int | None = None, sma
         raise PokediffError(f"{out} is the checkpoint itself: choose another --out")
     pipeline = PokeDiffPipeline.from_pretrained(folder)
     sizes = pipeline.sizes if size is None else pipeline.cascade.legs(size)
+    names = [name for name, denoiser in pipeline.cascade.items() if denoiser.config.image_size in sizes]
+    if fast is not None:
+        used = {step.denoiser for size in sizes for step in pipeline.evaluations(Sampling(size=size, fast=fast))}
+        names = [name for name in names if name in used]
     with own_folder(out, INDEX, TEMPORARY), aside(out / TEMPORARY, INDEX) as new:
-        facts = _export(pipeline, folder, new, sizes, small)
+        facts = _export(pipeline, folder, new, names, small)
         move_whole(new, out, last=(f"cascade/{LIST}", INDEX))
     return facts
 
 
-def _export(pipeline: PokeDiffPipeline, folder: Path, out: Path, sizes: tuple[int, ...], small: bool) -> dict[str, Any]:
+def _export(pipeline: PokeDiffPipeline, folder: Path, out: Path, names: list[str], small: bool) -> dict[str, Any]:
     """Write and verify all files in the new folder `out`. Returns what `export` returns."""
     copy_components(folder, out)
-    names = [name for name, denoiser in pipeline.cascade.items() if denoiser.config.image_size in sizes]
     for name in names:
         write_denoiser(pipeline.cascade[name], out / "cascade" / name)
     write_list(out / "cascade", names)
@@ -157,7 +164,7 @@ def _export(pipeline: PokeDiffPipeline, folder: Path, out: Path, sizes: tuple[in
         write_text_encoder(pipeline, out / "text_encoder" / MODEL)
     for path in out.glob(f"**/{MODEL}") if small else ():
         store_small(path)
-    difference = largest_difference(pipeline, load_exported(out), sizes)
+    difference = largest_difference(pipeline, load_exported(out))
     if difference > TOLERANCE:
         raise PokediffError(f"the export draws another picture than {folder}: {difference} of 255 levels apart")
     megabytes = sum((out / "cascade" / name / MODEL).stat().st_size for name in names) / 1e6
@@ -271,16 +278,19 @@ def multiples(rows: np.ndarray, steps: np.ndarray) -> np.ndarray:
     return np.rint(rows / np.where(steps, steps, np.float32(np.inf))[:, None])
 
 
-def largest_difference(one: PokeDiffPipeline, other: PokeDiffPipeline, sizes: tuple[int, ...]) -> int:
-    """The largest difference between premultiplied drawings of two pipelines at any pixel and size, 0 to 255. (Where a
-    pixel is faint, its straight colour magnifies a difference that cannot be seen.)
+def largest_difference(whole: PokeDiffPipeline, exported: PokeDiffPipeline) -> int:
+    """The largest difference between premultiplied drawings of two pipelines at any pixel, 0 to 255, in all ways in
+    which the exported one can draw. (Where a pixel is faint, its straight colour magnifies a difference that cannot be
+    seen.)
     """
     prompts = ["a blue water turtle", "a red fire dragon, pixel sprite"]
     largest = 0
-    for size in sizes:
-        sampling = Sampling(size=size, num_inference_steps=8, precision="fp32")
+    for size, fast in itertools.product(exported.sizes, (False, True) if exported.has_fast else (False,)):
+        sampling = Sampling(size=size, num_inference_steps=8, precision="fp32", fast=fast)
+        if not {step.denoiser for step in whole.evaluations(sampling)} <= set(exported.cascade):
+            continue
         drawn, expected = (
-            premultiply(pipeline.generate(prompts, [0, 1], sampling)).astype(int) for pipeline in (one, other)
+            premultiply(pipeline.generate(prompts, [0, 1], sampling)).astype(int) for pipeline in (whole, exported)
         )
         largest = max(largest, int(np.abs(drawn - expected).max()))
     return largest

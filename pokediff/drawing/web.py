@@ -45,13 +45,14 @@ HEADERS = {  # cross-origin isolation lets ONNX Runtime use several threads
 }
 
 
-def web(checkpoint: str | Path | None, out: Path, size: int | None = None) -> dict[str, Any]:
+def web(checkpoint: str | Path | None, out: Path, size: int | None = None, fast: bool = False) -> dict[str, Any]:
     """Write the site of a checkpoint to `out`; an earlier site there is replaced.
 
     Args:
         checkpoint: as `sample --checkpoint`.
         out: a new or empty folder, or one that this function wrote.
         size: only the denoisers for this size in px (default: all).
+        fast: with the few-step denoisers, instead of those whose places they take.
 
     Returns {"megabytes": of the model, "largest_difference": levels of 255, see `export`}.
     Raises PokediffError when the page is not built, `out` holds other files, or the checkpoint cannot be exported or
@@ -64,7 +65,9 @@ def web(checkpoint: str | Path | None, out: Path, size: int | None = None) -> di
     with own_folder(out, SITE), aside(out / TEMPORARY, SITE) as temporary:
         old = listed_files(out / SITE)
         exported, new = temporary / "exported", temporary / "site"
-        facts = export(with_text_encoder(folder, temporary / "whole"), exported, size, small=True)
+        pipeline = PokeDiffPipeline.from_pretrained(folder)
+        whole = with_text_encoder(pipeline, folder, temporary / "whole")
+        facts = export(whole, exported, size, small=True, fast=fast)
         shutil.copytree(page, new)
         model = write_model(exported, new, Path(checkpoint).name if checkpoint else folder.name)
         replace_site(new, out, old)
@@ -80,12 +83,11 @@ def find_page() -> Path:
     return page
 
 
-def with_text_encoder(folder: Path, whole: Path) -> Path:
-    """The checkpoint in `folder`, or if its text encoder is one by name, a copy in `whole` that contains it.
+def with_text_encoder(pipeline: PokeDiffPipeline, folder: Path, whole: Path) -> Path:
+    """The folder of the checkpoint, or if its text encoder is one by name, a copy in `whole` that contains it.
 
     Raises PokediffError when that is no CLIP of transformers.
     """
-    pipeline = PokeDiffPipeline.from_pretrained(folder)
     if pipeline.text_encoder is not None:
         return folder
     encoder = load_text_encoder(pipeline.config.text_encoder_name)

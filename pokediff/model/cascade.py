@@ -95,8 +95,10 @@ class Cascade(ModelMixin):
         return (size,) if upscale == 1 else (*self.legs(size // upscale), size)
 
     def _of_size(self, size: int, fast: bool) -> list[str]:
-        rows = ((name, denoiser.config) for name, denoiser in self.items())
-        return [name for name, config in rows if config.image_size == size and (fast or not config.fast)]
+        """The denoisers of a size: without `fast` no few-step one in whose place there is another."""
+        own = {name: denoiser for name, denoiser in self.items() if denoiser.config.image_size == size}
+        places = {denoiser.below for denoiser in own.values() if not denoiser.config.fast}
+        return [name for name, part in own.items() if fast or not part.config.fast or part.below not in places]
 
     def updated(self, other: Cascade) -> Cascade:
         """This cascade with the denoisers of `other` in place of those of the same name, new ones at the end."""

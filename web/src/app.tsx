@@ -4,7 +4,7 @@ import { useSignal, type Signal } from "@preact/signals";
 import type { ComponentChildren } from "preact";
 import { useEffect, useLayoutEffect, useRef } from "preact/hooks";
 import { TOOLS, type Tool } from "./atlas";
-import { hasFast, sizesOf, type Model } from "./cascade";
+import { sizesOf, type Model } from "./cascade";
 import { saveGif, savePng, saveSheet } from "./downloads";
 import { parsePalette, type Picture } from "./pictures";
 import * as state from "./state";
@@ -310,19 +310,6 @@ function Settings() {
         max={8}
         step={0.25}
       />
-      {model && hasFast(model) && (
-        <label class="check">
-          <input
-            type="checkbox"
-            checked={state.fast.value}
-            onChange={(event) => {
-              state.fast.value = event.currentTarget.checked;
-              state.steps.value = null;
-            }}
-          />
-          Fast: few steps
-        </label>
-      )}
     </fieldset>
   );
 }

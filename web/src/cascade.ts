@@ -9,7 +9,7 @@ export interface Denoiser {
   steps: number; // default number of steps
   guidanceScale: number | null; // default; null: never guided
   highNoiseGuidance: number; // factor on (guidance scale - 1) above HIGH_NOISE
-  fast: boolean; // a few-step denoiser
+  fast: boolean; // a few-step denoiser, sampled by DDIM as it was distilled
   file: string; // its ONNX network
   bytes: number;
 }
@@ -39,44 +39,29 @@ export function sizesOf(model: Model): number[] {
   return [...new Set(model.denoisers.map((denoiser) => denoiser.imageSize))].sort((a, b) => a - b);
 }
 
-/** Whether it has few-step denoisers. */
-export function hasFast(model: Model): boolean {
-  return model.denoisers.some((denoiser) => denoiser.fast);
-}
-
 const limit = (denoiser: Denoiser) => denoiser.below ?? Infinity;
-
-function ofSize(model: Model, size: number, fast: boolean): Denoiser[] {
-  return model.denoisers.filter((denoiser) => denoiser.imageSize === size && (fast || !denoiser.fast));
-}
-
-/** The first of the smallest by (limit, whether it is of the other variant), as Python's `min` by such a key. */
-function first(denoisers: Denoiser[], fast: boolean, sign: 1 | -1): Denoiser {
-  const better = (a: Denoiser, b: Denoiser) =>
-    limit(a) !== limit(b) ? sign * limit(a) < sign * limit(b) : (a.fast === fast) > (b.fast === fast);
-  return denoisers.reduce((best, one) => (better(one, best) ? one : best));
-}
+const ofSize = (model: Model, size: number) => model.denoisers.filter(({ imageSize }) => imageSize === size);
 
 /**
- * The denoiser for this size and noise: of those used at `sigma`, the one trained on the least noise; with `fast` a
- * few-step one before another. Throws RangeError when there is none.
+ * The denoiser for this size and noise: of those used at `sigma`, the one trained on the least noise. Throws RangeError
+ * when there is none.
  */
-export function expert(model: Model, size: number, sigma: number, fast: boolean): Denoiser {
-  const able = ofSize(model, size, fast).filter((denoiser) => sigma < limit(denoiser));
+export function expert(model: Model, size: number, sigma: number): Denoiser {
+  const able = ofSize(model, size).filter((denoiser) => sigma < limit(denoiser));
   if (able.length === 0) throw new RangeError(`no denoiser of ${size} px for sigma ${sigma}`);
-  return first(able, fast, 1);
+  return able.reduce((best, one) => (limit(one) < limit(best) ? one : best));
 }
 
 /** The denoiser of this size for the most noise. Throws RangeError for a size that the model does not draw. */
-export function leading(model: Model, size: number, fast: boolean): Denoiser {
-  const able = ofSize(model, size, fast);
+export function leading(model: Model, size: number): Denoiser {
+  const able = ofSize(model, size);
   if (able.length === 0) throw new RangeError(`size ${size}: this model draws ${sizesOf(model).join(", ")} px`);
-  return first(able, fast, -1);
+  return able.reduce((best, one) => (limit(one) > limit(best) ? one : best));
 }
 
 /** The sizes that are drawn in order up to `size`, e.g. [32, 64]. */
 export function legsTo(model: Model, size: number): number[] {
-  const { upscale } = leading(model, size, false);
+  const { upscale } = leading(model, size);
   return upscale === 1 ? [size] : [...legsTo(model, size / upscale), size];
 }
 

@@ -29,12 +29,12 @@ export function trailingTimesteps(total: number, steps: number): number[] {
  * the end of the schedule that its denoisers are trained on, in their own number of steps (`plan` in
  * pokediff/model/plan.py). A few-step base is sampled by DDIM, as it was distilled; else DPM-Solver++.
  */
-export function plan(model: Model, size: number, steps: number | null, fast: boolean): Leg[] {
+export function plan(model: Model, size: number, steps: number | null): Leg[] {
   const { sigmas } = model;
   const sizes = legsTo(model, size);
-  const sampler = leading(model, sizes[0], fast).fast ? "ddim" : "dpmpp_2m";
+  const sampler = leading(model, sizes[0]).fast ? "ddim" : "dpmpp_2m";
   return sizes.map((side, number) => {
-    const lead = leading(model, side, fast);
+    const lead = leading(model, side);
     let all = steps ?? lead.steps;
     let skipped = 0;
     if (number > 0) {
@@ -45,7 +45,7 @@ export function plan(model: Model, size: number, steps: number | null, fast: boo
     const timesteps = trailingTimesteps(sigmas.length, all).slice(skipped);
     const evaluations = timesteps.map((timestep) => {
       const sigma = sigmas[timestep];
-      return { size: side, timestep, sigma, denoiser: expert(model, side, sigma, fast) };
+      return { size: side, timestep, sigma, denoiser: expert(model, side, sigma) };
     });
     const stride = Math.floor(sigmas.length / all);
     const following = timesteps.map((timestep, k) =>

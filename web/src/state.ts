@@ -1,7 +1,7 @@
 /** The state of the page and what changes it; app.tsx shows it. */
 
 import { computed, signal } from "@preact/signals";
-import { hasFast, sizesOf, type Model } from "./cascade";
+import { sizesOf, type Model } from "./cascade";
 import { keepOffline } from "./offline";
 import { finish, type Picture } from "./pictures";
 import { forget, keep, readShelf, type Kept } from "./shelf";
@@ -31,7 +31,6 @@ export const number = signal(1);
 export const size = signal(64);
 export const steps = signal<number | null>(null); // null: the model's default
 export const guidance = signal<number | null>(null);
-export const fast = signal(false);
 
 // The present drawing.
 export const sampling = signal<Sampling | null>(null);
@@ -45,7 +44,7 @@ export const scale = signal(8); // of downloads: px of a pixel
 export const shelf = signal<Kept[]>([]);
 
 export const defaults = computed(() => {
-  const base = model.value?.denoisers.find((one) => one.upscale === 1 && one.below === null && one.fast === fast.value);
+  const base = model.value?.denoisers.find((one) => one.upscale === 1 && one.below === null);
   return { steps: base?.steps ?? 15, guidance: base?.guidanceScale ?? 1 };
 });
 export const stepsOf = computed(() => drawn.value.find(({ frames }) => frames.length)?.frames[0].of ?? 0);
@@ -76,7 +75,6 @@ export async function start(): Promise<void> {
     return;
   }
   document.title = `${model.value.name}: draw creatures`;
-  fast.value = hasFast(model.value) && params().get("fast") !== "0";
   const known = sizesOf(model.value);
   if (!linked("size") || !known.includes(size.value)) size.value = model.value.defaultSize;
   send({ type: "load", model: model.value, site: site.href, size: size.value });
@@ -111,7 +109,7 @@ export function draw(jobs?: Job[]): void {
   if (!loaded) return;
   const text = prompt.value.trim();
   const all = jobs ?? Array.from({ length: number.value }, (_, k) => ({ prompt: text, seed: seed.value + k }));
-  sampling.value = { size: size.value, steps: steps.value, guidance: guidance.value, fast: fast.value };
+  sampling.value = { size: size.value, steps: steps.value, guidance: guidance.value };
   drawn.value = all.map((job) => ({ job, frames: [] }));
   [drawing.value, step.value, selected.value, failure.value] = [true, null, 0, null];
   status.value = `Drawing ${counted(all.length)} …`;
@@ -183,7 +181,7 @@ export function inPalette(picture: Picture): Picture {
 export function open({ job, sampling: how, picture }: Kept): void {
   stop();
   [prompt.value, seed.value, number.value] = [job.prompt, job.seed, 1];
-  [size.value, steps.value, guidance.value, fast.value] = [how.size, how.steps, how.guidance, how.fast];
+  [size.value, steps.value, guidance.value] = [how.size, how.steps, how.guidance];
   sampling.value = how;
   drawn.value = [{ job, frames: [{ index: 0, of: 0, sigma: 0, denoiser: null, x: picture, x0: picture }] }];
   [step.value, selected.value, failure.value] = [null, 0, null];
@@ -210,7 +208,6 @@ function writeLink(): void {
     number: number.value === 1 ? null : number.value,
     steps: steps.value,
     guidance: guidance.value,
-    fast: model.value && hasFast(model.value) && !fast.value ? 0 : null,
   };
   const given = Object.entries(values).flatMap(([name, value]) => (value === null ? [] : [[name, String(value)]]));
   history.replaceState(null, "", `#${new URLSearchParams(given)}`);

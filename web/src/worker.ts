@@ -1,6 +1,6 @@
 /** The worker: it loads the networks and draws, so that the page never waits. */
 
-import { hasFast, legsTo, type Model } from "./cascade";
+import { legsTo, type Model } from "./cascade";
 import { denoise } from "./denoise";
 import { Networks, threads } from "./networks";
 import { makeNoise, slerp } from "./noise";
@@ -20,7 +20,6 @@ export interface Sampling {
   size: number;
   steps: number | null;
   guidance: number | null;
-  fast: boolean;
 }
 
 export type Request =
@@ -77,9 +76,9 @@ function noiseOf(job: Job, sizes: number[]): Float32Array[] {
   return own.map((noise, k) => slerp(noise, other[k], job.share ?? 0));
 }
 
-async function draw(id: number, jobs: Job[], { size, steps, guidance, fast }: Sampling): Promise<void> {
+async function draw(id: number, jobs: Job[], { size, steps, guidance }: Sampling): Promise<void> {
   current = id;
-  const legs = plan(model, size, steps, fast);
+  const legs = plan(model, size, steps);
   await load(legs);
   const of = legs.reduce((sum, leg) => sum + leg.evaluations.length, 0);
   const { vector: negative } = await networks.encode("");
@@ -114,7 +113,7 @@ self.onmessage = async ({ data }: MessageEvent<Request>) => {
     else if (data.type === "load") {
       model = data.model;
       networks = new Networks(model, new URL(data.site));
-      await load(plan(model, data.size, null, hasFast(model)));
+      await load(plan(model, data.size, null));
       reply({ type: "ready", threads: threads() });
     } else await draw(data.id, data.jobs, data.sampling);
   } catch (error) {
