@@ -111,7 +111,7 @@ class DistillOptions:
     """Distil a few-step base for `sample --fast` from a checkpoint. Takes the options of train, too."""
 
     checkpoint: str | None = None  # the teacher (default: the shipped pokediff)
-    steps: int = 4  # sampler steps of the student
+    steps: int = 7  # sampler steps at the smallest size, those of the refiner included
     max_steps: int | None = None  # optimizer steps
     resume: str = "never"  # as in train
     settings: TrainConfig = field(default_factory=TrainConfig)
@@ -149,6 +149,7 @@ class ExportOptions:
     checkpoint: str | None = None  # a folder, the name of a shipped model, or a hub repository (default: pokediff)
     out: Path | None = None  # folder of the exported checkpoint (default: exports/<checkpoint>)
     size: int | None = None  # export only the denoisers for this size in px (default: all)
+    fast: bool | None = None  # only the few-step denoisers, or only the others (default: all)
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,7 @@ class WebOptions:
     checkpoint: str | None = None  # a folder, the name of a shipped model, or a hub repository (default: pokediff)
     out: Path = Path("site")  # folder of the page
     size: int | None = None  # only the denoisers for this size in px (default: all)
+    fast: bool = False  # draw in few steps, with the checkpoint's few-step denoisers
     serve: bool = False  # then serve it on 127.0.0.1
     port: int = 8000  # with --serve
 
@@ -251,7 +253,7 @@ def train(options: TrainOptions) -> None:
 def distill_defaults(args: list[str]) -> DistillOptions:
     from pokediff.training.distillation import distillation_recipe
 
-    steps = early(args, "--steps") or "4"
+    steps = early(args, "--steps") or "7"
     if not steps.isdigit() or int(steps) < 1:
         raise PokediffError(f"--steps {steps}: must be a whole number from 1")
     checkpoint = early(args, "--checkpoint") or shipped("checkpoints", "pokediff")
@@ -312,7 +314,7 @@ def export(options: ExportOptions) -> None:
     quiet()
     checkpoint = options.checkpoint or "pokediff"
     out = options.out or Path("exports") / Path(checkpoint).name
-    result = export(checkpoint, out, options.size)
+    result = export(checkpoint, out, options.size, fast=options.fast)
     print(f"{out}: {result['megabytes']} MB, pictures at most {result['largest_difference']} of 255 levels apart")
 
 
@@ -322,7 +324,7 @@ def web(options: WebOptions) -> None:
 
     quiet()
     server = make_server(options.out, options.port) if options.serve else None  # a taken port is told at once
-    facts = web(options.checkpoint, options.out, options.size)
+    facts = web(options.checkpoint, options.out, options.size, options.fast)
     difference = f"drawings at most {facts['largest_difference']} of 255 levels apart"
     print(f"{options.out}: {facts['megabytes']} MB of networks, {difference}")
     if server is not None:

@@ -127,14 +127,15 @@ class ValidationMetricsConfig:
 
 @dataclass(frozen=True)
 class DistillConfig:
+    """A student, which learns to draw in its own steps what the cascade draws in all of its."""
+
     __pydantic_config__ = STRICT
 
-    teacher: str = "base-32"  # the denoiser to learn from; the student starts from its weights
-    teacher_steps_per_step: int = 4  # DDIM steps of the teacher for one step of the student (model.steps)
-    guidance_scale: float = 1.5  # guidance scale of the teacher, which the student learns to reproduce without guidance
+    teacher: str = "base-32"  # the denoiser whose place the student takes, and from whose weights it starts
+    drawings: int = 4000  # pictures that the cascade draws beforehand, for the student to learn
 
     def __post_init__(self) -> None:
-        _require(self.teacher_steps_per_step > 1, "distill.teacher_steps_per_step", "must be at least 2")
+        _require(self.drawings > 1, "distill.drawings", "must be at least 2")
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ class StageConfig:
     low_res_noise: float = 0.25
     perceptual: PerceptualConfig | None = None  # a perceptual loss beside the error of x0
     critic: CriticConfig | None = None  # an adversarial loss beside it
-    distill: DistillConfig | None = None  # distil another denoiser into fewer steps
+    distill: DistillConfig | None = None  # learn to draw in few steps
     fast: bool = False  # a few-step denoiser, used with --fast
 
     max_steps: int = 20_000  # optimizer steps
@@ -211,8 +212,7 @@ class StageConfig:
         _require(patch % self.model.upscale == 0, "model.upscale", f"must divide the patch, {patch}")
         _require(self.model.upscale == 1 or self.model.below is not None, "model.upscale", "needs model.below")
         _require(not (self.distill and self.model.upscale > 1), "distill", "is not implemented for upscalers")
-        other = self.perceptual or self.critic
-        _require(not (self.distill and other), "distill", "excludes perceptual and critic")
+        _require(self.fast or not self.distill, "distill", "needs fast: true")
         draws = self.model.upscale > 1 and self.model.steps == 1
         _require(
             draws or not (self.critic and self.critic.drawings), "critic.drawings", "needs an upscaler of one step"
@@ -269,10 +269,6 @@ class TrainConfig:
         for name in self.stages:
             fits = re.fullmatch(r"[a-z0-9][a-z0-9-]*", name) is not None
             _require(fits, f"stages.{name}", "must be small letters, digits and hyphens")
-        for name, stage in self.stages.items():
-            if stage.distill:
-                fits = stage.model.steps * stage.distill.teacher_steps_per_step <= self.diffusion.num_train_timesteps
-                _require(fits, f"stages.{name}.distill", "has more teacher steps than there are timesteps")
         for name in ("seed", "workers"):
             _require(getattr(self, name) >= 0, name, "must not be negative")
         _positive(self, "", "threads", "max_minutes", "log_every")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -25,7 +24,7 @@ from pokediff.model.pipeline import BATCH_SIZE, PokeDiffPipeline
 from pokediff.model.text import ClipTextEncoder, load_text_encoder
 from pokediff.progress import ProgressBar
 from pokediff.training.clock import Limit
-from pokediff.training.distillation import Distillation
+from pokediff.training.distillation import Distillation, held_out, student_validation
 from pokediff.training.objectives import Batch, Drawings, Objective, denoising, validation_batches
 from pokediff.training.perceptual import AdversarialLoss, PerceptualLoss
 from pokediff.training.runs import Progress, load_state, source_parts
@@ -46,6 +45,7 @@ class Run:
     limit: Limit
     sample: int | None = None  # load about that many pictures only (a trial)
     silent: bool = False
+    taught: dict[int, Drawings] = field(default_factory=dict)  # by size: what the students of this run learn
 
     @property
     def main(self) -> bool:
@@ -75,7 +75,7 @@ class Stage:
     shown: tuple[Pictures, Pictures]  # training and validation pictures, of the previews
     facts: dict[str, Any]  # numbers of parameters, pictures and GFLOP, for log and model card
     critic: AdversarialLoss | None = None
-    drawings: Drawings | None = None  # small pictures for the critic
+    drawings: Drawings | None = None  # for the critic, or to learn from
     metrics: ValidationMetrics | None = None
     progress: Progress = field(default_factory=Progress)
 
@@ -115,6 +115,8 @@ def prepare(run: Run, name: str, state: Path | None = None) -> Stage:
         world=accelerator.num_processes,
         augment_dim=AUGMENT_LABELS if dataset.warp else 3,
     )
+    if stage.distill:
+        require_teacher(run, name)
     torch.manual_seed(config.seed)
     denoiser = make_denoiser(config, stage, vectors.table.shape[1], batches.augment_dim)
     if state is None:
@@ -131,6 +133,7 @@ def prepare(run: Run, name: str, state: Path | None = None) -> Stage:
         "parameters": sum(p.numel() for p in denoiser.parameters()),
         "gflops": round(flops_per_image(denoiser) / 1e9, 3),
     }
+    pipeline = with_denoiser(run, name, average.module)
     prepared = Stage(
         name,
         stage,
@@ -139,8 +142,8 @@ def prepare(run: Run, name: str, state: Path | None = None) -> Stage:
         denoiser,
         average,
         make_optimizer(denoiser, stage),
-        make_objective(run, name, critic),
-        with_denoiser(run, name, average.module),
+        make_objective(run, name, pipeline, critic),
+        pipeline,
         (training.spread(PREVIEW_PAIRS), validation.spread(PREVIEW_PAIRS)),
         facts,
         critic,
@@ -166,6 +169,17 @@ def make_denoiser(config: TrainConfig, stage: StageConfig, text_dim: int, augmen
     )
 
 
+def require_teacher(run: Run, name: str) -> None:
+    """Raise PokediffError when the cascade so far has no teacher of the student's size."""
+    stage, cascade = run.config.stages[name], {} if run.pipeline is None else dict(run.pipeline.cascade.items())
+    assert stage.distill is not None
+    teacher = stage.distill.teacher
+    if teacher not in cascade:
+        raise PokediffError(f"{name}: its teacher {teacher} is not in the cascade ({', '.join(cascade) or 'empty'})")
+    if cascade[teacher].config.image_size != stage.image_size:
+        raise PokediffError(f"{name}: its teacher {teacher} does not draw {stage.image_size} px")
+
+
 def start_weights(run: Run, name: str, denoiser: Denoiser) -> None:
     """Copy initial weights, if any: from `start_from` of the stage or the run, or from a student's teacher."""
     config, stage = run.config, run.config.stages[name]
@@ -178,9 +192,8 @@ def start_weights(run: Run, name: str, denoiser: Denoiser) -> None:
             continue
         wanted = wanted or (name if name in cascade else next(iter(cascade)))
         copy_weights(run, name, denoiser, source, cascade[wanted])
-    teacher = stage.distill.teacher if stage.distill else None
-    if teacher and not (stage.start_from or config.start_from) and run.pipeline and teacher in run.pipeline.cascade:
-        copy_weights(run, name, denoiser, teacher, run.pipeline.cascade[teacher])
+    if stage.distill and run.pipeline and not (stage.start_from or config.start_from):
+        copy_weights(run, name, denoiser, stage.distill.teacher, run.pipeline.cascade[stage.distill.teacher])
 
 
 def copy_weights(run: Run, name: str, denoiser: Denoiser, source: str, other: Denoiser) -> None:
@@ -230,32 +243,57 @@ def make_optimizer(denoiser: Denoiser, stage: StageConfig) -> torch.optim.Optimi
     return torch.optim.AdamW(groups, lr=stage.learning_rate, betas=(0.9, 0.99), fused=True)
 
 
-def make_objective(run: Run, name: str, critic: AdversarialLoss | None = None) -> Objective:
-    """The objective of the stage: denoising loss, with LPIPS and a critic if it has them, or distillation."""
+def make_objective(run: Run, name: str, pipeline: PokeDiffPipeline, critic: AdversarialLoss | None = None) -> Objective:
+    """The objective of the stage: denoising loss or, of a student, distillation, with LPIPS and a critic if it has
+    them. `pipeline` is the cascade with the stage's denoiser.
+    """
     stage = run.config.stages[name]
+    perceptual = PerceptualLoss(stage.perceptual, run.accelerator.device) if stage.perceptual else None
     if stage.distill is None:
-        perceptual = PerceptualLoss(stage.perceptual, run.accelerator.device) if stage.perceptual else None
         return denoising(run.schedule, [extra for extra in (perceptual, critic) if extra is not None])
-    if run.pipeline is None:
-        raise PokediffError(f"{name}: distill needs a cascade with the teacher {stage.distill.teacher}")
-    cascade = copy.deepcopy(run.pipeline.cascade).to(run.accelerator.device)
-    return Distillation(stage.distill, cascade, stage.model.steps, stage.image_size, run.schedule)
+    steps = pipeline.evaluations(Sampling(size=stage.image_size, fast=True))
+    return Distillation(name, steps, pipeline.cascade, run.schedule, perceptual, critic)
+
+
+def wanted_drawings(config: StageConfig) -> int:
+    """How many drawings a stage learns from."""
+    if config.distill:
+        return config.distill.drawings
+    return config.critic.drawings if config.critic else 0
 
 
 def make_drawings(run: Run, stage: Stage) -> Drawings | None:
-    """The small pictures that `critic.drawings` asks for, drawn by the cascade so far, of captions as in the batches:
-    the same on all processes and whenever the run is resumed. None where it asks for none.
+    """The small pictures that `critic.drawings` asks for, or those that a student learns, drawn by the cascade so far,
+    of captions as in the batches: the same on all processes and whenever the run is resumed. None where none are asked
+    for. Students of one size learn the same; a part of theirs becomes the stage's validation.
     """
-    number = stage.config.critic.drawings if stage.config.critic else 0
+    config, distill, number = stage.config, stage.config.distill, wanted_drawings(stage.config)
     if number == 0 or run.pipeline is None:
         return None
-    text = stage.batches.captions(number if run.sample is None else min(number, BATCH_SIZE))  # fewer in a trial
-    size = stage.config.image_size // stage.config.model.upscale
-    pictures = []
-    for rows in run.bar(torch.arange(len(text)).split(BATCH_SIZE), desc=f"drawings of {size} px", unit="batch"):
-        *_, last = run.pipeline.denoise(text[rows], rows.tolist(), Sampling(size=size))
+    size = config.image_size // config.model.upscale
+    drawings = run.taught.get(size) if distill else None
+    if drawings is None or len(drawings.text) < number:
+        drawings = draw_captions(run, stage, number if run.sample is None else min(number, BATCH_SIZE), size)
+    if distill is None:
+        return drawings
+    run.taught[size] = drawings
+    learnt, kept = held_out(drawings)
+    assert isinstance(stage.objective, Distillation)
+    stage.validation = student_validation(kept, list(stage.objective.timesteps))
+    return learnt
+
+
+def draw_captions(run: Run, stage: Stage, number: int, size: int) -> Drawings:
+    """`number` pictures of `size` px, with seeds from 0; the last ones without a prompt, as many as are trained so."""
+    assert run.pipeline is not None
+    text, pictures, noise = stage.batches.captions(number), [], []
+    text[number - int(run.config.diffusion.caption_dropout * number) :] = run.pipeline.base.null_text.cpu()
+    for rows in run.bar(torch.arange(number).split(BATCH_SIZE), desc=f"drawings of {size} px", unit="batch"):
+        _, drawn_from = run.pipeline.make_noise(rows.tolist(), size)
+        *_, last = run.pipeline.denoise(text[rows], rows.tolist(), Sampling(size=size), noise=drawn_from)
         pictures.append(last.x0.float().cpu())
-    return Drawings(torch.cat(pictures), text)
+        noise.append(drawn_from[-1])
+    return Drawings(torch.cat(pictures), text, torch.cat(noise))
 
 
 def ema_with_warmup(decay: float) -> Callable[..., None]:

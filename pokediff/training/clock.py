@@ -58,6 +58,7 @@ class Pace:
 
     step: float
     closing: float = 0.0  # what follows the last step: validation, metrics, previews, files
+    opening: float = 0.0  # what precedes the first step: drawings to learn from
 
 
 class Limit:

@@ -1,13 +1,17 @@
-"""Progressive distillation: one step of the student reproduces several steps of the teacher.
+"""Few-step students: in a few steps of its own one draws the picture that a cascade draws in all of its.
 
-Progressive distillation (Salimans & Ho 2022, "Progressive Distillation for Fast Sampling of Diffusion Models",
-algorithm 2) with any number of teacher steps for one of the student's, and with the teacher's guidance
-(Meng et al. 2023, "On Distillation of Guided Diffusion Models"), so that the student needs none.
+The cascade draws pictures beforehand. The pair of its first noise and its picture is what a student learns, as in the
+distillation of rectified flow (Liu et al., "Flow Straight and Fast", 2022, section 2.3): guidance, sampler and number
+of steps are in the picture, so no teacher runs in training. What a student gets is what it meets in a drawing, the
+noise after its own steps so far (Yin et al., "Improved Distribution Matching Distillation", 2024, section 4.5). LPIPS
+and a critic that sees real pictures keep the average of what it is unsure of from being a blur.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,92 +30,125 @@ from pokediff.config import (
 from pokediff.data.images import CHANNELS
 from pokediff.errors import PokediffError
 from pokediff.model.cascade import Cascade, guidance_at, guided
-from pokediff.model.denoiser import has_bf16
+from pokediff.model.denoiser import Denoiser
+from pokediff.model.diffusion import Extra
 from pokediff.model.pipeline import PokeDiffPipeline
-from pokediff.training.objectives import Batch
+from pokediff.model.plan import Evaluation
+from pokediff.training.objectives import Batch, Drawings, mix
+
+GUIDANCE = 1.25  # of a student while drawing: it has learnt its teacher's, and is a little pale (docs/LOG.md)
+HELD_OUT = 8  # one drawing of so many is for validation, at most MOST_HELD_OUT
+MOST_HELD_OUT = 256
 
 
 class Distillation:
-    """The objective of a student: the squared error to the x0 implied by the end of the teacher's steps.
+    """The objective of a student: the squared error of x0 against the drawing from the same noise, with LPIPS against
+    it, and a critic that compares with real pictures.
 
-    The teacher is a whole cascade at the student's size: a step below the sigma of a refiner is the refiner's, and the
-    student, which has the same refiner, is not trained on it. Raises PokediffError when the cascade has no denoiser
-    with the teacher's name, or it has another size than the student.
+    Args:
+        name: the student's in the cascade.
+        steps: the evaluations of a drawing with it; those before its own are run by `cascade`, without gradients.
+        perceptual, critic: further losses.
+
+    Raises PokediffError when none of the steps is the student's.
     """
 
-    def __init__(self, config: DistillConfig, cascade: Cascade, steps: int, size: int, schedule: DDPMScheduler) -> None:
-        if config.teacher not in cascade:
-            raise PokediffError(f"distill.teacher: {config.teacher} is not in the cascade ({', '.join(cascade)})")
-        if cascade[config.teacher].config.image_size != size:
-            raise PokediffError(f"distill.teacher: {config.teacher} does not draw {size} px")
-        self.config, self.cascade, self.size = config, cascade, size
-        for _, denoiser in cascade.items():
-            denoiser.to(memory_format=torch.channels_last).requires_grad_(False).eval()
-        device = cascade[config.teacher].device
-        self.half = has_bf16(device)
-        self.timesteps = trailing(len(schedule), steps * config.teacher_steps_per_step).to(device)
-        alphas_cumprod = schedule.alphas_cumprod.to(device)[self.timesteps]
-        end = torch.ones(1, device=device)  # no noise after the last step
-        self.alpha = torch.cat([alphas_cumprod, end]).sqrt()
-        self.std = (1 - torch.cat([alphas_cumprod, end])).sqrt()
-        sigmas = (self.std / self.alpha)[: -1 : config.teacher_steps_per_step].tolist()
-        self.steps = sum(cascade.expert(size, sigma) == config.teacher for sigma in sigmas)  # of the student itself
+    def __init__(
+        self,
+        name: str,
+        steps: Sequence[Evaluation],
+        cascade: Cascade,
+        schedule: DDPMScheduler,
+        perceptual: Extra | None = None,
+        critic: Extra | None = None,
+    ) -> None:
+        self.name, self.steps, self.perceptual, self.critic = name, list(steps), perceptual, critic
+        self.timesteps = {round(step.timestep): k for k, step in enumerate(steps) if step.denoiser == name}
+        if not self.timesteps:
+            raise PokediffError(f"{name}: in {len(steps)} steps none is its own; give more model.steps")
+        names = {step.denoiser for step in steps} - {name}
+        self.others: dict[str, Denoiser] = {
+            other: cascade[other].to(memory_format=torch.channels_last).requires_grad_(False).eval() for other in names
+        }
+        alphas_cumprod = schedule.alphas_cumprod[[round(step.timestep) for step in steps]]
+        self.alpha, self.std = alphas_cumprod.sqrt().tolist(), (1 - alphas_cumprod).sqrt().tolist()
 
     def __call__(self, student: Any, batch: Batch) -> torch.Tensor:
-        """(B,) squared errors of x0, weighted max(1, alpha^2 / std^2) (Salimans & Ho, equation 9). Each of the batch's
-        timesteps is rounded up to the beginning of the student's step that it lies in.
+        """(B,) losses at the student's step nearest to the first of the batch's timesteps, which are all the same.
+        Validation, without gradients, is the squared error alone.
         """
-        total = int(self.timesteps[0]) + 1
-        first = (self.steps * (total - 1 - batch.timesteps) // total) * self.config.teacher_steps_per_step  # (B,)
-        alpha, std = self._at(first)
-        noisy = (alpha * batch.x0 + std * batch.noise).contiguous(memory_format=torch.channels_last)
-        target = self.target(noisy, first, batch)
-        x0 = student(noisy, self.timesteps[first], batch.text, batch.augment)
-        return ((x0 - target) ** 2 * (alpha / std).square().clamp(min=1)).mean(dim=(1, 2, 3))
+        timestep = min(self.timesteps, key=lambda own: abs(own - int(batch.timesteps[0])))
+        target = batch.x0 if batch.target is None else batch.target
+        noisy = self.before(student, self.timesteps[timestep], batch)
+        x0 = student(noisy, torch.full_like(batch.timesteps, timestep), batch.text, batch.augment)
+        loss = (x0 - target).square().mean(dim=(1, 2, 3))  # the error is much the same at all of its steps
+        if torch.is_grad_enabled():
+            loss = loss if self.perceptual is None else loss + self.perceptual(x0, target, loss, None)
+            loss = loss if self.critic is None else loss + self.critic(x0, batch.x0, loss, None)
+        return loss
 
     @torch.no_grad()
-    def target(self, noisy: torch.Tensor, first: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """The x0 with which one DDIM step ends where the teacher's steps end (equation 8). noisy (B, C, S, S), first
-        (B,) positions in `timesteps`.
-        """
-        z = noisy
-        for index in range(self.config.teacher_steps_per_step):
-            alpha, std = self._at(first + index)
-            x0 = self.teacher_x0(z, first + index, batch)
-            z_noise = (z - alpha * x0) / std
-            alpha, std = self._at(first + index + 1)
-            z = alpha * x0 + std * z_noise  # DDIM without new noise (Song et al. 2021, equation 12)
-        begin_alpha, begin_std = self._at(first)
-        ratio = std / begin_std
-        return (z - ratio * noisy) / (alpha - ratio * begin_alpha)
+    def before(self, student: Any, index: int, batch: Batch) -> torch.Tensor:
+        """x (B, C, S, S) before step `index` of a drawing from the batch's noise."""
+        x = batch.noise.contiguous(memory_format=torch.channels_last)
+        for here, after in pairwise(range(index + 1)):
+            step, denoiser, scale = self.steps[here], student, 1.0
+            if step.denoiser != self.name:
+                denoiser = self.others[step.denoiser]
+                scale = guidance_at(denoiser, step.sigma)
+                negative = denoiser.null_text.expand_as(batch.text)
+            timesteps = torch.full_like(batch.timesteps, round(step.timestep))
+            unwanted = batch.text if scale == 1 else negative
+            x0 = guided(denoiser, scale, x, timesteps, batch.text, unwanted, batch.augment).float().clamp(-1, 1)
+            noise = (x - self.alpha[here] * x0) / self.std[here]
+            x = self.alpha[after] * x0 + self.std[after] * noise  # DDIM (Song et al. 2021, equation 12)
+        return x
 
-    def teacher_x0(self, z: torch.Tensor, index: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """x0 of the teacher's cascade, guided, in [-1, 1]; each row by the denoiser for its noise."""
-        alpha, std = self._at(index)
-        sigmas = (std / alpha).flatten().tolist()
-        names = [self.cascade.expert(self.size, sigma) for sigma in sigmas]
-        own = zip(names, sigmas, strict=True)
-        scales = [guidance_at(self.cascade[name], sigma, self.config.guidance_scale) for name, sigma in own]
-        x0 = torch.empty_like(z)
-        with torch.autocast(z.device.type, torch.bfloat16, enabled=self.half):
-            for name in sorted(set(names)):
-                rows = torch.tensor([other == name for other in names], device=z.device)
-                denoiser = self.cascade[name]
-                scale: Any = z.new_tensor(scales)[rows][:, None, None, None]
-                scale = 1.0 if (scale == 1).all() else scale
-                text = batch.text[rows]
-                augment = None if batch.augment is None else batch.augment[rows]
-                negative = denoiser.null_text.expand_as(text)
-                x0[rows] = guided(denoiser, scale, z[rows], self.timesteps[index[rows]], text, negative, augment)
-        return x0.clamp(-1, 1)
 
-    def _at(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """alpha and std (B, 1, 1, 1) at positions in `timesteps`."""
-        return self.alpha[index][:, None, None, None], self.std[index][:, None, None, None]
+def student_batch(
+    batch: Batch, drawings: Drawings, timesteps: Sequence[int], seed: int, step: int, rank: int, world: int
+) -> Batch:
+    """The batch with drawings to learn, each mirrored as often as not, at one of the student's timesteps. Its x0 stay
+    the real pictures, for a critic. A function of (seed, step), whatever the number of processes.
+    """
+    number = len(batch.x0)
+    generator = torch.Generator().manual_seed(mix(seed, step, 0))
+    mine = slice(rank * number, (rank + 1) * number)
+    rows = torch.randint(0, len(drawings.text), (world * number,), generator=generator)[mine]
+    mirrored = torch.rand(world * number, generator=generator)[mine] < 0.5
+    learnt = drawn_batch(drawings, rows, timesteps[step % len(timesteps)])
+
+    def some_mirrored(values: torch.Tensor) -> torch.Tensor:
+        return torch.where(mirrored[:, None, None, None], values.flip(-1), values)
+
+    assert learnt.target is not None
+    pairs = replace(learnt, noise=some_mirrored(learnt.noise), target=some_mirrored(learnt.target))
+    return replace(pairs.to(batch.x0.device), x0=batch.x0)
+
+
+def student_validation(drawings: Drawings, timesteps: Sequence[int]) -> list[Batch]:
+    """The drawings, in batches of at most 64, at every timestep of the student."""
+    parts = torch.arange(len(drawings.text)).split(64)
+    return [drawn_batch(drawings, rows, timestep) for timestep in timesteps for rows in parts]
+
+
+def drawn_batch(drawings: Drawings, rows: torch.Tensor, timestep: int) -> Batch:
+    """The drawings in these rows, to be learnt at a timestep."""
+    assert drawings.noise is not None
+    target = drawings.pictures[rows]
+    timesteps = torch.full((len(rows),), timestep)
+    return Batch(target, drawings.noise[rows], timesteps, drawings.text[rows], target=target)
+
+
+def held_out(drawings: Drawings) -> tuple[Drawings, Drawings]:
+    """The drawings to learn from, and those for validation, one at least."""
+    number = min(MOST_HELD_OUT, max(1, len(drawings.text) // HELD_OUT))
+    return drawings.part(slice(number, None)), drawings.part(slice(number))
 
 
 def distillation_recipe(checkpoint: str | Path, steps: int, data: tuple[str, ...]) -> TrainConfig:
-    """The configuration of a run that distils a few-step base and writes that denoiser alone, as a part.
+    """The configuration of a run that distils a few-step base and writes that denoiser alone, as a part. Base and
+    refiner, which stays as it is, take `steps` steps together.
 
     Raises PokediffError when there is no checkpoint.
     """
@@ -120,19 +157,18 @@ def distillation_recipe(checkpoint: str | Path, steps: int, data: tuple[str, ...
     config, channels = pipeline.cascade[teacher].config, {number: name for name, number in CHANNELS.items()}
     own = from_values({field.name: config[field.name] for field in fields(ModelConfig)}, ModelConfig, str(checkpoint))
     sigma_min, sigma_max, noise_shift = config.noise_range
-    scale = config.guidance_scale or 1.0
     stage = StageConfig(
         image_size=config.image_size,
-        model=replace(own, steps=steps, guidance_scale=1.0, high_noise_guidance=1.0),
-        distill=DistillConfig(teacher, max(2, 16 // steps), scale),
+        model=replace(own, steps=steps, guidance_scale=GUIDANCE, high_noise_guidance=1.0, dropout=0.0),
+        distill=DistillConfig(teacher),
         fast=True,
-        max_steps=1800,
-        learning_rate=3e-4,
+        max_steps=1000,
+        learning_rate=5e-4,
         warmup_steps=50,
-        decay_steps=1700,
+        decay_steps=700,
         ema_decay=0.998,
         validate_every=200,
-        preview_every=600,
+        preview_every=500,
         checkpoint_every=200,
     )
     return TrainConfig(
@@ -144,8 +180,3 @@ def distillation_recipe(checkpoint: str | Path, steps: int, data: tuple[str, ...
         diffusion=DiffusionConfig(config.num_train_timesteps, sigma_min, sigma_max, noise_shift, caption_dropout=0.05),
         stages={f"{teacher}-fast": stage},
     )
-
-
-def trailing(total: int, steps: int) -> torch.Tensor:
-    """The timesteps of `steps` evaluations, from the noisiest, as diffusers spaces them "trailing"."""
-    return (total - torch.arange(steps) * total / steps).round().long() - 1

@@ -18,17 +18,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from pokediff.config import StageConfig
+from pokediff.config import Sampling, StageConfig
 from pokediff.data.images import composite, encode_png, enlarge, from_model, grid, pairs, save_animation, to_model
 from pokediff.errors import PokediffError
 from pokediff.evaluation.validation_metrics import COPYING
 from pokediff.files import write_whole
+from pokediff.model.cascade import guidance_at
 from pokediff.model.denoiser import compile_network, flops_per_image
-from pokediff.model.pipeline import BATCH_SIZE
+from pokediff.model.pipeline import BATCH_SIZE, PokeDiffPipeline
 from pokediff.progress import ProgressBar
 from pokediff.training import runs
-from pokediff.training.build import Run, Stage, make_drawings
+from pokediff.training.build import Run, Stage, make_drawings, wanted_drawings
 from pokediff.training.clock import Window, agreed, interruptible
+from pokediff.training.distillation import Distillation, student_batch
 from pokediff.training.objectives import mix, training_batch
 
 FILES_SECONDS = 1.0  # to write a checkpoint, a state and an animation
@@ -126,7 +128,11 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(stage.config, step)
     torch.manual_seed(mix(run.config.seed, step, 1 + run.accelerator.process_index))  # dropout
-    batch = training_batch(pictures, run.config, stage.config, run.accelerator, step, stage.drawn_at, stage.drawings)
+    accelerator, objective = run.accelerator, stage.objective
+    batch = training_batch(pictures, run.config, stage.config, accelerator, step, stage.drawn_at, stage.drawings)
+    if isinstance(objective, Distillation) and stage.drawings is not None:
+        place = (accelerator.process_index, accelerator.num_processes)
+        batch = student_batch(batch, stage.drawings, list(objective.timesteps), run.config.seed, step, *place)
     with run.accelerator.autocast():
         loss = stage.objective(denoiser, batch).mean()
     run.accelerator.backward(loss)
@@ -250,15 +256,28 @@ def preview_pairs(run: Run, stage: Stage) -> np.ndarray:
 
 def closing_seconds(run: Run, stage: Stage, step: float) -> float:
     """An estimate of the seconds of validation, metrics, previews and files, from those of a training step."""
-    own, cascade = stage.facts["gflops"] * 1e9, stage.pipeline.cascade
-    forward = step / (3 * stage.config.batch_size)  # of one picture through the stage's denoiser
     pictures = len(run.config.preview_prompts) + sum(len(shown) for shown in stage.shown)
     pictures += 2 * run.config.metrics.number if run.config.metrics.every else 0
-    names = Counter(evaluation.denoiser for evaluation in stage.pipeline.evaluations(stage.sampling))
-    guided = {name: 2 if cascade[name].config.guidance_scale else 1 for name in names}
-    drawing = sum(number * guided[name] * flops_per_image(cascade[name]) / own for name, number in names.items())
     checked = sum(len(batch.timesteps) for batch in stage.validation)
-    return FILES_SECONDS + forward * (checked + pictures * drawing)
+    drawing = pictures * drawing_seconds(stage, stage.pipeline, stage.sampling, step)
+    return FILES_SECONDS + checked * step / (3 * stage.config.batch_size) + drawing
+
+
+def opening_seconds(run: Run, stage: Stage, step: float) -> float:
+    """An estimate of the seconds of `make_drawings`, from those of a training step."""
+    number, size = wanted_drawings(stage.config), stage.config.image_size // stage.config.model.upscale
+    if number == 0 or run.pipeline is None:
+        return 0.0
+    return number * drawing_seconds(stage, run.pipeline, Sampling(size=size), step)
+
+
+def drawing_seconds(stage: Stage, pipeline: PokeDiffPipeline, sampling: Sampling, step: float) -> float:
+    """An estimate of the seconds of one picture, from those of a training step: three times a forward pass."""
+    passes = Counter[str]()
+    for each in pipeline.evaluations(sampling):
+        passes[each.denoiser] += 2 if guidance_at(pipeline.cascade[each.denoiser], each.sigma) > 1 else 1
+    flops = sum(number * flops_per_image(pipeline.cascade[name]) for name, number in passes.items())
+    return flops / (stage.facts["gflops"] * 1e9) * step / (3 * stage.config.batch_size)
 
 
 def seconds_per_step(run: Run, stage: Stage) -> float:

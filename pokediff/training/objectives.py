@@ -34,6 +34,7 @@ class Batch:
     low_res: torch.Tensor | None = None  # (B, C, S/f, S/f), of an upscaler
     start: torch.Tensor | None = None  # (B, C, S, S): what the noise is added to, if not x0
     unpaired: torch.Tensor | None = None  # (B,) bool: x0 is another picture than the one in low_res
+    target: torch.Tensor | None = None  # (B, C, S, S): what a student draws from the noise, in place of x0
 
     def to(self, device: torch.device) -> Batch:
         """A copy on the device."""
@@ -42,10 +43,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class Drawings:
-    """Small pictures that a cascade has drawn."""
+    """Pictures that a cascade has drawn: small ones for an upscaler's critic, or those that a student learns."""
 
     pictures: torch.Tensor  # (N, C, S/f, S/f) in [-1, 1]
     text: torch.Tensor  # (N, D)
+    noise: torch.Tensor | None = None  # (N, C, S, S): the noise that a student draws them from
+
+    def part(self, rows: slice) -> Drawings:
+        return Drawings(self.pictures[rows], self.text[rows], None if self.noise is None else self.noise[rows])
 
 
 Objective = Callable[[Any, Batch], torch.Tensor]  # (denoiser, batch) to (B,) losses

@@ -29,7 +29,7 @@ from pokediff.training import runs
 from pokediff.training.build import Run, new_pipeline, prepare
 from pokediff.training.clock import Limit, Pace, agreed, duration
 from pokediff.training.launch import join, machines, threads_per_process
-from pokediff.training.loop import closing_seconds, seconds_per_step, train_stage
+from pokediff.training.loop import closing_seconds, opening_seconds, seconds_per_step, train_stage
 from pokediff.training.recipes import what_to_expect
 
 SAMPLE = 256  # pictures that a trial and the estimates load
@@ -212,7 +212,7 @@ def estimate(run: Run, names: Sequence[str]) -> dict[str, Pace]:
     for name in run.bar(names, desc="measuring the speed", unit="stage", leave=False):
         stage = prepare(quick, name)
         step = seconds_per_step(quick, stage)
-        paces[name] = Pace(step, closing_seconds(quick, stage, step))
+        paces[name] = Pace(step, closing_seconds(quick, stage, step), opening_seconds(quick, stage, step))
         quick.pipeline = stage.pipeline  # later stages check what comes before them
     return broadcast_object_list([paces])[0]
 
@@ -222,9 +222,10 @@ def steps_left(config: TrainConfig, name: str, states: Mapping[str, Path | None]
 
 
 def times(config: TrainConfig, paces: Mapping[str, Pace], states: Mapping[str, Path | None]) -> dict[str, float]:
-    """{stage: remaining seconds}, validation, previews and checkpoints included."""
+    """{stage: remaining seconds}, drawings, validation, previews and checkpoints included."""
     return {
-        name: OVERHEAD * pace.step * steps_left(config, name, states) + pace.closing for name, pace in paces.items()
+        name: pace.opening + OVERHEAD * pace.step * steps_left(config, name, states) + pace.closing
+        for name, pace in paces.items()
     }
 
 
@@ -289,9 +290,9 @@ def fitted(
         before = with_steps(config, lengths)
         if not all(runs.is_finished(out, name, before) for name in paces):
             return before
-    closing = sum(pace.closing for pace in paces.values())
-    steps = sum(times(config, paces, states).values()) - closing
-    share = min(1.0, max(0.0, left - closing) / steps)
+    fixed = sum(pace.opening + pace.closing for pace in paces.values())
+    steps = sum(times(config, paces, states).values()) - fixed
+    share = min(1.0, max(0.0, left - fixed) / steps)
     done = {name: runs.steps_of(states[name]) for name in paces}
     lengths = {name: done[name] + round(share * (config.stages[name].max_steps - done[name])) for name in paces}
     return with_steps(config, lengths)
