@@ -3,14 +3,15 @@
     python benchmarks/speed.py --config configs/pokemon.yaml --stage base-32 --data ../shared/data/pokemon
 
 Training: pictures a second of one stage of `train.py`, everything included (data, clipping, optimizer, average),
-median of the log lines after the first. Drawing: the shipped checkpoint, default steps and guidance, every size, one
-picture and sixteen at once, median of five; and a whole `sample.py`, imports included. Run it alone: a second load on
-the cores makes the figures worthless.
+median of the log lines after the first. Drawing: the shipped checkpoint, default steps and guidance and `--fast`, every
+size, one picture and sixteen at once, median of five; and a whole `sample.py`, imports included. Run it alone: a second
+load on the cores makes the figures worthless.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
@@ -50,16 +51,15 @@ def sampling(checkpoint: str) -> dict:
     quiet()
     pipe = PokeDiffPipeline.from_pretrained(checkpoint)
     result: dict[str, float] = {}
-    for size in pipe.sizes:
-        for precision in ("bf16", "fp32"):
-            for number in (1, 16):
-                seconds = []
-                for _ in range(6):
-                    begin = time.monotonic()
-                    pipe.generate(["a blue water turtle"] * number, range(number), size=size, precision=precision)
-                    seconds.append(time.monotonic() - begin)
-                name = f"s_per_image_{size}px_{precision}_batch_{number}"
-                result[name] = round(statistics.median(seconds[1:]) / number, 3)
+    variants = [{}, {"fast": True}] if pipe.has_fast else [{}]
+    for size, fast, precision, number in itertools.product(pipe.sizes, variants, ("bf16", "fp32"), (1, 16)):
+        seconds = []
+        for _ in range(6):
+            begin = time.monotonic()
+            pipe.generate(["a blue water turtle"] * number, range(number), size=size, precision=precision, **fast)
+            seconds.append(time.monotonic() - begin)
+        name = "_".join([f"s_per_image_{size}px", *fast, precision, f"batch_{number}"])
+        result[name] = round(statistics.median(seconds[1:]) / number, 3)
     return result
 
 
