@@ -157,9 +157,10 @@ def distillation_recipe(checkpoint: str | Path, steps: int, data: tuple[str, ...
     config, channels = pipeline.cascade[teacher].config, {number: name for name, number in CHANNELS.items()}
     own = from_values({field.name: config[field.name] for field in fields(ModelConfig)}, ModelConfig, str(checkpoint))
     sigma_min, sigma_max, noise_shift = config.noise_range
+    guidance = GUIDANCE if own.guidance_scale is not None and own.guidance_scale > 1 else own.guidance_scale
     stage = StageConfig(
         image_size=config.image_size,
-        model=replace(own, steps=steps, guidance_scale=GUIDANCE, high_noise_guidance=1.0, dropout=0.0),
+        model=replace(own, steps=steps, guidance_scale=guidance, high_noise_guidance=1.0, dropout=0.0),
         distill=DistillConfig(teacher),
         fast=True,
         max_steps=1000,
