@@ -45,7 +45,6 @@ class Run:
     limit: Limit
     sample: int | None = None  # load about that many pictures only (a trial)
     silent: bool = False
-    taught: dict[int, Drawings] = field(default_factory=dict)  # by size: what the students of this run learn
 
     @property
     def main(self) -> bool:
@@ -265,22 +264,16 @@ def wanted_drawings(config: StageConfig) -> int:
 def make_drawings(run: Run, stage: Stage) -> Drawings | None:
     """The small pictures that `critic.drawings` asks for, or those that a student learns, drawn by the cascade so far,
     of captions as in the batches: the same on all processes and whenever the run is resumed. None where none are asked
-    for. Students of one size learn the same; a part of theirs becomes the stage's validation.
+    for. A part of a student's becomes the stage's validation.
     """
-    config, distill, number = stage.config, stage.config.distill, wanted_drawings(stage.config)
+    number, size = wanted_drawings(stage.config), stage.config.image_size // stage.config.model.upscale
     if number == 0 or run.pipeline is None:
         return None
-    size = config.image_size // config.model.upscale
-    drawings = run.taught.get(size) if distill else None
-    if drawings is None or len(drawings.text) < number:
-        drawings = draw_captions(run, stage, number if run.sample is None else min(number, BATCH_SIZE), size)
-    if distill is None:
-        return drawings
-    run.taught[size] = drawings
-    learnt, kept = held_out(drawings)
-    assert isinstance(stage.objective, Distillation)
-    stage.validation = student_validation(kept, list(stage.objective.timesteps))
-    return learnt
+    drawings = draw_captions(run, stage, number if run.sample is None else min(number, BATCH_SIZE), size)
+    if isinstance(stage.objective, Distillation):
+        drawings, kept = held_out(drawings)
+        stage.validation = student_validation(kept, list(stage.objective.timesteps))
+    return drawings
 
 
 def draw_captions(run: Run, stage: Stage, number: int, size: int) -> Drawings:

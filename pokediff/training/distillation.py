@@ -32,7 +32,7 @@ from pokediff.errors import PokediffError
 from pokediff.model.cascade import Cascade, guidance_at, guided
 from pokediff.model.denoiser import Denoiser
 from pokediff.model.diffusion import Extra
-from pokediff.model.pipeline import PokeDiffPipeline
+from pokediff.model.pipeline import PokeDiffPipeline, quiet
 from pokediff.model.plan import Evaluation
 from pokediff.training.objectives import Batch, Drawings, mix
 
@@ -92,14 +92,13 @@ class Distillation:
         """x (B, C, S, S) before step `index` of a drawing from the batch's noise."""
         x = batch.noise.contiguous(memory_format=torch.channels_last)
         for here, after in pairwise(range(index + 1)):
-            step, denoiser, scale = self.steps[here], student, 1.0
+            step, denoiser, scale, negative = self.steps[here], student, 1.0, batch.text
             if step.denoiser != self.name:
                 denoiser = self.others[step.denoiser]
                 scale = guidance_at(denoiser, step.sigma)
                 negative = denoiser.null_text.expand_as(batch.text)
             timesteps = torch.full_like(batch.timesteps, round(step.timestep))
-            unwanted = batch.text if scale == 1 else negative
-            x0 = guided(denoiser, scale, x, timesteps, batch.text, unwanted, batch.augment).float().clamp(-1, 1)
+            x0 = guided(denoiser, scale, x, timesteps, batch.text, negative, batch.augment).float().clamp(-1, 1)
             noise = (x - self.alpha[here] * x0) / self.std[here]
             x = self.alpha[after] * x0 + self.std[after] * noise  # DDIM (Song et al. 2021, equation 12)
         return x
@@ -152,6 +151,7 @@ def distillation_recipe(checkpoint: str | Path, steps: int, data: tuple[str, ...
 
     Raises PokediffError when there is no checkpoint.
     """
+    quiet()
     pipeline = PokeDiffPipeline.from_pretrained(checkpoint, text_encoder=None, tokenizer=None)
     teacher = next(name for name, denoiser in pipeline.cascade.items() if not denoiser.config.fast)
     config, channels = pipeline.cascade[teacher].config, {number: name for name, number in CHANNELS.items()}

@@ -18,7 +18,7 @@ from pokediff.data.records import Record, picture_bytes, read_records
 from pokediff.errors import PokediffError
 from pokediff.model.checkpoint import find_folder
 from pokediff.model.denoiser import Denoiser
-from pokediff.model.pipeline import PokeDiffPipeline
+from pokediff.model.pipeline import PokeDiffPipeline, quiet
 from pokediff.paths import shipped
 
 SAMPLE = 64  # pictures read to determine size and style
@@ -48,6 +48,7 @@ def recipe_for(
     Raises PokediffError when the folder does not exist or holds fewer than FEWEST_PICTURES, or `start_from` is no
     checkpoint or does not draw that size.
     """
+    quiet()
     folder = Path(folder)
     records = read_records(folder, report=lambda _: None)
     if len(records) < FEWEST_PICTURES:
