@@ -133,9 +133,11 @@ class DistillConfig:
 
     teacher: str = "base-32"  # the denoiser whose place the student takes, and from whose weights it starts
     drawings: int = 4000  # pictures that the cascade draws beforehand, for the student to learn
+    guidance_scale: float | None = None  # under which it draws them (default: the teacher's own)
 
     def __post_init__(self) -> None:
         _require(self.drawings > 1, "distill.drawings", "must be at least 2")
+        _require((self.guidance_scale or 0) >= 0, "distill.guidance_scale", "must not be negative")
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,7 @@ class CriticConfig:
     weight: float = 0.3  # norm of its gradient at x0, relative to that of the other losses
     learning_rate: float = 2e-4
     share: float = 0.5  # fraction of each batch that it sees
+    captions: bool = False  # whether it judges if pictures fit their captions, too
     # small pictures that the cascade draws beforehand; the critic sees them enlarged by an upscaler of one step, too
     drawings: int = 0
 

@@ -31,7 +31,7 @@ SCHEDULE = make_noise_schedule(DiffusionConfig())
 STUDENT = tiny_stage(
     model=replace(BASE, steps=4, guidance_scale=1.0), distill=DistillConfig("base-16", 16), fast=True, max_steps=4
 )
-SECOND = tiny_stage(model=DETAIL, distill=DistillConfig("refiner-16", 16), fast=True, max_steps=4)
+SECOND = tiny_stage(model=DETAIL, distill=DistillConfig("refiner-16", 16, 3.0), fast=True, max_steps=4)
 PROMPTS = ["a red creature", "a blue creature"]
 
 
@@ -171,8 +171,10 @@ def test_students_are_more_stages_and_draw_with_fast(data, teacher, taught, tmp_
     train(config)
     assert torch.equal(seen[0].noise, seen[1].noise)  # by the teachers, though there is a student
     original = PokeDiffPipeline.from_pretrained(teacher)
-    *_, last = original.denoise(seen[0].text, range(2, 16), Sampling(size=16))
-    torch.testing.assert_close(seen[0].pictures, last.x0, rtol=0, atol=1e-5)
+    for drawn, scale in zip(seen, (None, 3.0), strict=True):
+        *_, last = original.denoise(drawn.text, range(2, 16), Sampling(size=16, guidance_scale=scale))
+        torch.testing.assert_close(drawn.pictures, last.x0, rtol=0, atol=1e-5)
+    assert not torch.equal(seen[0].pictures, seen[1].pictures)
     assert torch.equal(seen[0].noise, original.make_noise(range(2, 16), 16)[1][0])
 
 

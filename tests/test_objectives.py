@@ -26,7 +26,7 @@ def perceptual(squeeze) -> PerceptualLoss:
 
 
 def make_critic(squeeze: str, **changes) -> AdversarialLoss:
-    return AdversarialLoss(CriticConfig(squeeze, **changes), Accelerator(cpu=True))
+    return AdversarialLoss(CriticConfig(squeeze, **changes), Accelerator(cpu=True), text_dim=8)
 
 
 def pictures(number: int = 4) -> torch.Tensor:
@@ -101,6 +101,47 @@ def score(critic: AdversarialLoss, shown: torch.Tensor) -> float:
     """The critic's mean score of pictures on grey."""
     with torch.no_grad():
         return float(critic.critic(critic.scale(on_plain_color(shown, torch.full((len(shown), 3, 1, 1), 0.5)))).mean())
+
+
+def of_color(red: list[bool]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Red and blue discs, and their captions."""
+    x0, is_red = pictures(len(red)), torch.tensor(red)[:, None, None, None]
+    color = torch.where(is_red, torch.tensor([1.0, -1, -1])[:, None, None], torch.tensor([-1.0, -1, 1])[:, None, None])
+    inside = x0[:, 3:] > 0
+    x0 = torch.cat([torch.where(inside, color, -1.0), x0[:, 3:]], dim=1)
+    return x0, F.one_hot(torch.tensor(red).long(), 8).float()
+
+
+@pytest.mark.slow
+def test_a_critic_of_captions_asks_for_what_was_asked_for(squeeze):
+    critic = make_critic(squeeze, share=1.0, learning_rate=1e-2, captions=True)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(40):
+        torch.manual_seed(step)
+        (real, true), (drawn, asked) = (of_color((torch.rand(8, generator=generator) < 0.5).tolist()) for _ in range(2))
+        predicted = blurred(drawn).requires_grad_()
+        critic(predicted, real, (predicted - real).square().mean(dim=(1, 2, 3)), None, (asked, true))
+    assert critic.margins["critic_caption_margin"] > 0.1
+
+    def pull(is_red: bool) -> float:
+        """How much redder than bluer the critic wants a purple picture, asked for as one of them."""
+        torch.manual_seed(0)
+        purple, text = sum(of_color([red] * 8)[0] for red in (True, False)) / 2, of_color([is_red] * 8)[1]
+        predicted = purple.requires_grad_()
+        value = critic(predicted, purple.detach(), predicted.square().mean(dim=(1, 2, 3)), None, (text, text))
+        (wanted,) = torch.autograd.grad(-value.sum(), predicted)
+        red, _, blue, _ = wanted.mean(dim=(0, 2, 3)).tolist()
+        return red - blue
+
+    assert pull(True) > pull(False)
+
+
+def test_a_critic_without_captions_is_the_one_that_it_was(squeeze):
+    plain, of_captions = make_critic(squeeze), make_critic(squeeze, captions=True)
+    assert "caption_margin" not in plain.critic.state_dict()
+    assert plain.margins.keys() == {"critic_margin"}
+    for name, value in plain.critic.state_dict().items():
+        torch.testing.assert_close(of_captions.critic.state_dict()[name], value, rtol=0, atol=0)
 
 
 def test_the_critic_s_gradient_has_its_share_of_the_other_s(squeeze):

@@ -58,8 +58,9 @@ def same_noise(one: SchedulerMixin, other: SchedulerMixin) -> bool:
     return ours.shape == theirs.shape and torch.allclose(ours, theirs, atol=1e-4)
 
 
-# (predicted x0, true x0, loss so far (B,), which are `unpaired` (B,) or None) to another loss (B,)
-Extra = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+Texts = tuple[torch.Tensor, torch.Tensor]  # captions (B, D) of predicted and of true pictures
+# (predicted x0, true x0, loss so far (B,), which are `unpaired` (B,) or None, captions) to another loss (B,)
+Extra = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, Texts | None], torch.Tensor]
 
 
 def denoising_loss(
@@ -72,13 +73,14 @@ def denoising_loss(
     extras: Sequence[Extra] = (),
     start: torch.Tensor | None = None,
     unpaired: torch.Tensor | None = None,
+    texts: Texts | None = None,
 ) -> torch.Tensor:
     """(B,) mean squared error of x0, weighted 1 + 1 / sigma^2: the error of v (Salimans & Ho 2022, appendix D).
 
     x0 and noise (B, C, H, W), timesteps (B,); `condition` are the denoiser's other inputs: text, augment, low_res.
-    What each of `extras` gives for the predicted x0, the true one and the loss so far is added. The noise is added to
-    `start`, where given, in place of x0. Of pictures that are `unpaired` (B,) only low_res, the last condition, is
-    known: the error is that of x0 averaged down to it.
+    What each of `extras` gives for the predicted x0, the true one, the loss so far and the `texts` of both is added.
+    The noise is added to `start`, where given, in place of x0. Of pictures that are `unpaired` (B,) only low_res, the
+    last condition, is known: the error is that of x0 averaged down to it.
     """
     noisy = schedule.add_noise(x0 if start is None else start, noise, timesteps)
     noisy = noisy.contiguous(memory_format=torch.channels_last)
@@ -89,5 +91,5 @@ def denoising_loss(
         error = torch.where(unpaired, (small - low_res).square().mean(dim=(1, 2, 3)), error)
     loss = error / (1 - schedule.alphas_cumprod.to(error.device)[timesteps])  # 1 - a = sigma^2 / (1 + sigma^2)
     for extra in extras:
-        loss = loss + extra(predicted, x0, loss, unpaired)
+        loss = loss + extra(predicted, x0, loss, unpaired, texts)
     return loss

@@ -122,7 +122,7 @@ def prepare(run: Run, name: str, state: Path | None = None) -> Stage:
         start_weights(run, name, denoiser)
     denoiser.null_text.copy_(vectors.table[0])
     denoiser = denoiser.to(accelerator.device, memory_format=torch.channels_last).train()
-    critic = AdversarialLoss(stage.critic, accelerator, config.seed) if stage.critic else None
+    critic = AdversarialLoss(stage.critic, accelerator, config.seed, vectors.table.shape[1]) if stage.critic else None
     average = AveragedModel(denoiser, multi_avg_fn=ema_with_warmup(stage.ema_decay)).eval()
     facts = {
         "data_sha256": pictures.digest,
@@ -266,24 +266,31 @@ def make_drawings(run: Run, stage: Stage) -> Drawings | None:
     of captions as in the batches: the same on all processes and whenever the run is resumed. None where none are asked
     for. A part of a student's becomes the stage's validation.
     """
-    number, size = wanted_drawings(stage.config), stage.config.image_size // stage.config.model.upscale
+    number = wanted_drawings(stage.config)
     if number == 0 or run.pipeline is None:
         return None
-    drawings = draw_captions(run, stage, number if run.sample is None else min(number, BATCH_SIZE), size)
+    drawings = draw_captions(run, stage, number if run.sample is None else min(number, BATCH_SIZE))
     if isinstance(stage.objective, Distillation):
         drawings, kept = held_out(drawings)
         stage.validation = student_validation(kept, list(stage.objective.timesteps))
     return drawings
 
 
-def draw_captions(run: Run, stage: Stage, number: int, size: int) -> Drawings:
-    """`number` pictures of `size` px, with seeds from 0; the last ones without a prompt, as many as are trained so."""
+def drawn_with(config: StageConfig) -> Sampling:
+    """The settings of the drawings that a stage learns from."""
+    size = config.image_size // config.model.upscale
+    return Sampling(size=size, guidance_scale=config.distill.guidance_scale if config.distill else None)
+
+
+def draw_captions(run: Run, stage: Stage, number: int) -> Drawings:
+    """`number` small pictures, with seeds from 0; the last ones without a prompt, as many as are trained so."""
     assert run.pipeline is not None
+    sampling = drawn_with(stage.config)
     text, pictures, noise = stage.batches.captions(number), [], []
     text[number - int(run.config.diffusion.caption_dropout * number) :] = run.pipeline.base.null_text.cpu()
-    for rows in run.bar(torch.arange(number).split(BATCH_SIZE), desc=f"drawings of {size} px", unit="batch"):
-        _, drawn_from = run.pipeline.make_noise(rows.tolist(), size)
-        *_, last = run.pipeline.denoise(text[rows], rows.tolist(), Sampling(size=size), noise=drawn_from)
+    for rows in run.bar(torch.arange(number).split(BATCH_SIZE), desc=f"drawings of {sampling.size} px", unit="batch"):
+        _, drawn_from = run.pipeline.make_noise(rows.tolist(), sampling.size)
+        *_, last = run.pipeline.denoise(text[rows], rows.tolist(), sampling, noise=drawn_from)
         pictures.append(last.x0.float().cpu())
         noise.append(drawn_from[-1])
     return Drawings(torch.cat(pictures), text, torch.cat(noise))

@@ -83,8 +83,8 @@ class Distillation:
         x0 = student(noisy, torch.full_like(batch.timesteps, timestep), batch.text, batch.augment)
         loss = (x0 - target).square().mean(dim=(1, 2, 3))  # the error is much the same at all of its steps
         if torch.is_grad_enabled():
-            loss = loss if self.perceptual is None else loss + self.perceptual(x0, target, loss, None)
-            loss = loss if self.critic is None else loss + self.critic(x0, batch.x0, loss, None)
+            loss = loss if self.perceptual is None else loss + self.perceptual(x0, target, loss, None, None)
+            loss = loss if self.critic is None else loss + self.critic(x0, batch.x0, loss, None, batch.texts)
         return loss
 
     @torch.no_grad()
@@ -122,7 +122,7 @@ def student_batch(
 
     assert learnt.target is not None
     pairs = replace(learnt, noise=some_mirrored(learnt.noise), target=some_mirrored(learnt.target))
-    return replace(pairs.to(batch.x0.device), x0=batch.x0)
+    return replace(pairs.to(batch.x0.device), x0=batch.x0, caption=batch.text)
 
 
 def student_validation(drawings: Drawings, timesteps: Sequence[int]) -> list[Batch]:

@@ -28,7 +28,7 @@ from pokediff.model.denoiser import compile_network, flops_per_image
 from pokediff.model.pipeline import BATCH_SIZE, PokeDiffPipeline
 from pokediff.progress import ProgressBar
 from pokediff.training import runs
-from pokediff.training.build import Run, Stage, make_drawings, wanted_drawings
+from pokediff.training.build import Run, Stage, drawn_with, make_drawings, wanted_drawings
 from pokediff.training.clock import Window, agreed, interruptible
 from pokediff.training.distillation import Distillation, student_batch
 from pokediff.training.objectives import mix, training_batch
@@ -94,7 +94,7 @@ def train_stage(run: Run, stage: Stage, closing: float = 0.0) -> str:
             stop = agreed(accelerator, next((reason for reason, holds in reasons.items() if holds), ""))
             if stop or progress.step % run.config.log_every == 0:
                 values = {**window.close(accelerator), "lr": learning_rate(config, step)}
-                values |= {"critic_margin": float(stage.critic.critic.margin)} if stage.critic else {}
+                values |= stage.critic.margins if stage.critic else {}
                 window = Window()
                 progress.training_loss = values.get("loss", progress.training_loss)
                 bar.set_postfix(loss=f"{progress.training_loss or math.nan:.4f}", img_s=f"{values['images_per_s']:.0f}")
@@ -265,17 +265,18 @@ def closing_seconds(run: Run, stage: Stage, step: float) -> float:
 
 def opening_seconds(run: Run, stage: Stage, step: float) -> float:
     """An estimate of the seconds of `make_drawings`, from those of a training step."""
-    number, size = wanted_drawings(stage.config), stage.config.image_size // stage.config.model.upscale
+    number = wanted_drawings(stage.config)
     if number == 0 or run.pipeline is None:
         return 0.0
-    return number * drawing_seconds(stage, run.pipeline, Sampling(size=size), step)
+    return number * drawing_seconds(stage, run.pipeline, drawn_with(stage.config), step)
 
 
 def drawing_seconds(stage: Stage, pipeline: PokeDiffPipeline, sampling: Sampling, step: float) -> float:
     """An estimate of the seconds of one picture, from those of a training step: three times a forward pass."""
     passes = Counter[str]()
     for each in pipeline.evaluations(sampling):
-        passes[each.denoiser] += 2 if guidance_at(pipeline.cascade[each.denoiser], each.sigma) > 1 else 1
+        scale = guidance_at(pipeline.cascade[each.denoiser], each.sigma, sampling.guidance_scale)
+        passes[each.denoiser] += 2 if scale > 1 else 1
     flops = sum(number * flops_per_image(pipeline.cascade[name]) for name, number in passes.items())
     return flops / (stage.facts["gflops"] * 1e9) * step / (3 * stage.config.batch_size)
 

@@ -16,7 +16,7 @@ from diffusers import DDPMScheduler
 from pokediff.config import StageConfig, TrainConfig
 from pokediff.data import dataset
 from pokediff.data.images import to_model
-from pokediff.model.diffusion import Extra, cosine_timestep, denoising_loss
+from pokediff.model.diffusion import Extra, Texts, cosine_timestep, denoising_loss
 from pokediff.model.interface import enlarge
 
 UNPAIRED = 0.25  # of a batch, with drawings; half of what a critic of share 0.5 sees
@@ -35,6 +35,12 @@ class Batch:
     start: torch.Tensor | None = None  # (B, C, S, S): what the noise is added to, if not x0
     unpaired: torch.Tensor | None = None  # (B,) bool: x0 is another picture than the one in low_res
     target: torch.Tensor | None = None  # (B, C, S, S): what a student draws from the noise, in place of x0
+    caption: torch.Tensor | None = None  # (B, D): of x0, where `text` is that of another picture
+
+    @property
+    def texts(self) -> Texts:
+        """What was asked for, and what x0 shows."""
+        return self.text, self.text if self.caption is None else self.caption
 
     def to(self, device: torch.device) -> Batch:
         """A copy on the device."""
@@ -62,12 +68,11 @@ def denoising(schedule: DDPMScheduler, extras: Sequence[Extra] = ()) -> Objectiv
     """
 
     def objective(denoiser: Any, batch: Batch) -> torch.Tensor:
-        condition = (batch.text, batch.augment, batch.low_res)
-        used = extras if torch.is_grad_enabled() else ()
-        noised = (batch.x0, batch.noise, batch.timesteps)
         return denoising_loss(
-            schedule, denoiser, *noised, *condition, extras=used, start=batch.start, unpaired=batch.unpaired
-        )
+            schedule, denoiser, batch.x0, batch.noise, batch.timesteps, batch.text, batch.augment, batch.low_res,
+            extras=extras if torch.is_grad_enabled() else (),
+            start=batch.start, unpaired=batch.unpaired, texts=batch.texts,
+        )  # fmt: skip
 
     return objective
 
@@ -129,6 +134,7 @@ def with_drawings(batch: Batch, drawings: Drawings, chosen: torch.Tensor, drawn_
         batch,
         timesteps=first(torch.full((number,), drawn_at), batch.timesteps),
         text=first(drawings.text[chosen[:number]], batch.text),
+        caption=batch.text,
         augment=None if batch.augment is None else first(torch.zeros_like(batch.augment[:number]), batch.augment),
         low_res=first(small, batch.low_res),
         start=first(enlarge(small, batch.x0.shape[-1]), batch.start),

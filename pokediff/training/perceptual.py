@@ -6,6 +6,7 @@ A squared error blurs an edge whose place it does not know. LPIPS asks for some 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from pokediff.config import CriticConfig, PerceptualConfig
 from pokediff.evaluation.features import Lpips
+from pokediff.model.diffusion import Texts
 
 SEEN_SIDE = 128  # px, to which smaller pictures are enlarged: below it the networks see little
 TAPS = (1, 2, 4, 6)  # of SqueezeNet's seven outputs: 128, 256, 384, 512 channels at 1/4 to 1/16 of the side
@@ -58,6 +60,7 @@ class PerceptualLoss:
         x0: torch.Tensor,
         _loss: torch.Tensor | None = None,
         unpaired: torch.Tensor | None = None,
+        _texts: Texts | None = None,
     ) -> torch.Tensor:
         """(B,) weighted distances of (B, C, S, S) in [-1, 1]; 0 for unpaired pictures and the last ones, beyond the
         share.
@@ -71,13 +74,16 @@ class PerceptualLoss:
 
 class Critic(nn.Module):
     """How real pictures look, by heads on a frozen SqueezeNet: a projected critic (Sauer et al., "Projected GANs
-    Converge Faster", 2021), whose random projections keep it from relying on a few channels. (B, 3, S, S) to (B,).
+    Converge Faster", 2021), whose random projections keep it from relying on a few channels. With `text_dim` also
+    whether they fit their captions (Miyato & Koyama, "cGANs with Projection Discriminator", 2018). (B, 3, S, S) and
+    text (B, D) to (B,).
     """
 
     updates: torch.Tensor
     margin: torch.Tensor  # running mean of the scores of real minus predicted pictures
+    caption_margin: torch.Tensor  # of real pictures with their own minus with another caption
 
-    def __init__(self, body: Any) -> None:
+    def __init__(self, body: Any, text_dim: int | None = None) -> None:
         super().__init__()
         self.body = [body]  # in a list: no part of the state
         widths = (128, 256, 384, 512)
@@ -91,15 +97,26 @@ class Critic(nn.Module):
             )
             for _ in widths
         )
+        self.words = nn.ModuleList(nn.Linear(text_dim, PROJECTED, bias=False) for _ in widths) if text_dim else None
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         self.register_buffer("margin", torch.zeros(()))
+        if text_dim:
+            self.register_buffer("caption_margin", torch.zeros(()))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *texts: torch.Tensor) -> torch.Tensor:
+        """The scores with each of `texts` in turn, (B * len(texts),); those of the pictures alone without any."""
         taps = self.body[0](x)
         scores = []
-        for tap, project, head in zip(TAPS, self.project, self.heads, strict=True):
+        for level, (tap, project, head) in enumerate(zip(TAPS, self.project, self.heads, strict=True)):
+            assert isinstance(head, nn.Sequential)
             features = F.normalize(taps[tap].float(), dim=1) * math.sqrt(PROJECTED)  # every place equally loud
-            scores.append(head(project(features)).float().mean(dim=(1, 2, 3)))
+            seen = head[:2](project(features))
+            score = head[2](seen).float().mean(dim=(1, 2, 3))
+            if self.words is not None and texts:
+                mean = seen.float().mean(dim=(2, 3))
+                words = (self.words[level](F.layer_norm(text, text.shape[1:])).float() for text in texts)
+                score = torch.cat([score + (mean * word).sum(1) for word in words])
+            scores.append(score)
         return torch.stack(scores).mean(0)
 
 
@@ -113,38 +130,68 @@ class AdversarialLoss:
     Raises PokediffError when the network cannot be loaded.
     """
 
-    def __init__(self, config: CriticConfig, accelerator: Accelerator, seed: int = 0) -> None:
+    def __init__(self, config: CriticConfig, accelerator: Accelerator, seed: int = 0, text_dim: int = 0) -> None:
         self.config, self.accelerator = config, accelerator
         lpips = frozen_lpips(config.features, accelerator.device)
         self.scale = lpips.scaling_layer
         torch.manual_seed(seed)
-        self.critic = Critic(lpips.net).to(accelerator.device)
+        self.critic = Critic(lpips.net, text_dim if config.captions else None).to(accelerator.device)
         self.learnt = [parameter for parameter in self.critic.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.Adam(self.learnt, config.learning_rate, betas=(0.0, 0.99))
 
     def __call__(
-        self, predicted: torch.Tensor, x0: torch.Tensor, loss: torch.Tensor, _unpaired: torch.Tensor | None = None
+        self,
+        predicted: torch.Tensor,
+        x0: torch.Tensor,
+        loss: torch.Tensor,
+        _unpaired: torch.Tensor | None = None,
+        texts: Texts | None = None,
     ) -> torch.Tensor:
-        """(B,) zeros, with the critic's gradient with respect to `predicted`; trains the critic one step."""
+        """(B,) zeros, with the critic's gradient with respect to `predicted`; trains the critic one step. `texts` are
+        the captions (B, D) of the predicted pictures and of the real ones.
+        """
         number = math.ceil(self.config.share * len(x0))
         color = torch.rand(number, 3, 1, 1, device=x0.device)
         augment = RandomAugmentation(number, x0.device)
         real = self.scale(augment(on_plain_color(x0[:number], color)))
         leaf = predicted[:number].detach().requires_grad_()
         fake = self.scale(augment(on_plain_color(leaf, color)))
-        self.learn(real, fake.detach())
+        captions = [text[:number] for text in texts] if texts and self.config.captions else []
+        self.learn(real, fake.detach(), captions)
 
-        (wanted,) = torch.autograd.grad(-self.critic(fake).sum(), leaf)
+        (wanted,) = torch.autograd.grad(-self.critic(fake, *captions[:1]).sum(), leaf)
         (others,) = torch.autograd.grad(loss.sum(), predicted, retain_graph=True)
         share = self.config.weight * min(1.0, int(self.critic.updates) / RISE)
         wanted = wanted * (share * others[:number].norm() / wanted.norm().clamp(min=1e-12))
         value = (predicted[:number] * wanted).sum(dim=(1, 2, 3))
         return F.pad(value - value.detach(), (0, len(x0) - number))
 
-    def learn(self, real: torch.Tensor, fake: torch.Tensor) -> None:
-        """One step of the critic: real pictures above 1, predicted ones below -1."""
-        is_real, is_fake = self.critic(torch.cat([real, fake])).chunk(2)
-        hinge = F.relu(1 - is_real).mean() + F.relu(1 + is_fake).mean()
+    @property
+    def margins(self) -> dict[str, float]:
+        """For the log: how far apart the critic's scores are."""
+        buffers = dict(self.critic.named_buffers())
+        return {f"critic_{name}": float(buffers[name]) for name in ("margin", "caption_margin") if name in buffers}
+
+    def learn(self, real: torch.Tensor, fake: torch.Tensor, captions: Sequence[torch.Tensor] = ()) -> None:
+        """One step of the critic: real pictures above 1, predicted ones below -1. With the `captions` of predicted and
+        real ones, real pictures with the caption of their neighbour below -1, too (the matching-aware discriminator of
+        Reed et al., "Generative Adversarial Text to Image Synthesis", 2016).
+        """
+        both = torch.cat([real, fake])
+        if captions:
+            asked, true = captions
+            own = torch.cat([true, asked])
+            wrong = own.roll(1, 0)
+            scores, mismatched = self.critic(both, own, wrong).chunk(2)
+            differs = (own != wrong).any(1)[: len(real)]
+            is_real, is_fake = scores.chunk(2)
+            mismatched = mismatched[: len(real)]
+            self.critic.caption_margin.lerp_((is_real.mean() - mismatched.mean()).detach().float(), 0.02)
+            false = (F.relu(1 + is_fake).mean() + (F.relu(1 + mismatched) * differs).mean()) / 2
+        else:
+            is_real, is_fake = self.critic(both).chunk(2)
+            false = F.relu(1 + is_fake).mean()
+        hinge = F.relu(1 - is_real).mean() + false
         gradients = [self.accelerator.reduce(one, "mean") for one in torch.autograd.grad(hinge, self.learnt)]
         if not all(bool(torch.isfinite(one).all()) for one in gradients):
             return  # the same on all processes; the denoiser's step will be skipped, too
