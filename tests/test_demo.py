@@ -991,6 +991,7 @@ def test_model_size_and_fast_are_offered_where_the_checkpoint_has_them(page):
 def test_a_baseline_in_the_page(page):
     page.get_by_label("Model").first.click()
     page.get_by_role("option", name="gan").click()
+    page.get_by_label("64 px").first.wait_for(state="hidden")  # the settings of its own, which has one size
     page.get_by_text("More settings").first.click()
     steps = page.locator("input[aria-label='number input for Steps']").first
     steps.wait_for(state="hidden")
