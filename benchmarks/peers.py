@@ -3,20 +3,24 @@
     pip install denoising-diffusion-pytorch
     python benchmarks/peers.py --sizes 32 64 128 --out benchmarks/results/peers.jsonl
 
+    ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python benchmarks/peers.py --precision fp32   # an older processor
+
 Each round visits every system once (A B C D A B C D), in one process, and the median of the rounds counts. All get bf16
-autocast (and channels_last, which hurts diffusers' networks and is left out there), the same synthetic pictures,
-clipping, AdamW or the optimizer of their own trainer, and an average of the weights. Systems that take text get it.
-Sampling is 20 steps for 16 pictures: of the peers 20 evaluations of the network, with guidance where the system has it
-(two in one batch); of ours the whole pipeline. Our training at 32 px is the base's, at 64 and 128 px the upscaler's.
-Networks differ in size, so GFLOP and the share of this machine's measured convolution ceiling are listed beside
-images/s; benchmarks/time_to_quality.py compares learning speed. Run it alone: a second load on the cores invalidates
-the figures.
+autocast, unless --precision says fp32 (and channels_last, which hurts diffusers' networks and is left out there), the
+same synthetic pictures, clipping, AdamW or the optimizer of their own trainer, and an average of the weights. Systems
+that take text get it. Sampling is 20 steps for 16 pictures: of the peers 20 evaluations of the network, with guidance
+where the system has it (two in one batch); of ours the whole pipeline. Our training at 32 px is the base's, at 64 and
+128 px the upscaler's. Networks differ in size, so GFLOP and the share of this machine's measured convolution ceiling
+are listed beside images/s; benchmarks/time_to_quality.py compares learning speed. Run it alone: a second load on the
+cores invalidates the figures.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import resource
 import statistics
 import subprocess
@@ -45,6 +49,12 @@ TEXT_DIM, AUGMENT_DIM, TOKENS = 384, 3, 77
 EVALUATIONS = 20  # of a sampler
 BATCH = {"lucidrains": 16, "diffusers-uncond": 16, "diffusers-cond": 16}  # pokediff: as in its configuration
 
+precision = "bf16"  # or fp32, by --precision
+
+
+def autocast() -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+
 
 @dataclass
 class System:
@@ -63,7 +73,7 @@ class System:
         self.average = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(0.9995))
 
     def step(self, x0: torch.Tensor) -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             loss = self.loss(x0)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
@@ -90,7 +100,7 @@ def pokediff(size: int) -> System:
         """All steps from noise to pictures: the denoisers take turns, and not all are guided."""
         prompts = ["a blue water turtle"] * len(x)
         steps = EVALUATIONS - own
-        return pipeline.generate(prompts, range(len(x)), size=size, num_inference_steps=steps, precision="bf16")
+        return pipeline.generate(prompts, range(len(x)), size=size, num_inference_steps=steps, precision=precision)
 
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, fused=True)
     return System("pokediff", network, optimizer, loss, evaluate, stage.batch_size, evaluations=EVALUATIONS)
@@ -166,17 +176,17 @@ SYSTEMS: dict[str, Callable[[int], System]] = {
 
 
 def ceiling() -> float:
-    """GFLOP/s of a plain 3x3 convolution forward and backward here: 256 channels, 16x16, batch 64, bf16."""
+    """GFLOP/s of a plain 3x3 convolution forward and backward here: 256 channels, 16x16, batch 64."""
     conv = torch.nn.Conv2d(256, 256, 3, padding=1).to(memory_format=torch.channels_last)
     x = torch.randn(64, 256, 16, 16).to(memory_format=torch.channels_last).requires_grad_()
-    gradient = torch.randn(64, 256, 16, 16).to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    gradient = torch.randn(64, 256, 16, 16).contiguous(memory_format=torch.channels_last)
     work = 3 * 2 * 64 * 256 * 256 * 9 * 16 * 16
     rates = []
     for _ in range(8):
         begin = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             out = conv(x)
-        out.backward(gradient)
+        out.backward(gradient.to(out.dtype))
         rates.append(work / (time.perf_counter() - begin) / 1e9)
     return max(rates)
 
@@ -206,7 +216,7 @@ def compare(size: int, rounds: int, names: list[str], compiled: bool) -> list[di
             step_s[system.name].append(time.perf_counter() - begin)
             x = pictures[:16].repeat(2 if system.guidance else 1, 1, 1, 1)
             begin = time.perf_counter()
-            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            with torch.inference_mode(), autocast():
                 system.evaluate(x)
             call_s[system.name].append(time.perf_counter() - begin)
         peak = max(peak, ceiling())
@@ -223,6 +233,7 @@ def compare(size: int, rounds: int, names: list[str], compiled: bool) -> list[di
                 "training_images_per_s": round(images, 1),
                 "share_of_convolution_ceiling": round(3 * work[system.name] * images / peak, 2),
                 "compiled": compiled,
+                "precision": precision,
                 "sampling_s_per_image_20": round(
                     EVALUATIONS / system.evaluations * statistics.median(call_s[system.name][1:]) / 16, 3
                 ),
@@ -236,6 +247,7 @@ def memory(name: str, size: int) -> float:
     """Peak memory in GB of a process that trains 4 steps of 16 and holds nothing else."""
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import peers, torch; torch.set_num_threads(2);"
+        f"peers.precision = {precision!r};"
         f"s = peers.SYSTEMS[{name!r}]({size}); x = torch.rand(16, 4, {size}, {size});"
         "[s.step(x) for _ in range(4)]; print(peers.peak_gb())"
     )
@@ -251,6 +263,14 @@ def peak_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
+def processor() -> str:
+    """Its name, and the vector instructions that it has or is held to."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{name}, {os.environ.get('ONEDNN_MAX_CPU_ISA') or torch.backends.cpu.get_cpu_capability()}"
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     names = list(rows[0])
     lines = ["| " + " | ".join(names) + " |", "| " + " | ".join("---" for _ in names) + " |"]
@@ -263,12 +283,16 @@ def main() -> None:
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="all networks, by torch.compile")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--out", type=Path, help="JSON lines are added to this file")
     args = parser.parse_args()
+    global precision
+    precision = args.precision
     quiet()
     rows = []
     for size in args.sizes:
         for row in compare(size, args.rounds, args.systems, args.compile):
+            row["processor"] = processor()
             row["training_GB_batch_16"] = round(memory(row["system"], size), 2)
             rows.append(row)
             print(json.dumps(row), flush=True)

@@ -933,6 +933,12 @@ def until_idle(page) -> None:
     page.wait_for_function("!document.querySelector('#film .pending, #film .generating')")
 
 
+def until_still(page) -> None:
+    """Until the page, which scrolls to the picture of a drawing, has come to rest."""
+    moved = "() => { const before = window.before; window.before = window.scrollY; return before === window.scrollY; }"
+    page.wait_for_function(moved, polling=500)
+
+
 def open_tab(page, name: str) -> None:
     page.get_by_role("tab", name=name, exact=True).click()
 
@@ -1154,6 +1160,7 @@ def test_a_phone_in_dark_mode(phone):
     phone.wait_for_function(DONE)
     phone.wait_for_selector('a[download$=".json"]')
     phone.wait_for_selector(".past")
+    until_still(phone)
     heights = [box(phone, selector) for selector in ("#draw", "#status", "#film .frame", "#history")]
     assert heights[0][0] >= 0
     assert heights == sorted(heights)  # button, status and picture, nothing over them
