@@ -110,15 +110,16 @@ def test_further_losses_see_the_drawing_and_the_real_picture(taught):
     seen = {}
 
     def extra(name):
-        return lambda x0, other, *_: seen.update({name: other}) or torch.ones(len(x0))
+        return lambda x0, other, *rest: seen.update({name: (other, rest[-1])}) or torch.ones(len(x0))
 
     objective.perceptual, objective.critic = extra("perceptual"), extra("critic")
     real, learnt = torch.zeros(4, 4, 16, 16), drawings(4, 384)
-    batch = replace(student_validation(learnt, [999])[0], x0=real)
+    batch = replace(student_validation(learnt, [999])[0], x0=real, caption=torch.ones(4, 384))
     loss = objective(lambda *_: learnt.pictures, batch)
     assert loss.tolist() == [2.0] * 4
-    assert seen["perceptual"] is batch.target
-    assert seen["critic"] is real
+    assert seen["perceptual"][0] is batch.target
+    shown, (asked, true) = seen["critic"]
+    assert (shown is real, asked is batch.text, true is batch.caption) == (True, True, True)
     with torch.no_grad():  # validation
         assert objective(lambda *_: learnt.pictures, batch).tolist() == [0.0] * 4
 
@@ -131,6 +132,7 @@ def test_batches_are_drawings_with_their_noise_some_mirrored():
         batch = student_batch(real, ours, [999, 749], 3, step, 0, 1)
         steps.add(int(batch.timesteps[0]))
         assert batch.x0 is real.x0
+        assert batch.texts[1] is real.text  # a critic gets the captions of the real pictures, too
         for target, noise, text in zip(batch.target, batch.noise, batch.text, strict=True):
             row = next(k for k in range(16) if torch.equal(ours.text[k], text))
             mirrored = torch.equal(target, ours.pictures[row].flip(-1))

@@ -232,6 +232,10 @@ def test_a_part_of_a_batch_are_drawings_without_a_large_picture(drawings):
     assert (batch.timesteps[:2] == 499).all()
     for name in ("x0", "noise"):
         assert torch.equal(getattr(batch, name), getattr(plain, name))
+    asked, true = batch.texts  # what a critic that reads captions gets
+    assert asked is batch.text
+    assert torch.equal(true, plain.text)
+    assert not torch.equal(asked[:2], true[:2])
     for name in ("text", "start", "low_res", "timesteps", "augment"):
         assert torch.equal(getattr(batch, name)[2:], getattr(plain, name)[2:])
 

@@ -219,6 +219,6 @@ def test_the_wheel_trains_on_a_folder(installed):
         picture = draw_creature((40 * index % 255, 90, 200), "round" if index % 2 else "square", seed=index)
         (pictures / f"{index}.png").write_bytes(encode_png(picture))
         (pictures / f"{index}.txt").write_text("a round creature" if index % 2 else "a square creature")
-    installed("train", "mine", "--size", "32", "--max-steps", "2", "--metrics.number", "4", "--out", "run")
+    installed("train", "mine", "--max-steps", "2", "--metrics.number", "4", "--out", "run")
     installed("sample", "--checkpoint", "run", "--prompt", "a round creature", "--out", "drawn")
     assert (installed.folder / "drawn" / "0000.png").is_file()
