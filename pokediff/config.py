@@ -418,7 +418,7 @@ class Sampling:
     negative_prompt: str = ""  # what guidance moves away from
     sampler: Sampler | None = None  # a diffusers scheduler (default: the checkpoint's own, dpmpp_2m)
     fast: bool = False  # use the checkpoint's few-step denoisers
-    best_of: int = 1  # drawings of each picture at the smallest size, of which the scorer chooses the most real one
+    best_of: int = 1  # drawings of each picture at the smallest size, of which the scorer chooses the best
     precision: Precision = "auto"  # auto: bf16 where the processor has it
     exact: bool = False  # bit-identical at any batch size in float32 on a CPU; slower below four pictures
 

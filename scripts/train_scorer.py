@@ -1,96 +1,106 @@
 """Train the scorer of a checkpoint, which chooses among drawings (`sample.py --best-of 4`), and store it in the folder.
 
-python scripts/train_scorer.py --checkpoint checkpoints/pokediff --config configs/pokemon-open.yaml \
-    --data data/bulbapedia data/creatures
+python scripts/train_scorer.py --checkpoint checkpoints/pokediff --ratings checkpoints/pokediff/scorer/ratings.csv \
+    --guidance-scale 3.2
 
-It learns to tell real training pictures from drawings of the base's size for captions of others, both drawn as the
-recipe draws its batches. A quarter of an hour on one core. Prints how often it is right about held-out pictures.
+RATINGS is a table with the columns prompt, seed and rating: what people thought of the checkpoint's drawings, any
+numbers, the higher the better. The drawings are drawn again at the base's size, five a second on one core, under the
+guidance that they were rated under. Prints how well held-out ratings are predicted.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from pokediff.config import Sampling, TrainConfig, load_yaml
-from pokediff.data.dataset import Pictures, caption_vectors, draw_chances, load_pictures
-from pokediff.data.images import to_model
-from pokediff.evaluation.classifiers import LinearClassifier
+from pokediff.config import Sampling
 from pokediff.model.pipeline import BATCH_SIZE, PokeDiffPipeline, quiet
 from pokediff.model.scorer import Scorer, map_statistics
 from pokediff.progress import ProgressBar
 
-WEIGHT_DECAY = 6.0  # strong: many weak features shall add up, no single one decide (docs/LOG.md)
+PENALTY = 30000.0  # of the squared weights: many weak features shall add up, no single one decide (docs/LOG.md)
+FOLDS = 8
 
 
-class Examples:
-    """Pictures of a split with their text vectors, drawn at random as in the batches of a recipe."""
+class RidgeRegression:
+    """Ridge regression of values (N,) on standardised features (N, D), as weights (D,) and a bias for features as they
+    are (Hoerl & Kennard 1970; the dual form, since N < D).
+    """
 
-    def __init__(self, pipeline: PokeDiffPipeline, pictures: Pictures, config: TrainConfig, seed: int) -> None:
-        self.pipeline, self.pictures, self.rng = pipeline, pictures, np.random.default_rng(seed)
-        self.vectors = caption_vectors(config.data, pictures, pipeline.config.text_encoder_name)
-        self.chances = draw_chances(pictures.records, config.dataset.styles, config.dataset.kinds)
+    def __init__(self, features: np.ndarray, values: np.ndarray) -> None:
+        mean, deviation = features.mean(0), features.std(0) + 1e-6
+        x = (features - mean) / deviation
+        dual = np.linalg.solve(x @ x.T + PENALTY * np.eye(len(x)), values - values.mean())
+        self.weights = (x.T @ dual) / deviation
+        self.bias = float(values.mean() - self.weights @ mean)
 
-    def draw(self, number: int) -> tuple[np.ndarray, torch.Tensor]:
-        """Positions of `number` pictures, and a text vector of each."""
-        index = self.rng.choice(len(self.pictures), number, p=self.chances)
-        return index, self.vectors.table[[self.rng.choice(self.vectors.rows[i]) for i in index]]
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """The values (M,) predicted for features (M, D)."""
+        return features @ self.weights + self.bias
 
-    def real(self, number: int, timestep: float) -> torch.Tensor:
-        """Features of real pictures."""
-        index, text = self.draw(number)
-        x0 = to_model(torch.from_numpy(np.stack([self.pictures.pixels[i] for i in index])), self.pipeline.channels)
-        return torch.cat(
-            [self.features(*rows, timestep) for rows in zip(x0.split(BATCH_SIZE), text.split(BATCH_SIZE), strict=True)]
-        )
 
-    def drawn(self, number: int, timestep: float) -> torch.Tensor:
-        """Features of drawings for captions of others."""
-        _, text = self.draw(number)
-        first, found = int(self.rng.integers(2**31)), []
-        for rows in ProgressBar(torch.arange(number).split(BATCH_SIZE), desc="drawings", unit="batch"):
-            seeds = [first + row for row in rows.tolist()]
-            *_, last = self.pipeline.denoise(text[rows], seeds, Sampling(size=self.pipeline.sizes[0]))
-            found.append(self.features(last.x0, text[rows], timestep))
-        return torch.cat(found)
+def drawn_features(
+    pipeline: PokeDiffPipeline, prompts: Sequence[str], seeds: Sequence[int], guidance_scale: float | None, at: float
+) -> np.ndarray:
+    """Features (N, D) of the drawings, float64."""
+    sampling, found = Sampling(size=pipeline.sizes[0], guidance_scale=guidance_scale), []
+    for rows in ProgressBar(torch.arange(len(seeds)).split(BATCH_SIZE), desc="drawings", unit="batch"):
+        text = pipeline.encode_prompt([prompts[row] for row in rows])
+        *_, last = pipeline.denoise(text, [seeds[row] for row in rows], sampling)
+        found.append(map_statistics(pipeline.base, last.x0, text, at).clone())
+    return torch.cat(found).double().numpy()
 
-    def features(self, x0: torch.Tensor, text: torch.Tensor, timestep: float) -> torch.Tensor:
-        return map_statistics(self.pipeline.base, x0, text, timestep).clone()
+
+def held_out_predictions(features: np.ndarray, ratings: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """For each drawing what a regression on the drawings of other FOLDS predicts."""
+    fold, predicted = rng.permutation(len(ratings)) % FOLDS, np.zeros(len(ratings))
+    for k in range(FOLDS):
+        predicted[fold == k] = RidgeRegression(features[fold != k], ratings[fold != k])(features[fold == k])
+    return predicted
+
+
+def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Spearman's, with mean ranks of ties."""
+
+    def ranks(values: np.ndarray) -> np.ndarray:
+        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+        return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+    return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
 
 
 def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--config", required=True, help="the recipe of its base: styles, kinds, licences")
-    parser.add_argument("--data", nargs="+", required=True)
-    parser.add_argument("--number", type=int, default=1200, help="real pictures, and drawings")
-    parser.add_argument("--held-out", type=int, default=200, help="of the validation split, likewise")
-    parser.add_argument("--timestep", type=float, default=100.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ratings", type=Path, required=True, help="CSV: prompt, seed, rating")
+    parser.add_argument("--guidance-scale", type=float, help="of the drawings that were rated; default: the base's")
+    parser.add_argument("--timestep", type=float, default=300.0, help="of the noise that the base sees them under")
     arguments = parser.parse_args(given)
     quiet()
     pipeline = PokeDiffPipeline.from_pretrained(arguments.checkpoint)
-    config = replace(load_yaml(arguments.config, TrainConfig), data=tuple(arguments.data))
-    pictures = load_pictures(config.data, pipeline.sizes[0], config.dataset, progress=ProgressBar)
+    with arguments.ratings.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    ratings = np.array([float(row["rating"]) for row in rows])
+    prompts, seeds = [row["prompt"] for row in rows], [int(row["seed"]) for row in rows]
+    features = drawn_features(pipeline, prompts, seeds, arguments.guidance_scale, arguments.timestep)
 
-    def examples(split: str, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        chosen = Examples(pipeline, pictures.split(split), config, arguments.seed)
-        return chosen.real(number, arguments.timestep), chosen.drawn(number, arguments.timestep)
-
-    real, drawn = examples("train", arguments.number)
-    labels = np.repeat([1, 0], [len(real), len(drawn)])
-    classifier = LinearClassifier(torch.cat([real, drawn]).numpy(), labels, WEIGHT_DECAY)
-    weights, bias = classifier.log_odds()
-    scorer = Scorer(len(weights), arguments.timestep)
-    scorer.load_state_dict({"linear.weight": torch.from_numpy(weights)[None], "linear.bias": torch.tensor([bias])})
-    held_real, held_drawn = examples("validation", arguments.held_out)
-    hits = np.concatenate([classifier(held_real.numpy()) == 1, classifier(held_drawn.numpy()) == 0])
-    print(f"right about {hits.mean():.0%} of {len(hits)} held-out pictures")
+    rng = np.random.default_rng(0)
+    predicted = held_out_predictions(features, ratings, rng)
+    fours = rng.permutation(np.tile(np.arange(len(ratings)), 40)).reshape(-1, 4)
+    chosen = ratings[fours[np.arange(len(fours)), predicted[fours].argmax(1)]]
+    print(
+        f"{len(ratings)} ratings, mean {ratings.mean():.2f}; held out: rank correlation "
+        f"{rank_correlation(predicted, ratings):.2f}, mean of the best of four {chosen.mean():.2f}"
+    )
+    regression = RidgeRegression(features, ratings)
+    scorer = Scorer(len(regression.weights), arguments.timestep)
+    weights = torch.from_numpy(regression.weights).float()[None]
+    scorer.load_state_dict({"linear.weight": weights, "linear.bias": torch.tensor([regression.bias])})
     pipeline.register_modules(scorer=scorer)
     scorer.save_pretrained(arguments.checkpoint / "scorer")
     pipeline.save_config(arguments.checkpoint)

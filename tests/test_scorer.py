@@ -1,4 +1,4 @@
-"""best_of: of several drawings the one that a linear classifier of the base's maps takes for a real picture."""
+"""best_of: of several drawings the one for which a linear regression of the base's maps expects the highest rating."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, draw_creature, make_denoiser
+from conftest import ROOT, make_denoiser
 from safetensors.torch import load_file, save_file
 
 from pokediff.config import SampleConfig, Sampling
-from pokediff.data.images import premultiply, read_image, to_model
+from pokediff.data.images import read_image
 from pokediff.drawing.sample import sample
 from pokediff.drawing.sheets import weights_sha256
 from pokediff.errors import PokediffError
@@ -35,16 +35,24 @@ def train_scorer():
     sys.path.remove(str(ROOT / "scripts"))
 
 
+def redness(pipeline: PokeDiffPipeline, prompts: list[str], seeds: list[int]) -> np.ndarray:
+    """(N,) what the ratings of these tests are about."""
+    *_, last = pipeline.denoise(prompts, seeds, size=32)
+    return (last.x0[:, 0] - last.x0[:, 1:3].mean(1)).mean((1, 2)).numpy()
+
+
 @pytest.fixture(scope="module")
-def folder(tiny_checkpoint, data, train_scorer, tmp_path_factory):
-    """The tiny checkpoint, with a scorer as the script trains it."""
+def folder(tiny_checkpoint, tiny_pipe, train_scorer, tmp_path_factory):
+    """The tiny checkpoint, with a scorer that the script trains for somebody who likes red drawings."""
     place = tmp_path_factory.mktemp("scored")
     shutil.copytree(tiny_checkpoint, place / "tiny")
-    recipe = place / "recipe.yaml"
-    recipe.write_text("data: [none]\ntext_encoder: builtin\nstages: {base-32: {image_size: 32, max_steps: 1}}\n")
-    train_scorer.main(
-        [*f"--checkpoint {place / 'tiny'} --config {recipe} --data {data} --number 40 --held-out 8".split()]
-    )
+    prompts, seeds = [PROMPTS[k % 3] for k in range(48)], list(range(48))
+    red = redness(tiny_pipe, prompts, seeds)
+    ratings = np.digitize(red, np.quantile(red, [0.3, 0.7]))
+    rows = zip(prompts, seeds, ratings, strict=True)
+    text = "prompt,seed,rating\n" + "".join(f"{prompt},{seed},{rating}\n" for prompt, seed, rating in rows)
+    (place / "ratings.csv").write_text(text)
+    train_scorer.main([f"--checkpoint={place / 'tiny'}", f"--ratings={place / 'ratings.csv'}"])
     return place / "tiny"
 
 
@@ -67,15 +75,28 @@ def test_the_statistics_are_those_of_the_maps():
     assert (most >= mean).all()
 
 
-def test_it_tells_real_pictures_from_drawn_ones(pipe):
-    """The tiny cascade draws blots; creatures are discs and squares with eyes."""
-    creatures = [premultiply(draw_creature((220, 40, 40), "round", 32, seed)) for seed in range(100, 108)]
-    real = to_model(torch.from_numpy(np.stack(creatures)), "rgba")
-    text = pipe.encode_prompt("a red creature").expand(8, -1)
-    *_, last = pipe.denoise(text, list(range(8)), size=32, **QUICK)
-    score = pipe.scorer(pipe.base, real, text), pipe.scorer(pipe.base, last.x0, text)
-    assert (score[0] > 0).float().mean() > 0.8
-    assert (score[1] < 0).float().mean() > 0.8
+def test_it_expects_the_ratings_of_drawings_that_nobody_rated(pipe, train_scorer):
+    prompts, seeds = PROMPTS * 8, list(range(1000, 1024))
+    *_, last = pipe.denoise(prompts, seeds, size=32)
+    expected = pipe.scorer(pipe.base, last.x0, pipe.encode_prompt(prompts)).numpy()
+    assert np.corrcoef(expected, redness(pipe, prompts, seeds))[0, 1] > 0.7
+    assert 0 < expected.mean() < 2
+
+
+def test_the_regression_is_of_the_features_as_they_are(train_scorer):
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(120, 300)) * np.repeat([50, 1, 0.02], 100) + 10
+    values = 3 + 2 * (features[:, 0] - 10) / 50 + (features[:, 200] - 10) / 0.02
+    regression = train_scorer.RidgeRegression(features[:100], values[:100])
+    assert np.corrcoef(regression(features[100:]), values[100:])[0, 1] > 0.3  # of 300 features two count
+    assert regression(features[:100]).mean() == pytest.approx(values[:100].mean())
+    assert regression(features[:100]).std() < values[:100].std() / 5  # the penalty
+
+
+def test_ranks_of_ties_are_their_mean(train_scorer):
+    assert train_scorer.rank_correlation(np.array([1, 2, 2, 3]), np.array([10, 20, 20, 99])) == pytest.approx(1)
+    x, y = np.array([1.0, 2, 3, 4, 5]), np.array([0, 0, 1, 2, 1])
+    assert train_scorer.rank_correlation(x, y) == pytest.approx(0.79057, abs=1e-4)  # scipy.stats.spearmanr
 
 
 @pytest.mark.parametrize("others", [{}, {"guidance_scale": 9.0, "negative_prompt": "a yellow creature"}])

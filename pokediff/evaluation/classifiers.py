@@ -34,9 +34,9 @@ FEWEST = 20  # training pictures of a class that the judge learns
 class LinearClassifier:
     """Logistic regression on standardised features (N, D) with labels (N,) from 0."""
 
-    def __init__(self, features: np.ndarray, labels: np.ndarray, weight_decay: float = WEIGHT_DECAY) -> None:
+    def __init__(self, features: np.ndarray, labels: np.ndarray) -> None:
         self.mean, self.deviation = features.mean(0), features.std(0) + 1e-6
-        self.weights = fitted(self.prepared(features), torch.from_numpy(labels).long(), weight_decay)  # (D + 1, K)
+        self.weights = fitted(self.prepared(features), torch.from_numpy(labels).long())  # (D + 1, K)
 
     def prepared(self, values: np.ndarray) -> torch.Tensor:
         scaled = torch.from_numpy((values - self.mean) / self.deviation).float()
@@ -46,21 +46,15 @@ class LinearClassifier:
         """The labels (M,) of features (M, D)."""
         return (self.prepared(values) @ self.weights).argmax(1).numpy()
 
-    def log_odds(self) -> tuple[np.ndarray, float]:
-        """Of two classes, weights (D,) and bias with which features as they are give the log-odds of label 1."""
-        weights = (self.weights[:, 1] - self.weights[:, 0]).numpy()
-        scaled = weights[:-1] / self.deviation
-        return scaled, float(weights[-1] - (scaled * self.mean).sum())
 
-
-def fitted(x: torch.Tensor, y: torch.Tensor, weight_decay: float) -> torch.Tensor:
+def fitted(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """The weights (D, K) of a logistic regression of labels y (N,) on x (N, D)."""
     weights = torch.zeros(x.shape[1], int(y.max()) + 1, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(x @ weights, y) + weight_decay * weights.square().sum()
+        loss = F.cross_entropy(x @ weights, y) + WEIGHT_DECAY * weights.square().sum()
         loss.backward()
         return loss
 

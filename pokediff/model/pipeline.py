@@ -282,8 +282,8 @@ class PokeDiffPipeline(CheckpointPipeline):
         on_step: OnStep = lambda _: None,
         **options: Any,
     ) -> list[int]:
-        """Of `sampling.best_of` seeds for each of N pictures, the one whose drawing at the smallest size looks most
-        real to the scorer. They are the seed given and others a million apart, or what a generator draws. `on_step`
+        """Of `sampling.best_of` seeds for each of N pictures, the one whose drawing at the smallest size the scorer
+        rates highest. They are the seed given and others a million apart, or what a generator draws. `on_step`
         gets every step of every batch.
 
         Arguments and errors are those of `denoise`; it also raises PokediffError for a checkpoint without scorer.

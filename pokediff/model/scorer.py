@@ -1,8 +1,8 @@
-"""Scorer: which of several drawings looks most like a real picture.
+"""Scorer: which of several drawings people would rate highest.
 
-The base has learnt what pictures look like, so its own maps tell real ones from drawn ones: a linear classifier of them
-chooses the best of several drawings, as a discriminator does in rejection sampling (Azadi et al., "Discriminator
-Rejection Sampling", 2019). scripts/train_scorer.py trains it.
+The base has learnt what creatures look like, so its own maps tell whole ones from torn ones: a linear regression of
+ratings by eye on them is a reward model (Xu et al., "ImageReward", 2023) that chooses the best of several drawings.
+scripts/train_scorer.py trains it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pokediff.model.diffusion import cosine_sigmas
 
 
 class Scorer(ModelMixin, ConfigMixin):
-    """A linear classifier, real or drawn, of the maps of a denoiser.
+    """A linear regression of ratings on the maps of a denoiser.
 
     Args:
         features: their number, F of `map_statistics`.
@@ -30,13 +30,13 @@ class Scorer(ModelMixin, ConfigMixin):
     __module__ = "pokediff"  # as `Denoiser`
 
     @register_to_config
-    def __init__(self, features: int = 2400, timestep: float = 100.0) -> None:
+    def __init__(self, features: int = 2400, timestep: float = 300.0) -> None:
         super().__init__()
         self.linear = nn.Linear(features, 1)
 
     @torch.inference_mode()
     def forward(self, denoiser: Denoiser, x0: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """(B,) log-odds that pictures x0 (B, C, S, S) in [-1, 1] with text vectors (B, D) are real."""
+        """(B,) expected ratings of pictures x0 (B, C, S, S) in [-1, 1] with text vectors (B, D)."""
         features = map_statistics(denoiser, x0, text, self.config.timestep)
         return F.linear(features, self.linear.weight.float(), self.linear.bias.float())[:, 0]  # sums of thousands
 
