@@ -1,7 +1,7 @@
 """Train the scorer of a checkpoint, which chooses among drawings (`sample.py --best-of 4`), and store it in the folder.
 
-python scripts/train_scorer.py --checkpoint checkpoints/pokediff --ratings checkpoints/pokediff/scorer/ratings.csv \
-    --guidance-scale 3.2
+python scripts/train_scorer.py --checkpoint checkpoints/pokediff --ratings benchmarks/results/ratings.csv \
+    --guidance-scale 3.2                                                     # pip install "pokediff[dev]"
 
 RATINGS is a table with the columns prompt, seed and rating: what people thought of the checkpoint's drawings, any
 numbers, the higher the better. The drawings are drawn again at the base's size, five a second on one core, under the
@@ -11,14 +11,16 @@ guidance that they were rated under. Prints how well held-out ratings are predic
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.stats import spearmanr
 
 from pokediff.config import Sampling
+from pokediff.errors import PokediffError, one_line_errors
+from pokediff.files import read_csv
 from pokediff.model.pipeline import BATCH_SIZE, PokeDiffPipeline, quiet
 from pokediff.model.scorer import Scorer, map_statistics
 from pokediff.progress import ProgressBar
@@ -64,14 +66,18 @@ def held_out_predictions(features: np.ndarray, ratings: np.ndarray, rng: np.rand
     return predicted
 
 
-def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's, with mean ranks of ties."""
-
-    def ranks(values: np.ndarray) -> np.ndarray:
-        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-        return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-
-    return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
+def read_ratings(path: Path) -> tuple[list[str], list[int], np.ndarray]:
+    """Prompts, seeds and ratings (N,) float64. Raises PokediffError with the line that is wrong."""
+    rows = []
+    for where, cells in read_csv(path, "rating"):
+        try:
+            rows.append((cells.get("prompt", ""), int(cells["seed"]), float(cells["rating"])))
+        except (KeyError, ValueError):
+            raise PokediffError(f"{where}: seed must be a whole number and rating a number") from None
+    if len(rows) < FOLDS:
+        raise PokediffError(f"{path} has {len(rows)} ratings, at least {FOLDS} are needed")
+    prompts, seeds, ratings = zip(*rows, strict=True)
+    return list(prompts), list(seeds), np.array(ratings)
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -82,11 +88,8 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--timestep", type=float, default=300.0, help="of the noise that the base sees them under")
     arguments = parser.parse_args(given)
     quiet()
+    prompts, seeds, ratings = read_ratings(arguments.ratings)
     pipeline = PokeDiffPipeline.from_pretrained(arguments.checkpoint)
-    with arguments.ratings.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    ratings = np.array([float(row["rating"]) for row in rows])
-    prompts, seeds = [row["prompt"] for row in rows], [int(row["seed"]) for row in rows]
     features = drawn_features(pipeline, prompts, seeds, arguments.guidance_scale, arguments.timestep)
 
     rng = np.random.default_rng(0)
@@ -95,7 +98,7 @@ def main(given: Sequence[str] | None = None) -> None:
     chosen = ratings[fours[np.arange(len(fours)), predicted[fours].argmax(1)]]
     print(
         f"{len(ratings)} ratings, mean {ratings.mean():.2f}; held out: rank correlation "
-        f"{rank_correlation(predicted, ratings):.2f}, mean of the best of four {chosen.mean():.2f}"
+        f"{spearmanr(predicted, ratings).statistic:.2f}, mean of the best of four {chosen.mean():.2f}"
     )
     regression = RidgeRegression(features, ratings)
     scorer = Scorer(len(regression.weights), arguments.timestep)
@@ -107,4 +110,5 @@ def main(given: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -93,10 +93,19 @@ def test_the_regression_is_of_the_features_as_they_are(train_scorer):
     assert regression(features[:100]).std() < values[:100].std() / 5  # the penalty
 
 
-def test_ranks_of_ties_are_their_mean(train_scorer):
-    assert train_scorer.rank_correlation(np.array([1, 2, 2, 3]), np.array([10, 20, 20, 99])) == pytest.approx(1)
-    x, y = np.array([1.0, 2, 3, 4, 5]), np.array([0, 0, 1, 2, 1])
-    assert train_scorer.rank_correlation(x, y) == pytest.approx(0.79057, abs=1e-4)  # scipy.stats.spearmanr
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("prompt,seed\na cat,1\n", "ratings.csv:1: the header must have a column rating"),
+        ("prompt,seed,rating\na cat,1,2\na cat,one,2\n", "ratings.csv:3: seed must be a whole number"),
+        ("prompt,seed,rating\na cat,1,\n", "ratings.csv:2: .* rating a number"),
+        ("prompt,seed,rating\na cat,1,2\n", "has 1 ratings, at least 8"),
+    ],
+)
+def test_a_table_without_ratings_is_refused(train_scorer, tmp_path, text, words):
+    (tmp_path / "ratings.csv").write_text(text)
+    with pytest.raises(PokediffError, match=words):
+        train_scorer.read_ratings(tmp_path / "ratings.csv")
 
 
 @pytest.mark.parametrize("others", [{}, {"guidance_scale": 9.0, "negative_prompt": "a yellow creature"}])
