@@ -174,6 +174,8 @@ def test_guidance_is_stronger_where_shapes_are_decided():
     assert [guidance_at(part, sigma) for sigma in (0.1, HIGH_NOISE, 10.1, 90)] == [2, 2, 5, 5]
     assert [guidance_at(part, 50, scale) for scale in (1.0, 1.5, 0.0)] == [1, 3, 0]
     assert guidance_at(denoiser(16, guidance_scale=2.0), 50) == 2
+    assert [guidance_at(part, sigma, 3.0, (1, 20)) for sigma in (0.9, 1, 20, 21)] == [1, 3, 9, 1]
+    assert [guidance_at(part, sigma, 3.0, (10, 100)) for sigma in (100.0000186, 100.1)] == [9, 1]  # as schedulers round
     assert guidance_at(denoiser(16, below=1.0, high_noise_guidance=4.0), 0.5, 3.0) == 1  # never guided
 
 

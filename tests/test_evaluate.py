@@ -24,7 +24,7 @@ from pokediff.errors import PokediffError
 from pokediff.evaluation import classifiers, model_measures, recognition
 from pokediff.evaluation.evaluate import FEWEST_DRAWN, evaluate, show
 from pokediff.evaluation.features import CachedFeatures
-from pokediff.evaluation.generators import Generated, read_generated
+from pokediff.evaluation.generators import Generated, denoisers_used, read_generated
 from pokediff.evaluation.prompts import held_out_captions
 from pokediff.evaluation.reference import Reference, check_disjoint
 from pokediff.evaluation.report import GENERATED, PAIRS, REAL, Report, compare
@@ -123,6 +123,17 @@ def test_a_report_is_complete(evaluated):
         assert by_name[name]["real"] is not None
     assert by_name["it sees the style of the caption"]["worthless"] == 0.5
     assert [row["style"] for row in report["tables"]["styles"]] == ["artwork", "sprite"]
+
+
+def test_the_steps_that_are_guided_are_counted(tiny_pipe):
+    def guided(**options: object) -> list[int]:
+        return [row["guided"] for row in denoisers_used(tiny_pipe, Sampling(size=64, **options)).values()]
+
+    steps = [step for step in tiny_pipe.evaluations(Sampling(size=64)) if step.denoiser == "base-32"]
+    above = sum(step.sigma > 10 for step in steps)
+    assert guided() == [len(steps), 0, 0]
+    assert guided(guidance_interval=(10.0, 1000.0)) == [above, 0, 0] != guided()
+    assert guided(guidance_scale=1.0) == [0, 0, 0]
 
 
 @pytest.mark.slow

@@ -36,6 +36,7 @@ from pokediff.drawing.attribution import Influence
 from pokediff.drawing.jobs import make_jobs
 from pokediff.errors import PokediffError
 from pokediff.evaluation.report import plot_uri
+from pokediff.model.cascade import guidance_at
 from pokediff.model.pipeline import Evaluation, PokeDiffPipeline
 from pokediff.model.samplers import SAMPLERS
 
@@ -87,10 +88,10 @@ def show_schedule(
 ) -> Iterator[str]:
     """An update of the plot."""
     config = studio.settings(prompt=(prompt or "a picture",), sampler=sampler_of(sampler), **settings)
-    pipeline = studio.cascade_of(config)
-    interval = interval_of(low, high) or (0.0, np.inf)
-    plot = schedule_plot(studio.evaluations(config), guided_denoisers(pipeline), interval)
-    yield plot + denoiser_table(pipeline)
+    pipeline, evaluations, scale = studio.cascade_of(config), studio.evaluations(config), config.sampling.guidance_scale
+    interval = interval_of(low, high)
+    scales = [guidance_at(pipeline.cascade[one.denoiser], one.sigma, scale, interval) for one in evaluations]
+    yield schedule_plot(evaluations, scales) + denoiser_table(pipeline)
 
 
 def show_samplers(
@@ -153,23 +154,17 @@ def heat(picture: np.ndarray, values: np.ndarray) -> np.ndarray:
     return np.concatenate([mixed.clip(0, 255), np.full_like(grey, 255)], axis=-1).astype(np.uint8)
 
 
-def guided_denoisers(pipeline: PokeDiffPipeline) -> set[str]:
-    """The names of the denoisers that guidance applies to."""
-    return {name for name, denoiser in pipeline.cascade.items() if denoiser.config.guidance_scale is not None}
-
-
-def schedule_plot(evaluations: Sequence[Evaluation], guided: set[str], interval: tuple[float, float]) -> str:
-    """sigma at every step, its denoiser, and where guidance acts."""
+def schedule_plot(evaluations: Sequence[Evaluation], scales: Sequence[float]) -> str:
+    """sigma at every step, its denoiser, and its guidance scale where that is not 1."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     plot = Figure(figsize=(7, 3.2), layout="constrained")
     axes = plot.subplots()
     sigmas = [one.sigma for one in evaluations]
-    low, high = interval
     labels = [
-        f"{one.denoiser}, {one.size} px" + (", guided" if one.denoiser in guided and low <= one.sigma <= high else "")
-        for one in evaluations
+        f"{one.denoiser}, {one.size} px" + (f", guidance scale {scale:g}" if scale != 1 else "")
+        for one, scale in zip(evaluations, scales, strict=True)
     ]
     axes.plot(range(1, len(sigmas) + 1), sigmas, color="gray", linewidth=1)
     for label in dict.fromkeys(labels):

@@ -6,7 +6,6 @@ import hashlib
 import json
 import shutil
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from pokediff.config import Sampling, plain
 from pokediff.data.images import BadImage, encode_png, read_image
 from pokediff.errors import PokediffError
 from pokediff.files import as_row, is_own_file, read_json, read_rows, refuse_foreign, write_whole
+from pokediff.model.cascade import guidance_at
 from pokediff.model.pipeline import PokeDiffPipeline
 from pokediff.progress import ProgressBar
 
@@ -140,12 +140,16 @@ class Drawer:
 
 
 def denoisers_used(pipeline: PokeDiffPipeline, sampling: Sampling) -> dict[str, dict[str, Any]]:
-    """The denoisers that draw with `sampling`, by name: the size of each, in px, how often it is evaluated, and its
-    factor of guidance at high noise.
+    """The denoisers that draw with `sampling`, by name: the size of each, in px, its steps, those of them that are
+    guided, and its factor of guidance at high noise.
     """
-    count = Counter((row.denoiser, row.size) for row in pipeline.evaluations(sampling))
-    factors = {name: pipeline.cascade[name].config.get("high_noise_guidance", 1.0) for name, _ in count}
-    return {
-        name: {"size": size, "evaluations": number, "high_noise_guidance": factors[name]}
-        for (name, size), number in count.items()
-    }
+    used: dict[str, dict[str, Any]] = {}
+    for step in pipeline.evaluations(sampling):
+        denoiser = pipeline.cascade[step.denoiser]
+        scale = guidance_at(denoiser, step.sigma, sampling.guidance_scale, sampling.guidance_interval)
+        factor = denoiser.config.get("high_noise_guidance", 1.0)
+        new = {"size": step.size, "evaluations": 0, "guided": 0, "high_noise_guidance": factor}
+        row = used.setdefault(step.denoiser, new)
+        row["evaluations"] += 1
+        row["guided"] += int(scale != 1)
+    return used

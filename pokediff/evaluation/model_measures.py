@@ -99,10 +99,9 @@ def measure_cost(
     section = COST
     measure_speed(report, generated, batch_size, pipeline.device)
     for name, part in denoisers_used(pipeline, sampling).items():
-        denoiser = pipeline.cascade[name]
-        guided = denoiser.config.guidance_scale is not None and sampling.guidance_scale != 1
-        number = part["evaluations"] * (2 if guided else 1)
-        report.add(section, f"evaluations of {name}", number, 1, note="two a step with guidance" if guided else "")
+        denoiser, number = pipeline.cascade[name], part["evaluations"] + part["guided"]
+        note = "two a step with guidance" if part["guided"] else ""
+        report.add(section, f"evaluations of {name}", number, 1, note=note)
         report.add(section, f"parameters of {name}, M", sum(p.numel() for p in denoiser.parameters()) / 1e6, 1)
         report.add(section, f"GFLOP an evaluation of {name}", flops_per_image(denoiser) / 1e9, 1)
     report.add(section, "peak memory, MB", peak_memory_mb(), 1, note="of the whole process, feature networks included")

@@ -8,6 +8,7 @@ et al. 2022). Which one is used where is decided here and nowhere else.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from pokediff.model.inspection import LIST, check_cascade
 
 DEFAULT_SIZE = 64  # px, of a cascade that has it
 HIGH_NOISE = 10.0  # sigma above which shapes are decided
+ROUNDING = 1e-6  # of sigma: a scheduler's alphas are float32, by which 100 is 100.00002
 
 
 class Cascade(ModelMixin):
@@ -133,15 +135,18 @@ def write_list(folder: Path, names: list[str]) -> None:
     (folder / LIST).write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
 
 
-def guidance_at(denoiser: Any, sigma: float, scale: float | None = None) -> float:
-    """The guidance scale of a denoiser at a noise level; `scale` None: its default.
+def guidance_at(
+    denoiser: Any, sigma: float, scale: float | None = None, interval: tuple[float, float] | None = None
+) -> float:
+    """The guidance scale of a denoiser at a noise level; `scale` None: its default. 1 outside of `interval`.
 
     Guidance, scale - 1, is `high_noise_guidance` times as strong above HIGH_NOISE. There it decides the shape, below it
     sharpens and saturates: strong guidance everywhere costs quality, at high noise alone it is free (docs/LOG.md;
     compare Kynkäänniemi et al., "Applying Guidance in a Limited Interval", 2024).
     """
     config = denoiser.config
-    if config.guidance_scale is None:
+    low, high = interval or (0.0, math.inf)
+    if config.guidance_scale is None or not low * (1 - ROUNDING) <= sigma <= high * (1 + ROUNDING):
         return 1.0
     scale = config.guidance_scale if scale is None else scale
     stronger = scale > 1 and sigma > HIGH_NOISE

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -339,10 +338,8 @@ class PokeDiffPipeline(CheckpointPipeline):
         sampling: Sampling,
     ) -> torch.Tensor:
         """x0 (B, C, S, S), float32 in [-1, 1], of the denoiser `name`, guided where it wants to be."""
-        denoiser, scale = self.cascade[name], 1.0
-        low, high = sampling.guidance_interval or (0.0, math.inf)
-        if low <= sigma <= high:
-            scale = guidance_at(denoiser, sigma, sampling.guidance_scale)
+        denoiser = self.cascade[name]
+        scale = guidance_at(denoiser, sigma, sampling.guidance_scale, sampling.guidance_interval)
         small = low_res if denoiser.config.upscale > 1 else None
         given = [values.to(denoiser.dtype) for values in (x, text, negative, small) if values is not None]
 
