@@ -56,17 +56,25 @@ def drawings(number: int = 16, text_dim: int = 8) -> Drawings:
     return Drawings(pictures, torch.randn(number, text_dim, generator=generator), noise)
 
 
-def objective_of(folder, name: str) -> tuple[Distillation, PokeDiffPipeline]:
+def objective_of(folder, name: str, **changes: float) -> tuple[Distillation, PokeDiffPipeline]:
     pipeline = PokeDiffPipeline.from_pretrained(folder)
+    pipeline.cascade[name].register_to_config(**changes)
     steps = pipeline.evaluations(Sampling(size=16, fast=True))
     return Distillation(name, steps, pipeline.cascade, SCHEDULE), pipeline
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["base-16-fast", "refiner-16-fast"])
-def test_a_student_learns_from_what_it_meets_in_a_drawing(taught, name):
-    """Before each of its steps x is that of diffusers' DDIM."""
-    objective, pipeline = objective_of(taught, name)
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("base-16-fast", {}),
+        ("base-16-fast", {"guidance_scale": 3.0}),
+        ("refiner-16-fast", {}),
+    ],
+)
+def test_a_student_learns_from_what_it_meets_in_a_drawing(taught, name, changes):
+    """Before each of its steps x is that of diffusers' DDIM, guided where it is while drawing."""
+    objective, pipeline = objective_of(taught, name, **changes)
     states = list(pipeline.denoise(PROMPTS, [1, 2], fast=True, precision="fp32"))
     assert [step.denoiser for step in states] == ["base-16-fast"] * 2 + ["refiner-16-fast"] * 2 + [None]
     noise = pipeline.make_noise([1, 2], 16)[1][0]

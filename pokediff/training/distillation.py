@@ -66,6 +66,8 @@ class Distillation:
         self.timesteps = {round(step.timestep): k for k, step in enumerate(steps) if step.denoiser == name}
         if not self.timesteps:
             raise PokediffError(f"{name}: in {len(steps)} steps none is its own; give more model.steps")
+        self.scales = [guidance_at(cascade[step.denoiser], step.sigma) for step in steps]
+        self.null_text = cascade[name].null_text.detach().clone()
         names = {step.denoiser for step in steps} - {name}
         self.others: dict[str, Denoiser] = {
             other: cascade[other].to(memory_format=torch.channels_last).requires_grad_(False).eval() for other in names
@@ -92,11 +94,9 @@ class Distillation:
         """x (B, C, S, S) before step `index` of a drawing from the batch's noise."""
         x = batch.noise.contiguous(memory_format=torch.channels_last)
         for here, after in pairwise(range(index + 1)):
-            step, denoiser, scale, negative = self.steps[here], student, 1.0, batch.text
-            if step.denoiser != self.name:
-                denoiser = self.others[step.denoiser]
-                scale = guidance_at(denoiser, step.sigma)
-                negative = denoiser.null_text.expand_as(batch.text)
+            step = self.steps[here]
+            denoiser, scale = self.others.get(step.denoiser, student), self.scales[here]
+            negative = self.null_text.to(batch.text).expand_as(batch.text)
             timesteps = torch.full_like(batch.timesteps, round(step.timestep))
             x0 = guided(denoiser, scale, x, timesteps, batch.text, negative, batch.augment).float().clamp(-1, 1)
             noise = (x - self.alpha[here] * x0) / self.std[here]
