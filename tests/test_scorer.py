@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from pokediff.config import SampleConfig, Sampling
 from pokediff.data.images import read_image
+from pokediff.demo.studio import Studio
 from pokediff.drawing.sample import sample
 from pokediff.drawing.sheets import weights_sha256
 from pokediff.errors import PokediffError
@@ -175,7 +176,7 @@ def test_sample_draws_the_chosen_one_and_its_bar_counts_the_others(folder, pipe,
     monkeypatch.setattr("pokediff.drawing.sample.ProgressBar", lambda **o: bars.append(ProgressBar(**o)) or bars[-1])
     config = SampleConfig(
         prompt=(PROMPTS[0],), seed=4, checkpoint=str(folder), out=str(tmp_path / "out"), num_images_per_prompt=2,
-        raw=True, sampling=Sampling(best_of=3, size=32, **QUICK),
+        batch_size=2, raw=True, sampling=Sampling(best_of=3, size=32, **QUICK),
     )  # fmt: skip
     out = sample(config)
     assert bars[0].n == bars[0].total == 4 * (len(pipe.evaluations(Sampling(size=32, **QUICK))) + 1)
@@ -184,6 +185,22 @@ def test_sample_draws_the_chosen_one_and_its_bar_counts_the_others(folder, pipe,
     drawn = pipe.generate([PROMPTS[0]] * 2, [4, 5], size=32, best_of=3, **QUICK)
     for index in range(2):
         np.testing.assert_array_equal(read_image((out / f"{index:04}.png").read_bytes()), drawn[index])
+
+
+def test_the_demo_draws_the_chosen_ones_and_says_their_seeds(folder, pipe, tiny_checkpoint):
+    studio = Studio([folder, tiny_checkpoint])
+    assert [studio.can_choose(name) for name in studio.checkpoints] == [True, False]
+    config = studio.settings(prompt=(PROMPTS[0],), num_images_per_prompt=2, seed=4, best_of=3, size=32, raw=True,
+                             **QUICK)  # fmt: skip
+    best = pipe.best_seeds([PROMPTS[0]] * 2, [4, 5], best_of=3, **QUICK)
+    *_, last = studio.draw(config)
+    np.testing.assert_array_equal(last.x0, pipe.generate([PROMPTS[0]] * 2, best, size=32, **QUICK))
+    *waiting, (jobs, pictures) = studio.draw_all(config)
+    assert set(waiting) == {None}
+    assert [job.seed for job in jobs] == best != [4, 5]
+    np.testing.assert_array_equal(pictures, last.x0)
+    with pytest.raises(PokediffError, match="drawings of a picture"):
+        studio.settings(prompt=(PROMPTS[0],), best_of=100)
 
 
 def test_another_scorer_is_another_drawing(folder, tmp_path):

@@ -13,6 +13,7 @@ from pokediff.demo.controls import (
     EXAMPLES,
     SKIP,
     Keep,
+    best_of_slider,
     go_and_stop,
     model_controls,
     offered,
@@ -41,9 +42,11 @@ def batch_tab(studio: Studio, downloads: Downloads, history: History) -> None:
         seed = seed_box()
     model = model_controls(studio)
     with gr.Accordion("More settings", open=False):
+        best_of = best_of_slider(studio, model, 1)
         steps, sheet = step_controls(studio, model), sheet_choice()
     buttons, outputs = go_and_stop("Draw all", "draw-all"), results("batch")
-    inputs = {"prompts": prompts, "num_images_per_prompt": number, "seed": seed, **model, **steps, "sheet": sheet}
+    inputs = {"prompts": prompts, "num_images_per_prompt": number, "seed": seed, **model, "best_of": best_of}
+    inputs |= {**steps, "sheet": sheet}
     on_draw(history, "Batch", buttons, draw, [studio, downloads], inputs, outputs)
     upload.upload(uploaded(read_lines), upload, [prompts, outputs[0]], **AT_ONCE)
 

@@ -225,6 +225,21 @@ def step_controls(studio: Studio, model: Controls) -> Controls:
     return {"num_inference_steps": steps, "guidance_scale": guidance}
 
 
+def best_of_slider(studio: Studio, model: Controls, default: int) -> gr.Slider:
+    """Of how many drawings each picture is the best; hidden for a checkpoint that cannot choose."""
+
+    def shown(checkpoint: str) -> dict[str, Any]:
+        able = studio.can_choose(checkpoint)
+        return dict(value=default if able else 1, visible=able)
+
+    slider = gr.Slider(
+        1, LIMITS.best_of, step=1, label="Best of", **shown(studio.first),
+        info="Drawings of each picture, of which the scorer chooses one; 1: the seed as it is.",
+    )  # fmt: skip
+    model["checkpoint"].input(lambda name: gr.Slider(**shown(name)), model["checkpoint"], slider, **AT_ONCE)
+    return slider
+
+
 def sampling_updates(studio: Studio, checkpoint: str, own: Sampling) -> dict[str, Any]:
     """Updates of size, fast, steps and guidance scale for settings of a checkpoint."""
     pipeline, shown = studio.pipeline(checkpoint), _has_steps(own)

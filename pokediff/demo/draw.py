@@ -19,6 +19,7 @@ from pokediff.demo.controls import (
     EXAMPLES,
     Controls,
     Keep,
+    best_of_slider,
     download,
     go_and_stop,
     interval_boxes,
@@ -38,9 +39,10 @@ from pokediff.demo.controls import (
 from pokediff.demo.downloads import Downloads
 from pokediff.demo.history import History
 from pokediff.demo.studio import LIMITS, Studio
-from pokediff.drawing.jobs import make_jobs
+from pokediff.drawing.jobs import Job
 from pokediff.drawing.sample import Frame
 
+BEST_OF = 4  # drawings of a picture: half as many are torn (docs/benchmarks.md)
 MOST_CHIPS = 24  # of a group
 WORDS = {  # for a checkpoint without words.json
     "styles": tuple(dict.fromkeys(STYLES[name] for name in ("artwork", "home", "dream-world", "sprite-gen5"))),
@@ -111,7 +113,9 @@ def settings_controls(studio: Studio, model: Controls) -> Controls:
         negative = gr.Textbox(
             label="Negative prompt", info="What guidance moves away from; usually empty.", max_length=LIMITS.prompt
         )
-        number = gr.Slider(1, LIMITS.pictures, 1, step=1, label="Pictures", info="With seed, seed + 1, ...")
+        with gr.Row():
+            number = gr.Slider(1, LIMITS.pictures, 1, step=1, label="Pictures", info="With seed, seed + 1, ...")
+            best_of = best_of_slider(studio, model, BEST_OF)
         with gr.Row():
             seed = seed_box()
             dice = gr.Button("🎲 Random seed", elem_id="dice")
@@ -127,6 +131,7 @@ def settings_controls(studio: Studio, model: Controls) -> Controls:
     return {
         "negative_prompt": negative,
         "num_images_per_prompt": number,
+        "best_of": best_of,
         "seed": seed,
         "random": random,
         **steps,
@@ -166,10 +171,16 @@ def draw(
     )
     # What belongs to the drawing before goes, so that it is not there when this one is stopped.
     fresh = {"film": show.empty(""), "player": gr.Column(visible=False), "files": offered(), "near": ""}
-    yield changed({"status": BEGUN, "seed": config.seed, **fresh})
+    best_of = config.sampling.best_of
+    begun = BEGUN if best_of == 1 else f"Choosing the best of {best_of} drawings ..."
+    yield changed({"status": begun, "seed": config.seed, **fresh})
+    jobs: list[Job] = []
+    for job in studio.chosen(config):
+        jobs.append(job)
+        yield changed({})
     frames: list[Frame] = []
     words = show.step_words(studio.evaluations(config))
-    for frame in paced(studio.draw(config)):
+    for frame in paced(studio.draw(config, jobs)):
         frames.append(frame)
         yield changed({"status": words[len(frames) - 1], "film": show.film([frame], prompt)})
     kept = show.spread(len(frames), show.film_length(frames))
@@ -177,8 +188,8 @@ def draw(
     film = show.film([frames[index] for index in kept], prompt, captions)
     scrub = gr.Slider(maximum=max(2, len(kept)), value=len(kept))
     pictures = frames[-1].x0
-    keep(config, make_jobs(config.prompt, config), pictures)
+    keep(config, jobs, pictures)
     done = {"status": show.summary(config, studio.evaluations(config)), "film": film, "scrub": scrub}
     yield changed({**done, "player": gr.Column(visible=len(kept) > 1)})
-    yield changed({"files": offered(downloads.write(studio.pipeline_of(config), config, frames))})
+    yield changed({"files": offered(downloads.write(studio.pipeline_of(config), config, frames, jobs))})
     yield changed({"near": show.neighbours(pictures, studio.neighbours(pictures))})

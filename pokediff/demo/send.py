@@ -88,7 +88,7 @@ def send(
 def past_values(past: Past, target: str, again: bool) -> dict[str, Any]:
     """Prompt and seed of a picture, by the names of boxes; all boxes of the tab that drew it `again`."""
     prompt = past.job.nearest_prompt
-    here = {"prompt": prompt, "first": prompt, "seed": past.seed, "random": False}
+    here = {"prompt": prompt, "first": prompt, "seed": past.seed, "random": False, "best_of": 1}  # a chosen seed
     if target in ("Draw", "img2img"):
         here["num_images_per_prompt"] = 1  # the picture was one of several, with a seed of its own
     if not again or target != past.tab:

@@ -187,8 +187,9 @@ def summary(config: SampleConfig, evaluations: Sequence[Evaluation]) -> str:
     steps = Counter(one.size for one in evaluations)
     if not steps:
         return f"Done: seed {config.seed}."
-    words = " and ".join(f"{number} steps at {size} px" for size, number in steps.items())
-    return f"Done: seed {config.seed}, {words}, guidance scale {config.sampling.guidance_scale or 1:g}."
+    words, own = " and ".join(f"{number} steps at {size} px" for size, number in steps.items()), config.sampling
+    best = f", the best of {own.best_of}" if own.best_of > 1 else ""
+    return f"Done: seed {config.seed}{best}, {words}, guidance scale {own.guidance_scale or 1:g}."
 
 
 def pictures(shown: Sequence[tuple[np.ndarray, str]]) -> str:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
@@ -43,6 +44,7 @@ class Limits:
     seed: int = 2**32 - 1
     enlarge: int = 16
     interpolation: int = 48  # pictures between two prompts
+    best_of: int = 8  # drawings of each picture
 
 
 LIMITS = Limits()
@@ -109,6 +111,13 @@ class Studio:
             self._pipelines[name] = sampling.load_pipeline(SampleConfig(checkpoint=self.checkpoints[name]))
         return self._pipelines[name]
 
+    def can_choose(self, name: str) -> bool:
+        """Whether the checkpoint has a scorer, for `best_of`; not one that cannot be loaded: drawing says why."""
+        try:
+            return getattr(self.pipeline(name), "scorer", None) is not None
+        except PokediffError:
+            return False
+
     def pipeline_of(self, config: SampleConfig) -> Model:
         return self.pipeline(self.name_of(config))
 
@@ -151,11 +160,17 @@ class Studio:
             parse_color(config.background)
         return config
 
-    def draw(self, config: SampleConfig, jobs: Sequence[Job] | None = None) -> Iterator[Frame]:
-        """Every step of one batch of pictures; the last one holds the finished pictures."""
+    def chosen(self, config: SampleConfig) -> Iterator[Job]:
+        """The jobs of a drawing, each with the best of its `best_of` seeds; between two of them other requests run."""
         pipeline = self.pipeline_of(config)
-        jobs = sampling.make_jobs(config.prompt, config) if jobs is None else jobs
-        return self._steps(lambda: sampling.draw(pipeline, jobs, config))
+        for job in sampling.make_jobs(config.prompt, config):
+            yield self.in_thread(partial(sampling.choose, pipeline, [job], config))[0]
+
+    def draw(self, config: SampleConfig, jobs: Sequence[Job] | None = None) -> Iterator[Frame]:
+        """Every step of one batch of pictures; the last one holds the finished pictures. `jobs` are `chosen` ones."""
+        pipeline, jobs = self.pipeline_of(config), list(self.chosen(config)) if jobs is None else jobs
+        once = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, best_of=1))
+        return self._steps(lambda: sampling.draw(pipeline, jobs, once))
 
     def evaluations(self, config: SampleConfig) -> list[Evaluation]:
         """The evaluation behind each step of `draw`, without the last step."""
@@ -166,7 +181,11 @@ class Studio:
 
     def draw_all(self, config: SampleConfig, batch_size: int = 8) -> Iterator[tuple[list[Job], np.ndarray] | None]:
         """Many pictures, batch by batch: all jobs done so far and their pictures (N, H, W, 4)."""
-        jobs, done = sampling.make_jobs(config.prompt, config), list[np.ndarray]()
+        jobs, done = list[Job](), list[np.ndarray]()
+        for job in self.chosen(config):
+            jobs.append(job)
+            if config.sampling.best_of > 1:  # otherwise there is nothing to wait for
+                yield None
         if isinstance(pipeline := self.pipeline_of(config), DrawsAtOnce) and pipeline.slow:
             batch_size = 1  # so that it can be stopped
         for start in range(0, len(jobs), batch_size):
@@ -236,6 +255,7 @@ def check_limits(config: SampleConfig) -> None:
         "seed": (config.seed or 0, LIMITS.seed),
         "enlarge": (config.enlarge, LIMITS.enlarge),
         "pictures of an interpolation": (config.interpolate, LIMITS.interpolation),
+        "drawings of a picture": (sampling.best_of, LIMITS.best_of),
     }
     for what, (value, most) in bounded.items():
         if not value <= most:  # not `value > most`: NaN must fail too

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 import warnings
@@ -157,11 +158,12 @@ def batches(
     """Pictures and frames of one batch of jobs, given by their numbers, after another, with a progress bar. Only the
     first batch is animated: without `save_frames` the others have their last frame only.
     """
-    steps, choosing = len(pipeline.evaluations(config.sampling, init.get("strength", 1.0))) + 1, 0
-    if config.sampling.best_of > 1:
+    steps, best_of = len(pipeline.evaluations(config.sampling, init.get("strength", 1.0))) + 1, config.sampling.best_of
+    number, total = sum(map(len, numbers)), steps * len(numbers)
+    if best_of > 1:
         small = replace(config.sampling, size=pipeline.sizes[0])
-        choosing = config.sampling.best_of * (len(pipeline.evaluations(small)) + 1)
-    number, total = sum(map(len, numbers)), (choosing + steps) * len(numbers)
+        choices = sum(math.ceil(best_of * len(batch) / config.batch_size) for batch in numbers)
+        total += choices * (len(pipeline.evaluations(small)) + 1)
     name, silent = f"{number} picture{'s' * (number > 1)}", not join().is_main_process
     with ProgressBar(total=total, desc=name, unit="step", leave=False, disable=silent) as bar:
         for batch in numbers:
@@ -196,11 +198,8 @@ def draw(
     if isinstance(pipeline, DrawsAtOnce):
         yield last(pipeline.generate([job.prompt for job in jobs], [job.seed for job in jobs], config.sampling))
         return
-    text = pipeline.encode_prompt([job.prompt for job in jobs])  # (B, D)
-    seeds, sampling = [job.seed for job in jobs], config.sampling
-    if sampling.best_of > 1:
-        seeds = pipeline.best_seeds(text, seeds, sampling, batch_size=len(jobs), on_step=on_choice)
-        sampling = replace(sampling, best_of=1)
+    jobs, sampling = choose(pipeline, jobs, config, on_choice), replace(config.sampling, best_of=1)
+    text, seeds = pipeline.encode_prompt([job.prompt for job in jobs]), [job.seed for job in jobs]  # (B, D)
     _, noise = pipeline.make_noise(seeds, size)  # a (B, C, S, S) for each leg
     for k, job in enumerate(jobs):
         if job.to is not None:
@@ -213,6 +212,16 @@ def draw(
             yield last(from_model(step.x0))
         elif every:
             yield Frame(from_model(step.x), from_model(step.x0), step.sigma)
+
+
+def choose(pipeline: Model, jobs: Sequence[Job], config: SampleConfig, on_step: OnStep = lambda _: None) -> list[Job]:
+    """The jobs, each with the best of its `best_of` seeds; `config` is resolved."""
+    best_of, seeds = config.sampling.best_of, [job.seed for job in jobs]
+    if best_of == 1 or isinstance(pipeline, DrawsAtOnce):
+        return list(jobs)
+    prompts, size = [job.prompt for job in jobs], config.batch_size
+    best = pipeline.best_seeds(prompts, seeds, config.sampling, batch_size=size, on_step=on_step)
+    return [replace(job, seed=seed) for job, seed in zip(jobs, best, strict=True)]
 
 
 def make_finish(config: SampleConfig) -> Callable[[np.ndarray, str], np.ndarray]:
