@@ -100,11 +100,12 @@ def checked_index(index: dict[str, Any], path: Path = Path(INDEX)) -> dict[str, 
 
 
 def inspect(folder: Path) -> None:
-    """Inspect every component of a whole checkpoint before it is loaded. Raises PokediffError for what is wrong."""
+    """Inspect a whole checkpoint before it is loaded, all but the cascade, which inspects itself when diffusers loads
+    it. Raises PokediffError for what is wrong.
+    """
     for name in READ_BESIDE:
         inspection.check_file(folder / name, folder)
     index = checked_index(read_index(folder), folder / INDEX)
-    inspection.check_cascade(folder / "cascade")
     inspection.check_scheduler(folder / "scheduler")
     if index.get("text_encoder", [None])[0] is not None:
         inspection.check_text(folder)
