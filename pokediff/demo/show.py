@@ -187,7 +187,8 @@ def summary(config: SampleConfig, evaluations: Sequence[Evaluation]) -> str:
     steps = Counter(one.size for one in evaluations)
     if not steps:
         return f"Done: seed {config.seed}."
-    words, own = " and ".join(f"{number} steps at {size} px" for size, number in steps.items()), config.sampling
+    own = config.sampling
+    words = " and ".join(f"{number} step{'s' * (number > 1)} at {size} px" for size, number in steps.items())
     best = f", the best of {own.best_of}" if own.best_of > 1 else ""
     return f"Done: seed {config.seed}{best}, {words}, guidance scale {own.guidance_scale or 1:g}."
 
