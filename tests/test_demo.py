@@ -1362,6 +1362,7 @@ def test_prompt_seed_and_settings_of_a_past_picture(studio, history):
     )
     assert (values["checkpoint"], values["sampler"], values["low"], values["high"]) == ("tiny", "ddim", 0, 100)
     assert values["size"].value == 64
+    assert (values["best_of"].value, values["best_of"].visible) == (1, False)  # the tiny checkpoint has no scorer
 
     varied = kept(studio, history, "Variations", prompt=("a cat",), num_images_per_prompt=3, seed=5, variation=0.3)[2]
     assert past_values(varied, "Draw", again=False)["seed"] == 5  # it is near to the picture of that seed

@@ -171,13 +171,12 @@ def draw(
     )
     # What belongs to the drawing before goes, so that it is not there when this one is stopped.
     fresh = {"film": show.empty(""), "player": gr.Column(visible=False), "files": offered(), "near": ""}
-    best_of = config.sampling.best_of
-    begun = BEGUN if best_of == 1 else f"Choosing the best of {best_of} drawings ..."
-    yield changed({"status": begun, "seed": config.seed, **fresh})
+    yield changed({"status": BEGUN, "seed": config.seed, **fresh})
     jobs: list[Job] = []
     for job in studio.chosen(config):
         jobs.append(job)
-        yield changed({})
+        if config.sampling.best_of > 1:
+            yield changed({"status": f"Chose the best seed of {len(jobs)} of {config.num_images_per_prompt} pictures."})
     frames: list[Frame] = []
     words = show.step_words(studio.evaluations(config))
     for frame in paced(studio.draw(config, jobs)):

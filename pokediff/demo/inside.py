@@ -36,7 +36,6 @@ from pokediff.drawing.attribution import Influence
 from pokediff.drawing.jobs import make_jobs
 from pokediff.errors import PokediffError
 from pokediff.evaluation.report import plot_uri
-from pokediff.model.cascade import guidance_at
 from pokediff.model.pipeline import Evaluation, PokeDiffPipeline
 from pokediff.model.samplers import SAMPLERS
 
@@ -87,10 +86,10 @@ def show_schedule(
     studio: Studio, prompt: str, sampler: str, low: float | None, high: float | None, **settings: Any
 ) -> Iterator[str]:
     """An update of the plot."""
-    config = studio.settings(prompt=(prompt or "a picture",), sampler=sampler_of(sampler), **settings)
-    pipeline, evaluations, scale = studio.cascade_of(config), studio.evaluations(config), config.sampling.guidance_scale
-    interval = interval_of(low, high)
-    scales = [guidance_at(pipeline.cascade[one.denoiser], one.sigma, scale, interval) for one in evaluations]
+    settings |= {"sampler": sampler_of(sampler), "guidance_interval": interval_of(low, high)}
+    config = studio.settings(prompt=(prompt or "a picture",), **settings)
+    pipeline, evaluations = studio.cascade_of(config), studio.evaluations(config)
+    scales = [pipeline.guidance(one.denoiser, one.sigma, config.sampling) for one in evaluations]
     yield schedule_plot(evaluations, scales) + denoiser_table(pipeline)
 
 

@@ -88,7 +88,7 @@ def send(
 def past_values(past: Past, target: str, again: bool) -> dict[str, Any]:
     """Prompt and seed of a picture, by the names of boxes; all boxes of the tab that drew it `again`."""
     prompt = past.job.nearest_prompt
-    here = {"prompt": prompt, "first": prompt, "seed": past.seed, "random": False, "best_of": 1}  # a chosen seed
+    here = {"prompt": prompt, "first": prompt, "seed": past.seed, "random": False}
     if target in ("Draw", "img2img"):
         here["num_images_per_prompt"] = 1  # the picture was one of several, with a seed of its own
     if not again or target != past.tab:
@@ -109,6 +109,7 @@ def sampling_values(studio: Studio, past: Past, target: str) -> dict[str, Any]:
         "sampler": DEFAULT_SAMPLER if default else own.sampler,
         "low": low,
         "high": high,
+        "best_of": gr.Slider(value=1, visible=studio.can_choose(name)),  # the seed is that of the picture
         **sampling_updates(studio, name, own),
     }
     baseline = isinstance(studio.pipeline(name), DrawsAtOnce)

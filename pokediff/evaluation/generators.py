@@ -17,7 +17,6 @@ from pokediff.config import Sampling, plain
 from pokediff.data.images import BadImage, encode_png, read_image
 from pokediff.errors import PokediffError
 from pokediff.files import as_row, is_own_file, read_json, read_rows, refuse_foreign, write_whole
-from pokediff.model.cascade import guidance_at
 from pokediff.model.pipeline import PokeDiffPipeline
 from pokediff.progress import ProgressBar
 
@@ -145,11 +144,9 @@ def denoisers_used(pipeline: PokeDiffPipeline, sampling: Sampling) -> dict[str, 
     """
     used: dict[str, dict[str, Any]] = {}
     for step in pipeline.evaluations(sampling):
-        denoiser = pipeline.cascade[step.denoiser]
-        scale = guidance_at(denoiser, step.sigma, sampling.guidance_scale, sampling.guidance_interval)
-        factor = denoiser.config.get("high_noise_guidance", 1.0)
+        factor = pipeline.cascade[step.denoiser].config.get("high_noise_guidance", 1.0)
         new = {"size": step.size, "evaluations": 0, "guided": 0, "high_noise_guidance": factor}
         row = used.setdefault(step.denoiser, new)
         row["evaluations"] += 1
-        row["guided"] += int(scale != 1)
+        row["guided"] += int(pipeline.guidance(step.denoiser, step.sigma, sampling) != 1)
     return used

@@ -230,8 +230,8 @@ class PokeDiffPipeline(CheckpointPipeline):
         if sampling.best_of > 1:
             if image is not None or noise is not None:
                 raise PokediffError("best_of chooses the noise: leave out image and noise")
-            options = {"negative_prompts": negative_prompts, "batch_size": len(seeds)}
-            seeds, sampling = self.best_seeds(prompts, seeds, sampling, **options), replace(sampling, best_of=1)
+            seeds = self.best_seeds(prompts, seeds, sampling, negative_prompts=negative_prompts)
+            sampling = replace(sampling, best_of=1)
         size, device = sampling.size or self.image_size, self._execution_device
         strength = 1.0 if image is None else strength
         legs = plan(self.cascade, self.scheduler, sampling, strength, device)
@@ -326,6 +326,10 @@ class PokeDiffPipeline(CheckpointPipeline):
         off, timestep = Sampling(guidance_scale=1.0), torch.tensor(step.timestep)
         return self._x0(step.denoiser, x, timestep, step.sigma, text, text, low_res, off)
 
+    def guidance(self, name: str, sigma: float, sampling: Sampling) -> float:
+        """The guidance scale of the denoiser `name` at a noise level; where it is not 1, a step evaluates it twice."""
+        return guidance_at(self.cascade[name], sigma, sampling.guidance_scale, sampling.guidance_interval)
+
     def _x0(
         self,
         name: str,
@@ -338,8 +342,7 @@ class PokeDiffPipeline(CheckpointPipeline):
         sampling: Sampling,
     ) -> torch.Tensor:
         """x0 (B, C, S, S), float32 in [-1, 1], of the denoiser `name`, guided where it wants to be."""
-        denoiser = self.cascade[name]
-        scale = guidance_at(denoiser, sigma, sampling.guidance_scale, sampling.guidance_interval)
+        denoiser, scale = self.cascade[name], self.guidance(name, sigma, sampling)
         small = low_res if denoiser.config.upscale > 1 else None
         given = [values.to(denoiser.dtype) for values in (x, text, negative, small) if values is not None]
 

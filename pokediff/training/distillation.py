@@ -67,7 +67,7 @@ class Distillation:
         if not self.timesteps:
             raise PokediffError(f"{name}: in {len(steps)} steps none is its own; give more model.steps")
         self.scales = [guidance_at(cascade[step.denoiser], step.sigma) for step in steps]
-        self.null_text = cascade[name].null_text.detach().clone()
+        self.null_text = cascade[name].null_text
         names = {step.denoiser for step in steps} - {name}
         self.others: dict[str, Denoiser] = {
             other: cascade[other].to(memory_format=torch.channels_last).requires_grad_(False).eval() for other in names

@@ -23,7 +23,6 @@ from pokediff.data.images import composite, encode_png, enlarge, from_model, gri
 from pokediff.errors import PokediffError
 from pokediff.evaluation.validation_metrics import COPYING
 from pokediff.files import write_whole
-from pokediff.model.cascade import guidance_at
 from pokediff.model.denoiser import compile_network, flops_per_image
 from pokediff.model.pipeline import BATCH_SIZE, PokeDiffPipeline
 from pokediff.progress import ProgressBar
@@ -275,8 +274,7 @@ def drawing_seconds(stage: Stage, pipeline: PokeDiffPipeline, sampling: Sampling
     """An estimate of the seconds of one picture, from those of a training step: three times a forward pass."""
     passes = Counter[str]()
     for each in pipeline.evaluations(sampling):
-        scale = guidance_at(pipeline.cascade[each.denoiser], each.sigma, sampling.guidance_scale)
-        passes[each.denoiser] += 2 if scale > 1 else 1
+        passes[each.denoiser] += 1 if pipeline.guidance(each.denoiser, each.sigma, sampling) == 1 else 2
     flops = sum(number * flops_per_image(pipeline.cascade[name]) for name, number in passes.items())
     return flops / (stage.facts["gflops"] * 1e9) * step / (3 * stage.config.batch_size)
 
