@@ -4,7 +4,7 @@
 
 Training: pictures a second of one stage of `train.py`, everything included (data, clipping, optimizer, average), median
 of the log lines after the first. Drawing: the shipped checkpoint, default steps and guidance and `--fast`, every size,
-one picture and sixteen at once, median of five, and the best of four of 64 px; and a whole `sample.py`, imports
+one picture and sixteen at once, median of five, and the best of eight of 64 px; and a whole `sample.py`, imports
 included. Run it alone: a second load on the cores makes the figures worthless.
 """
 
@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from pokediff import PokeDiffPipeline
+from pokediff.drawing.sample import BEST_OF
 from pokediff.model.pipeline import quiet
 from pokediff.paths import shipped
 
@@ -52,7 +53,7 @@ def sampling(checkpoint: str, precisions: Sequence[str]) -> dict:
     quiet()
     pipe = PokeDiffPipeline.from_pretrained(checkpoint)
     result: dict[str, float] = {}
-    variants = [{}] + [{"fast": True}] * pipe.has_fast + [{"best_of": 4}] * (pipe.scorer is not None)
+    variants = [{}] + [{"fast": True}] * pipe.has_fast + [{"best_of": BEST_OF}] * (pipe.scorer is not None)
     for size, options, precision, number in itertools.product(pipe.sizes, variants, precisions, (1, 16)):
         if "best_of" in options and size != pipe.image_size:
             continue

@@ -418,7 +418,8 @@ class Sampling:
     negative_prompt: str = ""  # what guidance moves away from
     sampler: Sampler | None = None  # a diffusers scheduler (default: the checkpoint's own, dpmpp_2m)
     fast: bool = False  # use the checkpoint's few-step denoisers
-    best_of: int = 1  # drawings of each picture at the smallest size, of which the scorer chooses the best
+    # begun drawings of each picture, of which the scorer chooses one (default: 8 for `sample`, 1 elsewhere)
+    best_of: int | None = None
     precision: Precision = "auto"  # auto: bf16 where the processor has it
     exact: bool = False  # bit-identical at any batch size in float32 on a CPU; slower below four pictures
 
@@ -428,6 +429,11 @@ class Sampling:
         low, high = self.guidance_interval or (0.0, 1.0)
         _require(0 <= low < high, "guidance_interval", "must be two numbers, the smaller first")
         _require(is_text(self.negative_prompt), "negative_prompt", "must be UTF-8 text")
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the scorer chooses among several drawings."""
+        return self.best_of is not None and self.best_of > 1
 
 
 @dataclass(frozen=True)
@@ -468,7 +474,7 @@ class SampleConfig:
         _require(self.save_frames >= 0, "save_frames", "must not be negative")
         _require(not (self.raw and (self.palette or self.hard_alpha)), "raw", "excludes palette and hard_alpha")
         given = self.image or self.mask or self.variation or self.interpolate
-        _require(self.sampling.best_of == 1 or not given, "best_of", "excludes image, mask, variation, interpolate")
+        _require(not (self.sampling.chooses and given), "best_of", "excludes image, mask, variation, interpolate")
         _require(self.seed is None or 0 <= self.seed < 2**63, "seed", "must be from 0 to 2^63 - 1 (9.2e18)")
         _require(0 < self.strength <= 1, "strength", "must be above 0 and at most 1")
         _require(0 <= self.variation <= 1, "variation", "must be in [0, 1]")

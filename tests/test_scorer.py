@@ -6,17 +6,19 @@ import importlib
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_denoiser
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pokediff.config import SampleConfig, Sampling
 from pokediff.data.images import read_image
 from pokediff.demo.studio import Studio
-from pokediff.drawing.sample import sample
+from pokediff.drawing.sample import BEST_OF, resolved, sample
 from pokediff.drawing.sheets import weights_sha256
 from pokediff.errors import PokediffError
 from pokediff.model.cascade import Cascade
@@ -94,12 +96,35 @@ def test_the_regression_is_of_the_features_as_they_are(train_scorer):
     assert regression(features[:100]).std() < values[:100].std() / 5  # the penalty
 
 
+def test_drawings_of_a_prompt_are_compared_with_each_other(train_scorer):
+    """What a prompt's drawings have in common does not count, and no prompt is in its own regression."""
+    rng = np.random.default_rng(0)
+    prompts = [f"prompt {k // 6}" for k in range(120)] + ["one of its kind"] * 3 + ["another"]
+    groups = train_scorer.grouped(prompts)
+    assert len(set(groups[:120])) == 20
+    assert set(groups[120:]) == {0}
+    features, easy = rng.normal(size=(124, 10)), rng.normal(size=21)[np.minimum(np.arange(124) // 6, 20)]
+    features[:, 0] += 3 * easy
+    ratings = 5 * easy + features[:, 1]  # of what the first feature shows, and within a prompt the second
+    some, differences = train_scorer.centred(features, groups), train_scorer.centred(ratings, groups)
+    np.testing.assert_allclose([differences[groups == group].mean() for group in set(groups)], 0, atol=1e-9)
+    train_scorer.PENALTY, before = 10.0, train_scorer.PENALTY
+    try:
+        predicted = train_scorer.held_out_predictions(some, differences, prompts, rng)
+    finally:
+        train_scorer.PENALTY = before
+    assert np.corrcoef(predicted[:120], differences[:120])[0, 1] > 0.9
+    best = train_scorer.best_of_four(ratings[:120], predicted[:120], groups[:120], rng)
+    assert best > ratings[:120].mean() + 0.7  # of four normal values the highest is 1.03 on average
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("prompt,seed\na cat,1\n", "ratings.csv:1: the header must have a column rating"),
         ("prompt,seed,rating\na cat,1,2\na cat,one,2\n", "ratings.csv:3: seed must be a whole number"),
-        ("prompt,seed,rating\na cat,1,\n", "ratings.csv:2: .* rating a number"),
+        ("prompt,seed,rating\na cat,1,\n", "ratings.csv:2: .* rating and guidance_scale numbers"),
+        ("prompt,seed,rating,guidance_scale\na cat,1,2,much\n", "ratings.csv:2: .* rating and guidance_scale numbers"),
         ("prompt,seed,rating\na cat,1,2\n", "has 1 ratings, at least 8"),
     ],
 )
@@ -118,12 +143,22 @@ def test_the_drawing_with_the_highest_score_is_chosen(pipe, others):
     for row, prompt in enumerate(PROMPTS):
         text = pipe.encode_prompt(prompt)
         for column, seed in enumerate(tried[row].tolist()):
-            *_, last = pipe.denoise(text, [seed], size=32, **options)
-            scores[row, column] = pipe.scorer(pipe.base, last.x0, text)
+            begun = [step.x0 for step in pipe.denoise(text, [seed], size=32, **options) if step.denoiser == "base-32"]
+            scores[row, column] = pipe.scorer(pipe.base, begun[-1], text)
     assert chosen == tried[np.arange(3), scores.argmax(1)].tolist()
     assert len({int(column) for column in scores.argmax(1)}) > 1  # not always the first one
     assert pipe.best_seeds(PROMPTS, SEEDS, best_of=4, batch_size=5, **options) == chosen
     assert pipe.best_seeds(PROMPTS[1:], SEEDS[1:], best_of=4, **options) == chosen[1:]
+
+
+def test_the_base_is_drawn_to_the_step_where_the_next_denoiser_takes_over(pipe):
+    seen = []
+    x0 = pipe.base_x0(PROMPTS, SEEDS, Sampling(size=64, **QUICK), on_step=seen.append)
+    steps = list(pipe.denoise(PROMPTS, SEEDS, size=32, **QUICK))
+    number = pipe.base_steps(Sampling(size=64, **QUICK))
+    assert [step.denoiser for step in steps[: number + 1]] == ["base-32"] * number + ["refiner-32"]
+    assert [step.sigma for step in seen] == [step.sigma for step in steps[:number]]
+    torch.testing.assert_close(x0, steps[number - 1].x0, rtol=0, atol=0)
 
 
 def test_the_best_of_one_is_that_one(pipe, tiny_pipe):
@@ -179,12 +214,35 @@ def test_sample_draws_the_chosen_one_and_its_bar_counts_the_others(folder, pipe,
         batch_size=2, raw=True, sampling=Sampling(best_of=3, size=32, **QUICK),
     )  # fmt: skip
     out = sample(config)
-    assert bars[0].n == bars[0].total == 4 * (len(pipe.evaluations(Sampling(size=32, **QUICK))) + 1)
+    steps = len(pipe.evaluations(Sampling(size=32, **QUICK)))
+    assert bars[0].n == bars[0].total == steps + 1 + 3 * pipe.base_steps(Sampling(**QUICK))
     facts = json.loads((out / "sample.json").read_text())
     assert facts["settings"]["sampling"]["best_of"] == 3
     drawn = pipe.generate([PROMPTS[0]] * 2, [4, 5], size=32, best_of=3, **QUICK)
     for index in range(2):
         np.testing.assert_array_equal(read_image((out / f"{index:04}.png").read_bytes()), drawn[index])
+    best = pipe.best_seeds([PROMPTS[0]] * 2, [4, 5], best_of=3, **QUICK)
+    assert [row["seed"] for row in facts["pictures"]] == best != [4, 5]
+    with Image.open(out / "large" / "0001.png") as picture:
+        assert picture.text == {"prompt": PROMPTS[0], "seed": str(best[1])}
+    (out / "0000.png").unlink()  # as if it had been interrupted
+    again = json.loads((sample(config) / "sample.json").read_text())
+    assert again["pictures"] == facts["pictures"]
+
+
+def test_sample_chooses_by_itself_where_it_can_and_a_program_where_it_is_told(pipe, tiny_pipe):
+    """Not where noise or a picture is given, or speed is asked for."""
+    plain = SampleConfig(prompt=("a cat",))
+    assert resolved(plain, pipe).sampling.best_of == BEST_OF == 8
+    assert resolved(plain, tiny_pipe).sampling.best_of == 1
+    for others in (dict(image="a.png"), dict(variation=0.2), dict(interpolate=3), dict(sampling=Sampling(best_of=1))):
+        assert resolved(replace(plain, **others), pipe).sampling.best_of == 1
+    assert resolved(replace(plain, sampling=Sampling(best_of=3)), pipe).sampling.best_of == 3
+    assert pipe.resolved(Sampling()).best_of == 1
+    fast = Cascade({**dict(pipe.cascade.items()), "fast": make_denoiser(steps=2, fast=True)})
+    for wanted, number in ((False, BEST_OF), (True, 1)):
+        config = replace(plain, sampling=Sampling(fast=wanted))
+        assert resolved(config, pipe.with_components(cascade=fast)).sampling.best_of == number
 
 
 def test_the_demo_draws_the_chosen_ones_and_says_their_seeds(folder, pipe, tiny_checkpoint):
@@ -209,7 +267,7 @@ def test_another_scorer_is_another_drawing(folder, tmp_path):
     path = tmp_path / "other" / "scorer" / WEIGHTS
     save_file({name: -tensor for name, tensor in load_file(path).items()}, path)
     assert weights_sha256(tmp_path / "other") == weights_sha256(folder)
-    assert weights_sha256(tmp_path / "other", best_of=2) != weights_sha256(folder, best_of=2)
+    assert weights_sha256(tmp_path / "other", with_scorer=True) != weights_sha256(folder, with_scorer=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- errors

@@ -247,8 +247,8 @@ def one_to_one(page) -> None:
 
 
 def sampled(checkpoint, out: Path, prompt: str, **options) -> np.ndarray:
-    """What sample.py draws in float32."""
-    sampling = Sampling(precision="fp32", size=options.pop("size", 64))
+    """What sample.py draws in float32 from the seed itself."""
+    sampling = Sampling(precision="fp32", best_of=1, size=options.pop("size", 64))
     folder = sample(
         SampleConfig(prompt=(prompt,), checkpoint=str(checkpoint), out=str(out), sampling=sampling, **options)
     )

@@ -94,7 +94,7 @@ class Baseline(DrawsAtOnce):
             "negative_prompt": bool(sampling.negative_prompt),
             "sampler": sampling.sampler is not None,
             "fast": sampling.fast,
-            "best_of": sampling.best_of > 1,
+            "best_of": sampling.chooses,
         }
         if wrong := [name for name, is_given in given.items() if is_given]:
             reason = "has no time steps: it draws at once" if at_once else "was trained without it"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import cv2
 import numpy as np
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
 from pokediff.errors import PokediffError
 
@@ -110,10 +111,12 @@ def _whole_mode(image: Image.Image) -> str:
     return "RGBA" if clear else "L" if image.mode in ("1", "L") else "RGB"
 
 
-def encode_png(rgba: np.ndarray) -> bytes:
-    """Straight RGBA uint8 (H, W, 4) to PNG bytes; the same pixels always give the same bytes."""
-    buffer = BytesIO()
-    Image.fromarray(rgba).save(buffer, "PNG", optimize=False, compress_level=6)
+def encode_png(rgba: np.ndarray, text: Mapping[str, object] | None = None) -> bytes:
+    """Straight RGBA uint8 (H, W, 4) to PNG bytes, with text chunks; the same pixels always give the same bytes."""
+    buffer, chunks = BytesIO(), PngInfo()
+    for key, value in (text or {}).items():
+        chunks.add_text(key, str(value))
+    Image.fromarray(rgba).save(buffer, "PNG", optimize=False, compress_level=6, pnginfo=chunks)
     return buffer.getvalue()
 
 

@@ -40,9 +40,8 @@ from pokediff.demo.downloads import Downloads
 from pokediff.demo.history import History
 from pokediff.demo.studio import LIMITS, Studio
 from pokediff.drawing.jobs import Job
-from pokediff.drawing.sample import Frame
+from pokediff.drawing.sample import BEST_OF, Frame
 
-BEST_OF = 4  # drawings of a picture: half as many are torn (docs/benchmarks.md)
 MOST_CHIPS = 24  # of a group
 WORDS = {  # for a checkpoint without words.json
     "styles": tuple(dict.fromkeys(STYLES[name] for name in ("artwork", "home", "dream-world", "sprite-gen5"))),
@@ -175,7 +174,7 @@ def draw(
     jobs: list[Job] = []
     for job in studio.chosen(config):
         jobs.append(job)
-        if config.sampling.best_of > 1:
+        if config.sampling.chooses:
             yield changed({"status": f"Chose the best seed of {len(jobs)} of {config.num_images_per_prompt} pictures."})
     frames: list[Frame] = []
     words = show.step_words(studio.evaluations(config))

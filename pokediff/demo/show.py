@@ -189,7 +189,7 @@ def summary(config: SampleConfig, evaluations: Sequence[Evaluation]) -> str:
         return f"Done: seed {config.seed}."
     own = config.sampling
     words = " and ".join(f"{number} step{'s' * (number > 1)} at {size} px" for size, number in steps.items())
-    best = f", the best of {own.best_of}" if own.best_of > 1 else ""
+    best = f", the best of {own.best_of}" if own.chooses else ""
     return f"Done: seed {config.seed}{best}, {words}, guidance scale {own.guidance_scale or 1:g}."
 
 

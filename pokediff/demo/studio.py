@@ -44,7 +44,7 @@ class Limits:
     seed: int = 2**32 - 1
     enlarge: int = 16
     interpolation: int = 48  # pictures between two prompts
-    best_of: int = 8  # drawings of each picture
+    best_of: int = 16  # drawings of each picture
 
 
 LIMITS = Limits()
@@ -184,7 +184,7 @@ class Studio:
         jobs, done = list[Job](), list[np.ndarray]()
         for job in self.chosen(config):
             jobs.append(job)
-            if config.sampling.best_of > 1:  # otherwise there is nothing to wait for
+            if config.sampling.chooses:  # otherwise there is nothing to wait for
                 yield None
         if isinstance(pipeline := self.pipeline_of(config), DrawsAtOnce) and pipeline.slow:
             batch_size = 1  # so that it can be stopped
@@ -255,7 +255,7 @@ def check_limits(config: SampleConfig) -> None:
         "seed": (config.seed or 0, LIMITS.seed),
         "enlarge": (config.enlarge, LIMITS.enlarge),
         "pictures of an interpolation": (config.interpolate, LIMITS.interpolation),
-        "drawings of a picture": (sampling.best_of, LIMITS.best_of),
+        "drawings of a picture": (sampling.best_of or 1, LIMITS.best_of),
     }
     for what, (value, most) in bounded.items():
         if not value <= most:  # not `value > most`: NaN must fail too

@@ -34,6 +34,7 @@ from pokediff.progress import ProgressBar
 from pokediff.training.launch import join
 
 NOTES = 5  # of prompts, that are printed
+BEST_OF = 8  # drawings that are begun for a picture: a quarter as many torn ones (docs/benchmarks.md)
 Model = PokeDiffPipeline | DrawsAtOnce
 T = TypeVar("T")
 
@@ -107,12 +108,9 @@ def sample_table(config: SampleConfig) -> Path:
     if main:
         print_notes(pipeline, config, [row.prompt for row in rows])
     out = Path(config.out or Path("outputs") / Path(str(config.prompts_file)).stem)
-    facts = {"weights": weights_sha256(checkpoint_folder(config.lora or config.checkpoint), config.sampling.best_of)}
+    facts = {"weights": weights_sha256(checkpoint_folder(config.lora or config.checkpoint), config.sampling.chooses)}
 
-    def finished(jobs: Sequence[Job]) -> np.ndarray:
-        return next(draw(pipeline, jobs, config, every=False)).x0
-
-    new, there = draw_table(config, out, facts, finished)
+    new, there = draw_table(config, out, facts, lambda jobs: next(draw(pipeline, jobs, config, every=False)))
     if main:
         print(f"{new} picture{'s' * (new != 1)} drawn, {there} were there: {out}")
     return out
@@ -149,7 +147,16 @@ def resolved(config: SampleConfig, pipeline: Model) -> SampleConfig:
             config = replace(config, batch_size=1)
     if pipeline.pixel_art and config.hard_alpha is None and not config.raw:
         config = replace(config, hard_alpha=True)
-    return replace(config, sampling=pipeline.resolved(config.sampling))
+    sampling = config.sampling
+    if sampling.best_of is None and can_choose(config, pipeline):
+        sampling = replace(sampling, best_of=BEST_OF)
+    return replace(config, sampling=pipeline.resolved(sampling))
+
+
+def can_choose(config: SampleConfig, pipeline: Model) -> bool:
+    """Whether the scorer chooses by default: not where the noise is given, nor where speed was asked for."""
+    given = config.image or config.variation or config.interpolate
+    return getattr(pipeline, "scorer", None) is not None and not given and not config.sampling.fast
 
 
 def batches(
@@ -158,12 +165,11 @@ def batches(
     """Pictures and frames of one batch of jobs, given by their numbers, after another, with a progress bar. Only the
     first batch is animated: without `save_frames` the others have their last frame only.
     """
-    steps, best_of = len(pipeline.evaluations(config.sampling, init.get("strength", 1.0))) + 1, config.sampling.best_of
+    steps = len(pipeline.evaluations(config.sampling, init.get("strength", 1.0))) + 1
     number, total = sum(map(len, numbers)), steps * len(numbers)
-    if best_of > 1:
-        small = replace(config.sampling, size=pipeline.sizes[0])
-        choices = sum(math.ceil(best_of * len(batch) / config.batch_size) for batch in numbers)
-        total += choices * (len(pipeline.evaluations(small)) + 1)
+    if isinstance(pipeline, PokeDiffPipeline) and config.sampling.chooses:
+        begun = [len(batch) * (config.sampling.best_of or 1) for batch in numbers]
+        total += sum(math.ceil(several / config.batch_size) for several in begun) * pipeline.base_steps(config.sampling)
     name, silent = f"{number} picture{'s' * (number > 1)}", not join().is_main_process
     with ProgressBar(total=total, desc=name, unit="step", leave=False, disable=silent) as bar:
         for batch in numbers:
@@ -193,7 +199,7 @@ def draw(
 
     def last(pictures: np.ndarray) -> Frame:
         finished = [finishing(picture, job.nearest_prompt) for picture, job in zip(pictures, jobs, strict=True)]
-        return Frame(pictures, np.stack(finished), 0.0)
+        return Frame(pictures, np.stack(finished), 0.0, jobs)
 
     if isinstance(pipeline, DrawsAtOnce):
         yield last(pipeline.generate([job.prompt for job in jobs], [job.seed for job in jobs], config.sampling))
@@ -216,10 +222,9 @@ def draw(
 
 def choose(pipeline: Model, jobs: Sequence[Job], config: SampleConfig, on_step: OnStep = lambda _: None) -> list[Job]:
     """The jobs, each with the best of its `best_of` seeds; `config` is resolved."""
-    best_of, seeds = config.sampling.best_of, [job.seed for job in jobs]
-    if best_of == 1 or isinstance(pipeline, DrawsAtOnce):
+    if isinstance(pipeline, DrawsAtOnce) or not config.sampling.chooses:
         return list(jobs)
-    prompts, size = [job.prompt for job in jobs], config.batch_size
+    prompts, seeds, size = [job.prompt for job in jobs], [job.seed for job in jobs], config.batch_size
     best = pipeline.best_seeds(prompts, seeds, config.sampling, batch_size=size, on_step=on_step)
     return [replace(job, seed=seed) for job, seed in zip(jobs, best, strict=True)]
 

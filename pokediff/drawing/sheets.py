@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from pokediff.baselines.interface import DrawsAtOnce, is_baseline
 from pokediff.config import SampleConfig, plain
@@ -56,12 +57,13 @@ OWN_FILES = re.compile(
 @dataclass(frozen=True)
 class Frame:
     """A step as it is shown: straight RGBA uint8 (B, S, S, 4) of the size of its denoiser. Sigma 0 marks the last one,
-    whose x0 are the finished pictures.
+    whose x0 are the finished pictures, and `jobs` what was drawn, with the seeds that were chosen.
     """
 
     x: np.ndarray
     x0: np.ndarray
     sigma: float
+    jobs: Sequence[Job] = ()
 
 
 def write_drawing(
@@ -132,7 +134,7 @@ def share_drawing(
         if state.is_main_process:
             return write_batches(out, config, jobs, facts, drawn, state.wait_for_everyone)
         for batch, pictures, frames in drawn:
-            write_batch(out, config, batch, pictures, frames)
+            write_batch(out, config, jobs, batch, pictures, frames)
         state.wait_for_everyone()
     return len(jobs)
 
@@ -194,14 +196,15 @@ def write_batches(
     began, names = time.monotonic(), file_names(config, len(jobs))
     try:
         for batch, pictures, frames in drawn:
-            write_batch(out, config, batch, pictures, frames)
+            write_batch(out, config, jobs, batch, pictures, frames)
         wait()
     finally:
-        done = {index: job for index, job in enumerate(jobs) if (out / f"{index:04}.png").is_file()}
+        there = [index for index in range(len(jobs)) if (out / f"{index:04}.png").is_file()]
+        done = {index: drawn_job(out, index, jobs[index]) for index in there}
         if done:
             write_sheet(out, read_pictures(out, list(done)[:ON_SHEET], config), config)
             whole = next((index for index in range(len(jobs)) if index not in done), len(jobs))
-            write_atlas(out, config, jobs[:whole])
+            write_atlas(out, config, list(done.values())[:whole])
             names = [name for name in names if (out / name).is_file()]
             write_facts(out, facts | {"seconds": round(time.monotonic() - began, 2)}, done, names)
         else:
@@ -263,13 +266,19 @@ def remove(out: Path, names: Sequence[str]) -> None:
 
 
 def write_batch(
-    out: Path, config: SampleConfig, batch: Sequence[int], pictures: np.ndarray, frames: Sequence[Frame]
+    out: Path,
+    config: SampleConfig,
+    jobs: Sequence[Job],
+    batch: Sequence[int],
+    pictures: np.ndarray,
+    frames: Sequence[Frame],
 ) -> None:
     """The pictures of these numbers, their frames, and an animation of the first batch."""
-    for offset, (index, picture) in enumerate(zip(batch, pictures, strict=True)):
+    drawn = (frames and frames[-1].jobs) or [jobs[index] for index in batch]
+    for offset, (index, picture, job) in enumerate(zip(batch, pictures, drawn, strict=True)):
         if config.save_frames and frames:
             write_frames(out / "frames" / f"{index:04}", frames, offset, config)
-        write_picture(out, index, picture, config)
+        write_picture(out, index, picture, config, job)
     if batch[0] == 0 and len(frames) > 1:
         animate(out, frames, config)
 
@@ -278,15 +287,24 @@ def on_background(rgba: np.ndarray, config: SampleConfig) -> np.ndarray:
     return composite(rgba, config.background) if config.background else rgba
 
 
-def write_picture(out: Path, index: int, picture: np.ndarray, config: SampleConfig) -> None:
+def write_picture(out: Path, index: int, picture: np.ndarray, config: SampleConfig, job: Job) -> None:
     """One straight RGBA picture (S, S, 4), scaled by `enlarge`, and its copy in large/ unless it is large itself. The
-    copy first: a picture that is there is one that is done.
+    copy first: a picture that is there is one that is done. The job is in the text of both files.
     """
     picture = on_background(enlarge(picture, config.enlarge), config)
     if (factor := -(-LARGE_SIDE // len(picture))) > 1:
         (out / "large").mkdir(exist_ok=True)
-        write_whole(out / "large" / f"{index:04}.png", encode_png(enlarge(picture, factor)))
-    write_whole(out / f"{index:04}.png", encode_png(picture))
+        write_whole(out / "large" / f"{index:04}.png", encode_png(enlarge(picture, factor), job.facts()))
+    write_whole(out / f"{index:04}.png", encode_png(picture, job.facts()))
+
+
+def drawn_job(out: Path, index: int, job: Job) -> Job:
+    """The job of a picture that is there, with the seed in its file: where the scorer chose, and perhaps another
+    process drew, that is another one.
+    """
+    with Image.open(out / f"{index:04}.png") as picture:
+        seed = str(picture.info.get("seed", job.seed))
+    return dataclasses.replace(job, seed=int(seed)) if seed.isdecimal() else job
 
 
 def read_pictures(out: Path, numbers: Sequence[int], config: SampleConfig) -> np.ndarray:
@@ -370,7 +388,7 @@ def facts_of(pipeline: PokeDiffPipeline | DrawsAtOnce, config: SampleConfig) -> 
     )
     return {
         "settings": plain(settings),
-        "weights_sha256": weights_sha256(checkpoint_folder(config.lora or config.checkpoint), config.sampling.best_of),
+        "weights_sha256": weights_sha256(checkpoint_folder(config.lora or config.checkpoint), config.sampling.chooses),
         "device": str(pipeline.device),
         "packages": {name: version(name) for name in ("pokediff", "torch", "diffusers")},
     }
@@ -392,14 +410,14 @@ def checkpoint_folder(name: str | None) -> Path:
     return find_folder(name or shipped("checkpoints", "pokediff"), {})
 
 
-def weights_sha256(folder: Path, best_of: int = 1) -> str:
+def weights_sha256(folder: Path, with_scorer: bool = False) -> str:
     """Of all weights that a checkpoint or baseline draws with: its networks and text encoder, its scorer where that
     chooses, and those of its base.
     """
-    parts = [".", "cascade/*", "text_encoder", *(["scorer"] if best_of > 1 else [])]
+    parts = [".", "cascade/*", "text_encoder", *(["scorer"] if with_scorer else [])]
     places = [f"{place}/*.{kind}" for place in parts for kind in ("safetensors", "onnx")]
     files = sorted(path for place in places for path in folder.glob(place))
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
     if not is_baseline(folder) and (base := base_of(folder)):
-        digests.append(weights_sha256(base, best_of))
+        digests.append(weights_sha256(base, with_scorer))
     return hashlib.sha256("".join(digests).encode()).hexdigest()

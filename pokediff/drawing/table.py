@@ -21,12 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pokediff.config import SampleConfig
 from pokediff.data.images import encode_png, enlarge
 from pokediff.drawing.jobs import MAX_SEED, Job, slug
-from pokediff.drawing.sheets import on_background
+from pokediff.drawing.sheets import Frame, on_background
 from pokediff.errors import PokediffError
 from pokediff.files import own_folder, read_csv, read_text, require_file, write_whole
 from pokediff.training.launch import join
@@ -58,7 +56,7 @@ def is_table(config: SampleConfig) -> bool:
 
 
 def draw_table(
-    config: SampleConfig, out: Path, facts: dict[str, Any], draw: Callable[[Sequence[Job]], np.ndarray]
+    config: SampleConfig, out: Path, facts: dict[str, Any], draw: Callable[[Sequence[Job]], Frame]
 ) -> tuple[int, int]:
     """Draw what OUT does not hold yet, by all processes together, after its entries in the manifest. Returns the
     numbers of pictures that were drawn and that were there.
@@ -66,7 +64,7 @@ def draw_table(
     Args:
         config: its settings, resolved.
         facts: what else identifies the drawings, such as the sha256 of the weights.
-        draw: finished pictures, straight RGBA uint8 (B, S, S, 4), of a batch of jobs.
+        draw: the last frame of a batch of jobs.
 
     Raises PokediffError for a table that cannot be read, and rather than overwrite a file that is not in the manifest.
     """
@@ -78,10 +76,10 @@ def draw_table(
         missing, there = broadcast_object_list([found])[0]
         batches = [missing[start : start + config.batch_size] for start in range(0, len(missing), config.batch_size)]
         for batch in batches[state.process_index :: state.num_processes]:
-            pictures = draw([Job(entry["prompt"], int(entry["seed"])) for entry in batch])
-            for entry, picture in zip(batch, pictures, strict=True):
+            last = draw([Job(entry["prompt"], int(entry["seed"])) for entry in batch])
+            for entry, picture, job in zip(batch, last.x0, last.jobs, strict=True):
                 shown = on_background(enlarge(picture, config.enlarge), config)
-                write_whole(out / entry["file"], encode_png(shown))
+                write_whole(out / entry["file"], encode_png(shown, job.facts()))
         state.wait_for_everyone()
     return len(missing), there
 

@@ -136,7 +136,7 @@ def make_drawer(config: EvaluateConfig, generator: ImageGenerator | None, device
         if isinstance(pipeline, DrawsAtOnce) and pipeline.name == "digits":
             raise PokediffError("digits draws digits alone, and a report draws creatures: see docs/baselines.md")
         sampling, generator = pipeline.resolved(sampling), pipeline
-        facts["weights_sha256"] = str(weights_sha256(checkpoint_folder(config.checkpoint), sampling.best_of))
+        facts["weights_sha256"] = str(weights_sha256(checkpoint_folder(config.checkpoint), sampling.chooses))
         if isinstance(pipeline, PokeDiffPipeline):
             facts["denoisers"] = denoisers_used(pipeline, sampling)  # type: ignore[assignment]
     if sampling.size is None:

@@ -147,7 +147,7 @@ def about(settings: dict[str, Any]) -> list[str]:
         used = ", ".join(f"{name} ({row['size']} px, {row['evaluations']} steps)" for name, row in denoisers.items())
         factor = max(row.get("high_noise_guidance", 1.0) for row in denoisers.values())
         scale = f"guidance scale {sampling['guidance_scale']}" + (f" ({factor:g} times above sigma 10)" * (factor > 1))
-        best = f"; each the best of {sampling['best_of']} by the scorer" if sampling.get("best_of", 1) > 1 else ""
+        best = f"; each the best of {sampling['best_of']} by the scorer" if (sampling.get("best_of") or 1) > 1 else ""
         lines.append(
             f"Denoisers {used}; sampler {sampling['sampler']}, {scale}, seeds from 0{best}; "
             f"weights sha256 {str(system['weights_sha256'])[:16]}, data sha256 {settings['data_sha256'][:16]}."

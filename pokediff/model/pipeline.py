@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -117,11 +118,12 @@ class PokeDiffPipeline(CheckpointPipeline):
         return self.config.pixel_art
 
     def resolved(self, sampling: Sampling) -> Sampling:
-        """`sampling` with the checkpoint's default size, steps, guidance scale and sampler in place of None.
+        """`sampling` with the checkpoint's default size, steps, guidance scale and sampler in place of None, and one
+        drawing of a picture.
 
         Raises PokediffError for a size, variant or scorer that the checkpoint does not have.
         """
-        if sampling.best_of > 1 and self.scorer is None:
+        if sampling.chooses and self.scorer is None:
             raise PokediffError("best_of: this checkpoint has no scorer; scripts/train_scorer.py trains one")
         size = sampling.size or self.image_size
         first = self.cascade.leading(self.cascade.legs(size)[0], sampling.fast).config
@@ -131,6 +133,7 @@ class PokeDiffPipeline(CheckpointPipeline):
             num_inference_steps=sampling.num_inference_steps or first.steps,
             guidance_scale=first.guidance_scale if sampling.guidance_scale is None else sampling.guidance_scale,
             sampler=sampling.sampler or ("ddim" if first.fast else self.sampler),  # distillation uses DDIM steps
+            best_of=sampling.best_of or 1,
         )
 
     def with_components(self, **others: Any) -> PokeDiffPipeline:
@@ -227,7 +230,7 @@ class PokeDiffPipeline(CheckpointPipeline):
         if len(prompts) != len(seeds):
             raise PokediffError(f"{len(prompts)} prompts need {len(prompts)} seeds, not {len(seeds)}")
         sampling = self.resolved(interface.make_sampling(sampling, options))
-        if sampling.best_of > 1:
+        if sampling.chooses:
             if image is not None or noise is not None:
                 raise PokediffError("best_of chooses the noise: leave out image and noise")
             seeds = self.best_seeds(prompts, seeds, sampling, negative_prompts=negative_prompts)
@@ -281,18 +284,17 @@ class PokeDiffPipeline(CheckpointPipeline):
         on_step: OnStep = lambda _: None,
         **options: Any,
     ) -> list[int]:
-        """Of `sampling.best_of` seeds for each of N pictures, the one whose drawing at the smallest size the scorer
-        rates highest. They are the seed given and others a million apart, or what a generator draws. `on_step`
-        gets every step of every batch.
+        """Of `sampling.best_of` seeds for each of N pictures, the one that the scorer rates highest, by `base_x0`. They
+        are the seed given and others a million apart, or what a generator draws. `on_step` gets every step of every
+        batch.
 
         Arguments and errors are those of `denoise`; it also raises PokediffError for a checkpoint without scorer.
         """
         sampling = self.resolved(interface.make_sampling(sampling, options))
-        number = sampling.best_of
+        number = sampling.best_of or 1
         tried = [interface.candidates(seed, number) for seed in seeds]
         if number == 1:
             return [seed for several in tried for seed in several]
-        small = replace(sampling, size=self.sizes[0], best_of=1)
         flat = [seed for several in tried for seed in several]
         text = self._vectors(prompts, len(seeds)).repeat_interleave(number, dim=0)
         unwanted = sampling.negative_prompt if negative_prompts is None else negative_prompts
@@ -300,12 +302,36 @@ class PokeDiffPipeline(CheckpointPipeline):
         scores = []
         for start in range(0, len(flat), batch_size):
             part = slice(start, start + batch_size)
-            for step in self.denoise(text[part], flat[part], small, negative_prompts=negative[part]):
-                on_step(step)
-            given = [values.to(self.base.dtype) for values in (step.x0, text[part])]
+            x0 = self.base_x0(text[part], flat[part], sampling, negative_prompts=negative[part], on_step=on_step)
+            given = [values.to(self.base.dtype) for values in (x0, text[part])]
             scores.append(in_fours(partial(self.scorer, self.base), given))
         best = torch.cat(scores).view(len(seeds), number).argmax(1).tolist()
         return [several[index] for several, index in zip(tried, best, strict=True)]
+
+    @torch.inference_mode()
+    def base_x0(
+        self,
+        prompts: Texts,
+        seeds: Seeds,
+        sampling: Sampling | None = None,
+        *,
+        negative_prompts: Texts | None = None,
+        on_step: OnStep = lambda _: None,
+    ) -> torch.Tensor:
+        """x0 (N, C, S, S) of drawings at the smallest size where the denoiser for the most noise, whose steps `on_step`
+        gets, hands over to the next one. What is torn and what is whole is decided there, at a third of the cost of the
+        whole drawing (docs/LOG.md). Arguments and errors are those of `denoise`.
+        """
+        small = replace(sampling or Sampling(), size=self.sizes[0], best_of=1)
+        steps = self.denoise(prompts, seeds, small, negative_prompts=negative_prompts)
+        for step in islice(steps, self.base_steps(small)):
+            on_step(step)
+        return step.x0
+
+    def base_steps(self, sampling: Sampling) -> int:
+        """The number of steps of `base_x0`."""
+        planned = self.evaluations(replace(sampling, size=self.sizes[0]))
+        return sum(each.denoiser == planned[0].denoiser for each in planned)
 
     def _vectors(self, prompts: str | Texts, number: int) -> torch.Tensor:
         """(N, D) text vectors of N prompts, or of one for all."""
@@ -444,7 +470,7 @@ class PokeDiffPipeline(CheckpointPipeline):
         sampling = self.resolved(interface.make_sampling(None, options))
         given: dict[str, Any] = {"negative_prompts": negative}
         given |= interface.fit_images(image, mask_image, sampling.size or self.image_size)
-        if sampling.best_of > 1 and image is None:  # here, so that `seeds` of the output draw the pictures again
+        if sampling.chooses and image is None:  # here, so that `seeds` of the output draw the pictures again
             seeds = self.best_seeds(prompts, seeds, sampling, negative_prompts=negative, batch_size=batch_size)
             sampling = replace(sampling, best_of=1)
         given["strength"] = strength if image is not None and mask_image is None else 1.0

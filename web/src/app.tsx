@@ -400,7 +400,7 @@ function Footer() {
       <p>
         {state.offline.value ? "This page works offline now. " : ""}
         Made with pokediff {model?.version}; the same prompt, seed and settings give the picture that its{" "}
-        <code>sample.py --precision fp32</code> draws.
+        <code>sample.py --precision fp32 --best-of 1</code> draws.
       </p>
     </footer>
   );
