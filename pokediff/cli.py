@@ -220,6 +220,9 @@ def train_defaults(args: list[str]) -> TrainOptions:
         cure = f": --data goes with --config; without it: pokediff train {data}" if data else ""
         cure = cure or ": give a folder of pictures, or --config FILE; the folder before --stages"
         raise PokediffError(f"no training data{cure}")
+    from pokediff.data.layouts import require_folder
+
+    require_folder(given.folder)  # before the seconds that it takes to import torch
     from pokediff.training.recipes import recipe_for
 
     return TrainOptions(settings=recipe_for(given.folder, size=given.size, start_from=given.settings.start_from))

@@ -68,17 +68,22 @@ class Listing:
     notes: tuple[str, ...]  # what was found and not read
 
 
+def require_folder(folder: Path) -> None:
+    """Raise PokediffError for a file, and for what does not exist."""
+    if folder.is_file():
+        cure = "unpack it, and give its folder" if folder.suffix.lower() in ARCHIVES else "give the folder it is in"
+        raise PokediffError(f"{folder} is a file and not a folder of pictures: {cure}")
+    if not folder.is_dir():
+        raise PokediffError(f"{folder} not found")
+
+
 def read_listing(folder: Path) -> Listing:
     """The rows of a folder of pictures, in file order.
 
     Raises PokediffError when the folder does not exist, holds no pictures, has a broken metadata file, or has parquet
     files and pyarrow is not installed.
     """
-    if folder.is_file():
-        cure = "unpack it, and give its folder" if folder.suffix.lower() in ARCHIVES else "give the folder it is in"
-        raise PokediffError(f"{folder} is a file and not a folder of pictures: {cure}")
-    if not folder.is_dir():
-        raise PokediffError(f"{folder} not found")
+    require_folder(folder)
     notes: list[str] = []
     files = sorted(_walk(folder, notes))
     suffixes = picture_formats()[1]
