@@ -5,17 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, write_data
+from conftest import write_data
 from filelock import FileLock
+from forks import ended, forked
 
 from pokediff.config import DatasetConfig
 from pokediff.data import cache, dataset, decoding
@@ -239,37 +238,33 @@ def test_times_of_the_files_are_the_source(tmp_path):
     assert Source.of(tmp_path / "sub" / "a.png").digest != Source.of(tmp_path / "sub").digest
 
 
-TWO = """
-import sys
-from pokediff.data import cache, dataset, decoding
-cache.SETTLED, dataset.WORTH = -1e9, 0
-pictures = dataset.load_pictures(sys.argv[1], 16, report=print)
-print(pictures.digest, pictures.pixels[:].sum())
-"""
+def load_and_tell(folder: Path, pause: float = 0.0) -> None:
+    """Load the data set as a small one is not loaded else, with a pause before each picture."""
+    cache.SETTLED, dataset.WORTH, decode = -1e9, 0, decoding._decode
+    decoding._decode = lambda *picture: (time.sleep(pause), decode(*picture))[1]
+    pictures = dataset.load_pictures(folder, 16, report=print)
+    print(pictures.digest, pictures.pixels[:].sum())
 
 
 @pytest.mark.slow
 def test_two_processes_at_once_and_one_that_is_killed(folder, tmp_path):
-    slow = TWO.replace("cache.SETTLED", "import time; decode = decoding._decode\ncache.SETTLED").replace(
-        "pictures =", "decoding._decode = lambda *a: (time.sleep(0.2), decode(*a))[1]\npictures =", 1
-    )
+    place = folder.parent / "cache"
 
-    def start(code: str) -> subprocess.Popen:
-        command = [sys.executable, "-c", code, str(folder)]
-        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    def start(log: str, *pause: float) -> BaseProcess:
+        return forked(load_and_tell, folder, *pause, log=tmp_path / log, POKEDIFF_CACHE=str(place))
 
-    killed = start(slow)
+    killed = start("killed", 0.2)
     try:
-        while not list((folder.parent / "cache").glob("*.lock")):
-            assert killed.poll() is None
+        while not list(place.glob("*.lock")):
+            assert killed.is_alive()
             time.sleep(0.01)
     finally:
-        killed.send_signal(signal.SIGKILL)
-        killed.communicate()
+        killed.kill()
+        killed.join()
     assert entries(folder) == []
-    both = [start(TWO) for _ in range(2)]
-    said = [process.communicate(timeout=600)[0].splitlines() for process in both]
-    assert [process.returncode for process in both] == [0, 0]
+    both = [start(log) for log in ("first", "second")]
+    assert [ended(process) for process in both] == [0, 0]
+    said = [(tmp_path / log).read_text().splitlines() for log in ("first", "second")]
     assert said[0][-1] == said[1][-1]
     assert len(entries(folder)) == 1
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
+import torch.distributed.run
 from conftest import ROOT
+from forks import ended, forked
 from test_training import assert_same_state, newest_state
 from tiny import tiny_config, tiny_stage
 
@@ -31,7 +35,17 @@ from pokediff.training.stages import train
 
 PATIENCE = 300  # seconds until a test that waits for another process fails
 LATER = 10**6  # steps
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+TRAIN = str(ROOT / "train.py")
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+# train.py on machines that miss each other after ten seconds.
+IMPATIENT = """
+from datetime import timedelta
+from pokediff.cli import main
+from pokediff.training import launch
+
+launch.MEET_EVERY, launch.LOST_AFTER = 1.0, timedelta(seconds=10)
+main(command="train", prog="train.py")
+"""
 NAMES = (*launch.STARTED_BY, "ACCELERATE_USE_CPU", "MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_WORLD_SIZE")
 NAMES = (*NAMES, "SLURM_STEP_NUM_TASKS", "GLOO_SOCKET_IFNAME")
 DRAWN = {"0000.png", "0004.png", "grid.png", "denoising.gif", "large/0002.png"}
@@ -122,30 +136,23 @@ def test_any_number_of_processes_draws_the_same_batches(data):
 # ----------------------------------------------------------------------------------------------------- on one machine
 
 
-def torchrun(*words: str, log: Path, host: str = "", **environment: str) -> subprocess.Popen:
-    """Start torchrun, in the network namespace `host`, with the output in a file."""
-    enter = ["ip", "netns", "exec", host] if host else []
-    with log.open("w") as file:
-        return subprocess.Popen(
-            [*enter, *TORCHRUN, *words], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
-        )  # fmt: skip
+def torchrun(words: Sequence[str], host: str = "") -> None:
+    """The command torchrun, in the network namespace `host`; what it starts are forks of this process."""
+    enter(host)
+    torch.distributed.run.main(["--run-path", "--start-method=fork", *words])
 
 
-def end(*started: subprocess.Popen) -> list[int]:
-    """Wait for them. Returns their exit codes; kills what does not end."""
-    try:
-        return [process.wait(PATIENCE) for process in started]
-    finally:
-        for process in started:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+def enter(host: str) -> None:
+    """Move this process into a network namespace."""
+    if host:
+        with Path("/run/netns", host).open() as file:
+            assert ctypes.CDLL(None).setns(file.fileno(), 0) == 0
 
 
-def wait_for(path: Path, pattern: str, *started: subprocess.Popen) -> None:
+def wait_for(path: Path, pattern: str, *started: BaseProcess) -> None:
     begun = time.monotonic()
     while not list(path.glob(pattern)):
-        assert all(process.poll() is None for process in started), "ended too early"
+        assert all(process.is_alive() for process in started), "ended too early"
         assert time.monotonic() - begun < PATIENCE, f"no {pattern}"
         time.sleep(0.02)
 
@@ -171,13 +178,13 @@ def test_a_state_of_one_process_goes_on_with_two_and_torchrun_restarts_the_kille
     one = train(tiny_config(data, tmp_path / "one", {"base-16": quiet_stage(2)}))
     shutil.copytree(one, tmp_path / "two")
     config = tiny_config(data, tmp_path / "two", {"base-16": quiet_stage(16)})
-    words = ["--standalone", "--nproc_per_node", "2", "--max-restarts", "1", "train.py", "--config"]
-    started = torchrun(*words, write_config(config), "--resume", "auto", log=tmp_path / "log")
+    words = ["--standalone", "--nproc_per_node", "2", "--max-restarts", "1", TRAIN, "--config", write_config(config)]
+    started = forked(torchrun, [*words, "--resume", "auto"], log=tmp_path / "log", **ONE_THREAD)
     wait_for(tmp_path / "two", ".writer", started)  # of the first process
-    victim = max(process_ids("train.py", str(tmp_path / "two.yaml")))
+    victim = max(process.pid for process in psutil.Process(started.pid).children())
     wait_for(tmp_path / "two" / "state" / "base-16", "step-*4", started)
     os.kill(victim, signal.SIGKILL)
-    assert end(started) == [0], (tmp_path / "log").read_text()
+    assert ended(started, PATIENCE) == 0, (tmp_path / "log").read_text()
     train(replace(config, out=str(one)), resume="auto")
     assert_same_state(newest_state(tmp_path / "two"), newest_state(one), rtol=1e-2, atol=1e-4)
     rows = [json.loads(line) for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
@@ -189,18 +196,6 @@ def test_a_state_of_one_process_goes_on_with_two_and_torchrun_restarts_the_kille
     facts = json.loads((tmp_path / "two" / "run.json").read_text())
     assert (facts["processes"], facts["machines"]) == (2, 1)
     assert "2 processes on 1 machine" in (tmp_path / "log").read_text()
-
-
-def process_ids(*words: str) -> list[int]:
-    """The Python processes, without launchers, whose command line has these words."""
-    import psutil
-
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        line = process.info["cmdline"] or []
-        if set(words) <= set(line) and "torch.distributed.run" not in line:
-            found.append(process.pid)
-    return found
 
 
 # --------------------------------------------------------------------------------------------------------- on two hosts
@@ -231,22 +226,23 @@ def hosts() -> Iterator[list[str]]:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-def on_both(hosts: list[str], tmp_path: Path, *words: str) -> list[subprocess.Popen]:
+def on_both(hosts: list[str], tmp_path: Path, *words: str) -> list[BaseProcess]:
     """torchrun on both hosts, one process each; output in host-1 and host-2."""
     place = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=10.77.0.1", "--master_port=29444"]
-    ranks = zip(hosts, (0, 1), strict=True)
     return [
-        torchrun(*place, f"--node_rank={k}", *words, log=tmp_path / f"host-{k + 1}", host=host) for host, k in ranks
+        forked(torchrun, [*place, f"--node_rank={k}", *words], host, log=tmp_path / f"host-{k + 1}", **ONE_THREAD)
+        for k, host in enumerate(hosts)
     ]
 
 
 @pytest.mark.slow
 def test_two_hosts_train_and_stop_when_their_link_is_cut(hosts, data, tmp_path):
     config = tiny_config(data, tmp_path / "run", {"base-16": quiet_stage(LATER)})
-    started = on_both(hosts, tmp_path, "train.py", "--config", write_config(config))
+    (tmp_path / "main.py").write_text(IMPATIENT)
+    started = on_both(hosts, tmp_path, str(tmp_path / "main.py"), "--config", write_config(config))
     wait_for(tmp_path / "run" / "state" / "base-16", "step-*", *started)
     subprocess.run(["ip", "-n", hosts[0], "link", "set", "link0", "down"], check=True)
-    assert end(*started) == [1, 1]  # of torchrun, for a process that failed
+    assert [ended(process, PATIENCE) for process in started] == [1, 1]  # of torchrun, for a process that failed
     for k in (1, 2):
         (line,) = errors(tmp_path / f"host-{k}")
         assert f"process {k - 1} of 2" in line
@@ -305,7 +301,8 @@ with processes():
         np.concatenate([pixels] * 15), pixels
     )
 """)
-    assert end(*on_both(hosts, tmp_path, str(tmp_path / "main.py"))) == [0, 0], (tmp_path / "host-1").read_text()
+    started = on_both(hosts, tmp_path, str(tmp_path / "main.py"))
+    assert [ended(process, PATIENCE) for process in started] == [0, 0], (tmp_path / "host-1").read_text()
     train(replace(config, out=str(run)), resume="auto")
     assert_same_state(newest_state(tmp_path / "two"), newest_state(run), rtol=1e-2, atol=1e-4)
 
