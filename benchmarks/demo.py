@@ -280,36 +280,46 @@ def mixed(url: str, process: psutil.Process, clients: int, seconds: float, size:
     }
 
 
-def restarted(queue: int, *options: str, size: int = SIZE, requests_at_once: int = 12) -> dict[str, Any]:
-    """Kill a server among its answers and start another one in its place: each answer until then is a whole picture of
-    its own, and so are all after it.
+def killed(
+    url: str, process: psutil.Process, size: int = SIZE, requests_at_once: int = 12
+) -> tuple[list[str], list[bool | None]]:
+    """Kill a server among its answers. Returns the pictures of four seeds, and for each request whether it was answered
+    with its own; None: lost.
     """
-    port, seeds = free_port(), [number % 4 for number in range(requests_at_once)]
+    expected = [ask(url, seed, size=size)["png"] for seed in range(4)]  # type: ignore[index]
     lost = (requests.RequestException, IndexError)  # cut before the last message
-    with demo(queue, *options, size=size, port=port) as (url, process):
-        expected = [ask(url, seed, size=size)["png"] for seed in range(4)]  # type: ignore[index]
 
-        def one(seed: int) -> bool | None:
-            """Whether it is the right picture; None: lost."""
-            try:
-                answer = ask(url, seed, size=size)
-            except lost:
-                return None
-            return answer is not None and answer["png"] == expected[seed]
+    def one(number: int) -> bool | None:
+        try:
+            answer = ask(url, number % 4, size=size)
+        except lost:
+            return None
+        return answer is not None and answer["png"] == expected[number % 4]
 
-        with ThreadPoolExecutor(len(seeds)) as pool:
-            going = [pool.submit(one, seed) for seed in seeds]
-            wait(going, return_when=FIRST_COMPLETED)
-            process.kill()
-            before = [done.result() for done in going]
-    with demo(queue, *options, size=size, port=port), ThreadPoolExecutor(len(seeds)) as pool:
-        after = list(pool.map(one, seeds))
+    with ThreadPoolExecutor(requests_at_once) as pool:
+        going = [pool.submit(one, number) for number in range(requests_at_once)]
+        wait(going, return_when=FIRST_COMPLETED)
+        process.kill()
+        return expected, [done.result() for done in going]
+
+
+def restarted(url: str, expected: list[str], before: list[bool | None], size: int = SIZE) -> dict[str, Any]:
+    """The same requests to the server in the place of one that was `killed`: each answer until then is a whole picture
+    of its own, and so are all after it.
+    """
+
+    def one(number: int) -> bool:
+        answer = ask(url, number % 4, size=size)
+        return answer is not None and answer["png"] == expected[number % 4]
+
+    with ThreadPoolExecutor(len(before)) as pool:
+        after = list(pool.map(one, range(len(before))))
     return {
-        "requests": len(seeds),
+        "requests": len(before),
         "answered": before.count(True),
         "lost_by_the_restart": before.count(None),
         "answered_after_it": after.count(True),
-        "findings": before.count(False) + len(seeds) - after.count(True),
+        "findings": before.count(False) + after.count(False),
     }
 
 

@@ -256,6 +256,7 @@ def inputs(
     names = [name for name in TARGETS if not only or name in only]
     whole = sum(TARGETS[name].weight for name in names)
     findings: list[dict[str, Any]] = []
+    preload()
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         place = Path(folder).resolve()
         maker = FORK.Process(target=templates, args=(names, place))  # so that no thread of a library is forked
@@ -706,11 +707,14 @@ def load(clients: int, minutes: float) -> int:
     with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
         small_checkpoint(Path(folder) / "small")
         options = ("--checkpoint", f"{folder}/small", "--data", folder, "--reports", folder, "--runs", folder)
-        with demo.demo(32, *options, size=16) as (url, process):
+        port = demo.free_port()
+        with demo.demo(32, *options, size=16, port=port) as (url, process):
             facts = demo.mixed(url, process, clients, 60 * minutes, size=16)
             say({"load": "mixed crowd", **facts})
-        again = demo.restarted(32, *options, size=16)
-        say({"load": "restart", **again})
+            expected, before = demo.killed(url, process, size=16)
+        with demo.demo(32, *options, size=16, port=port) as (url, _):
+            again = demo.restarted(url, expected, before, size=16)
+            say({"load": "restart", **again})
     return facts["findings"] + again["findings"]
 
 
