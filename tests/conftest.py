@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import socket
@@ -35,6 +36,7 @@ from pokediff.model.text import load_text_encoder
 
 quiet()
 torch.set_num_threads(1)  # the models here are small; more threads only wait for each other
+gc.freeze()  # what was imported stays: every collection would look through it, and training collects after each stage
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 COLORS = {"red": (220, 40, 40), "green": (50, 170, 60), "blue": (60, 90, 220), "yellow": (245, 215, 40)}

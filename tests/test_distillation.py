@@ -243,7 +243,7 @@ def test_the_time_for_the_drawings_is_told(data, teacher, tmp_path):
     [
         (replace(STUDENT, distill=DistillConfig("base-64")), "its teacher base-64 is not in the cascade"),
         (replace(STUDENT, image_size=32), "base-16 does not draw 32 px"),
-        (replace(SECOND, model=replace(DETAIL, below=0.01)), "in 15 steps none is its own"),
+        (replace(SECOND, model=replace(DETAIL, below=0.01)), "in 10 steps none is its own"),
     ],
 )
 def test_a_student_that_does_not_fit_is_refused(data, teacher, tmp_path, stage, words):

@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 
 from pokediff.config import ModelConfig, StageConfig, TrainConfig
 
-BASE = ModelConfig(widths=(32, 64), attention=(False, True), blocks=(1, 1), embedding_dim=64, guidance_scale=1.5)
+BASE = ModelConfig(
+    widths=(32, 64), attention=(False, True), blocks=(1, 1), embedding_dim=64, guidance_scale=1.5, steps=10
+)
 DETAIL = ModelConfig(
     patch=1, widths=(32,), attention=(False,), blocks=(1,), embedding_dim=64,
     norm_free=True, sigma_data=0.3, gate=True, below=1.0, steps=3,
