@@ -671,7 +671,9 @@ def run_attack(arguments: list[str]) -> None:
 
 @pytest.mark.slow
 @linux
-@pytest.mark.parametrize(("names", "number"), [(("embed", "sample", "sample, a table"), 4), (("trainer", "export"), 2)])
+@pytest.mark.parametrize(
+    ("names", "number"), [(("embed", "sample", "sample, a table"), 4), (("trainer",), 2), (("export",), 1)]
+)
 def test_a_killed_command_ends_as_an_undisturbed_one(names, number, tmp_path):
     rows = attack(tmp_path / "log", "kills", "--only", *names, "--number", str(number), "--no-time", "--seed", "3")
     assert [(row["number"], row["findings"]) for row in rows] == [(number, 0)] * len(names)
