@@ -85,7 +85,7 @@ def blurred(x0: torch.Tensor) -> torch.Tensor:
 def test_a_critic_learns_to_tell_blurred_pictures_and_its_gradient_makes_them_likelier(squeeze):
     critic = make_critic(squeeze, share=1.0, learning_rate=1e-3)
     x0 = pictures(8)
-    for step in range(60):
+    for step in range(40):
         torch.manual_seed(step)
         predicted = blurred(x0).requires_grad_()
         error = (predicted - x0).square().mean(dim=(1, 2, 3))
@@ -116,7 +116,7 @@ def of_color(red: list[bool]) -> tuple[torch.Tensor, torch.Tensor]:
 def test_a_critic_of_captions_asks_for_what_was_asked_for(squeeze):
     critic = make_critic(squeeze, share=1.0, learning_rate=1e-2, captions=True)
     generator = torch.Generator().manual_seed(0)
-    for step in range(40):
+    for step in range(20):
         torch.manual_seed(step)
         (real, true), (drawn, asked) = (of_color((torch.rand(8, generator=generator) < 0.5).tolist()) for _ in range(2))
         predicted = blurred(drawn).requires_grad_()

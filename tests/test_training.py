@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, free_port, write_data
+from forks import ended, forked
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import REFINER, tiny_config, tiny_stage, with_stage
@@ -296,26 +297,24 @@ def test_a_state_does_not_fit_another_configuration(finished, data, tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 def test_killed_at_random_moments_it_ends_the_same(data, tmp_path):
     stages = {"base-16": tiny_stage(max_steps=16, checkpoint_every=2, validate_every=8, preview_every=16)}
-    whole = tiny_config(data, tmp_path / "whole", stages)
-    finish(launch(whole))
+    train(tiny_config(data, tmp_path / "whole", stages))
     config = tiny_config(data, tmp_path / "killed", stages)
     rng, kills = random.Random(0), 0
     while True:
-        process = launch(config, "--resume", "auto")
+        process = forked(train, config, "auto", log=tmp_path / "log")
         state = tmp_path / "killed" / "state" / "base-16"
         begin, seen = time.monotonic(), len(list(state.glob("step-*"))) and newest_state(tmp_path / "killed").name
-        while process.poll() is None and kills < 3:  # wait for some progress, then kill anywhere in the next steps
+        while process.is_alive() and kills < 3:  # wait for some progress, then kill anywhere in the next steps
             done = state.is_dir() and list(state.glob("step-*")) and newest_state(tmp_path / "killed").name
             if (done and done != seen) or time.monotonic() - begin > PATIENCE_S:
                 time.sleep(rng.uniform(0, 0.4))
-                os.killpg(process.pid, signal.SIGKILL)
+                process.kill()
                 kills += 1
                 break
             time.sleep(0.01)
-        output, _ = process.communicate(timeout=PATIENCE_S)
-        if process.returncode == 0:
+        if ended(process, PATIENCE_S) == 0:
             break
-        assert process.returncode == -signal.SIGKILL, output
+        assert process.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
     assert kills >= 1
     assert_same_state(newest_state(tmp_path / "killed"), newest_state(tmp_path / "whole"), rtol=0, atol=0)
 
@@ -365,7 +364,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_three_in_a_row_stop(data, tmp_
 
     asked: list[int] = []  # the first three are the estimate's
     monkeypatch.setattr(loop, "training_batch", lambda *a: asked.append(1) or spoilt(*a))
-    stage = tiny_stage(checkpoint_every=1, validate_every=100)
+    stage = tiny_stage(validate_every=100)
     config = tiny_config(data, tmp_path / "run", {"base-16": stage})
     train(config)
     assert "step 2: loss nan" in capsys.readouterr().out
@@ -480,7 +479,7 @@ def test_overfitting_is_seen_in_the_losses():
 
 @pytest.mark.slow
 def test_training_learns(data, tmp_path):
-    stage = tiny_stage(max_steps=120, batch_size=16, learning_rate=2e-3, validate_every=60, preview_every=1000)
+    stage = tiny_stage(max_steps=60, batch_size=16, learning_rate=2e-3, validate_every=30, preview_every=1000)
     train(tiny_config(data, tmp_path / "run", {"base-16": stage}, log_every=10))
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
@@ -491,7 +490,8 @@ def test_training_learns(data, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_compiled_it_learns_the_same(data, tmp_path):
+def test_compiled_it_learns_the_same(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # no processes that import torch to share it
     model = ModelConfig(widths=(32,), attention=(False,), blocks=(1,), embedding_dim=32)
     losses = []
     for compiled in (False, True):
@@ -531,8 +531,9 @@ def test_the_limit_is_that_of_the_whole_and_every_phase_has_a_bar(data, tmp_path
 
 @pytest.mark.slow
 def test_trainings_of_several_precisions_in_one_process(data, tmp_path):
-    for precision in ("fp32", "bf16", "fp32"):
-        out = train(tiny_config(data, tmp_path / f"{precision}-{len(list(tmp_path.iterdir()))}", precision=precision))
+    stages = {"base-16": tiny_stage(max_steps=1)}
+    for number, precision in enumerate(("fp32", "bf16", "fp32")):
+        out = train(tiny_config(data, tmp_path / str(number), stages, precision=precision))
         assert json.loads((out / "run.json").read_text())["mixed_precision"] == {"fp32": "no"}.get(precision, "bf16")
 
 
