@@ -21,7 +21,7 @@ from pokediff.data.dataset import load_pictures
 from pokediff.data.images import encode_png, unpremultiply
 from pokediff.data.records import Record, write_records
 from pokediff.errors import PokediffError
-from pokediff.evaluation import classifiers, model_measures, recognition
+from pokediff.evaluation import classifiers, recognition
 from pokediff.evaluation.evaluate import FEWEST_DRAWN, evaluate, show
 from pokediff.evaluation.features import CachedFeatures
 from pokediff.evaluation.generators import Generated, denoisers_used, read_generated
@@ -32,7 +32,14 @@ from pokediff.model.diffusion import denoising_loss, make_noise_schedule, schedu
 from pokediff.model.pipeline import PokeDiffPipeline
 
 THINGS = ("cat", "fish", "bird", "snake", "ghost", "dragon")
-JUDGE_STEPS, LOSS_PICTURES = 20, 40  # a judge trained for a second, and losses of few pictures
+FEW = {  # a judge trained for a second, losses of few pictures, and few prompts of a kind
+    "pokediff.evaluation.classifiers.STEPS": 20,
+    "pokediff.evaluation.model_measures.PICTURES": 40,
+    "pokediff.evaluation.prompts.TYPES": ("fire", "water"),
+    "pokediff.evaluation.prompts.SEEDS_PER_PAIR": 1,
+    "pokediff.evaluation.prompts.PROMPTS_REPEATED": 4,
+    "pokediff.evaluation.recognition.SEEDS_PER_ANIMAL": 4,
+}
 RNG = np.random.default_rng(0)
 
 
@@ -67,8 +74,8 @@ def write_things(folder, sources: int = 6):
 @pytest.fixture(scope="module", autouse=True)
 def _small():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(classifiers, "STEPS", JUDGE_STEPS)
-        patch.setattr(model_measures, "PICTURES", LOSS_PICTURES)
+        for name, value in FEW.items():
+            patch.setattr(name, value)
         yield
 
 
@@ -206,15 +213,25 @@ def test_losses_are_those_of_the_denoisers_that_draw(evaluated):
 
 
 @pytest.mark.slow
-def test_a_second_run_draws_and_extracts_nothing(evaluated, monkeypatch):
+def test_a_second_run_draws_and_extracts_nothing_and_adds_what_was_counted_by_eye(evaluated, monkeypatch):
+    from pokediff.evaluation.survey import QUESTIONNAIRES, collect, make_survey
+
     config, out = evaluated
     before = figures_of(out)
+    survey = make_survey([out / "animals"], out / "survey", number=10, repeats=0, questions="count").parent
+    key = json.loads((survey / "key.json").read_text())
+    rows = [{"id": i, **dict.fromkeys(QUESTIONNAIRES["count"].criteria, int(i < 4))} for i in range(10)]
+    (survey / "a.json").write_text(json.dumps({"survey": key["survey"], "rater": "ann", "ratings": rows}))
+    collect([survey / "a.json"], survey)
     monkeypatch.setattr("pokediff.model.pipeline.PokeDiffPipeline.generate", None)
     monkeypatch.setattr("pokediff.evaluation.features.FeatureNet.__call__", None)
     evaluate(config)
     after = figures_of(out)
     memory = "peak memory, MB"
     assert {k: v for k, v in after.items() if k != memory} == {k: v for k, v in before.items() if k != memory}
+    table = json.loads((out / "report.json").read_text())["tables"]["counted by eye"]
+    assert table[0]["animals"].startswith("0.40 [")
+    assert "Counted by eye" in (out / "report.md").read_text()
 
 
 @pytest.mark.slow
@@ -317,6 +334,7 @@ def test_as_few_pictures_as_can_be_measured_and_one_fewer(evaluated, tmp_path, f
         if index + 1 == FEWEST_DRAWN - 1:
             with pytest.raises(PokediffError, match=f"lists {index + 1} pictures; an evaluation needs at least"):
                 evaluate(config)
+    shutil.copytree(out / "cache", tmp_path / "r" / "cache")  # the real pictures' features
     kid = figures_of(evaluate(config))["kernel distance (KID, unbiased) x 1000"]
     assert kid["low"] <= kid["value"] <= kid["high"]
 
@@ -383,30 +401,16 @@ def test_reports_are_compared_only_when_they_may_be(evaluated, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_was_counted_by_eye_is_in_the_report(evaluated):
-    from pokediff.evaluation.survey import QUESTIONNAIRES, collect, make_survey
-
-    config, out = evaluated
-    survey = make_survey([out / "animals"], out / "survey", number=10, repeats=0, questions="count").parent
-    key = json.loads((survey / "key.json").read_text())
-    rows = [{"id": i, **dict.fromkeys(QUESTIONNAIRES["count"].criteria, int(i < 4))} for i in range(10)]
-    (survey / "a.json").write_text(json.dumps({"survey": key["survey"], "rater": "ann", "ratings": rows}))
-    collect([survey / "a.json"], survey)
-    evaluate(config)
-    table = json.loads((out / "report.json").read_text())["tables"]["counted by eye"]
-    assert table[0]["animals"].startswith("0.40 [")
-    assert "Counted by eye" in (out / "report.md").read_text()
-
-
-@pytest.mark.slow
 def test_two_processes_draw_what_one_draws(evaluated, tmp_path):
     config, out = evaluated
     report = str(tmp_path / "r")
     script = (
-        "from pokediff.config import EvaluateConfig, Sampling; "
-        "from pokediff.evaluation import classifiers, model_measures; "
-        "from pokediff.evaluation.evaluate import evaluate; "
-        f"classifiers.STEPS, model_measures.PICTURES = {JUDGE_STEPS}, {LOSS_PICTURES}; "
+        "from pkgutil import resolve_name\n"
+        "from pokediff.config import EvaluateConfig, Sampling\n"
+        "from pokediff.evaluation.evaluate import evaluate\n"
+        f"for name, value in {FEW!r}.items():\n"
+        "    module, _, constant = name.rpartition('.')\n"
+        "    setattr(resolve_name(module), constant, value)\n"
         f"evaluate(EvaluateConfig(checkpoint={config.checkpoint!r}, data={config.data!r}, out={report!r}, "
         f"number=24, styles={config.styles!r}, features=(), batch_size=5, sampling={config.sampling!r}))"
     )
