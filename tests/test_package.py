@@ -15,9 +15,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, draw_creature
+from conftest import ROOT
+from test_recipes import own_folder
 
-from pokediff.data.images import encode_png
 from pokediff.errors import PokediffError
 from pokediff.model.checkpoint import find_folder
 from pokediff.paths import shipped
@@ -175,11 +175,12 @@ def installed(wheel, tmp_path_factory):
     (site / "libraries.pth").write_text("\n".join(libraries), encoding="utf-8")
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", "--no-index"]
     subprocess.run([*pip, "--ignore-installed", str(wheel)], check=True)
-    where = subprocess.check_output([python, "-c", "import pokediff; print(pokediff.__file__)"], cwd=empty, text=True)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    show = [python, "-c", "import pokediff; print(pokediff.__file__)"]
+    where = subprocess.check_output(show, cwd=empty, env=environment, text=True)
     assert Path(where).is_relative_to(home)
 
     def pokediff(*args: str) -> str:
-        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         command = [str(python.with_name("pokediff")), *args]
         done = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -213,12 +214,17 @@ def test_the_wheel_draws_and_scrapes(installed):
 
 @pytest.mark.slow
 def test_the_wheel_trains_on_a_folder(installed):
-    pictures = installed.folder / "mine"
-    pictures.mkdir()
-    for index in range(48):
-        picture = draw_creature((40 * index % 255, 90, 200), "round" if index % 2 else "square", seed=index)
-        (pictures / f"{index}.png").write_bytes(encode_png(picture))
-        (pictures / f"{index}.txt").write_text("a round creature" if index % 2 else "a square creature")
-    installed("train", "mine", "--max-steps", "2", "--metrics.number", "4", "--out", "run")
+    """From the checkpoint of the wheel, its base and refiner, both in small batches and drawn in few steps."""
+    own_folder(installed.folder / "mine")
+    limits = "--max-steps 2 --max-minutes 30 --metrics.number 4 --preview-prompts x".split()
+    for stage in ("base-32", "refiner-32"):
+        limits += [f"--stages.{stage}.batch-size", "4", f"--stages.{stage}.model.steps", "3"]
+    said, run = installed("train", "mine", "--out", "run", *limits), installed.folder / "run"
+    assert (run / "model_index.json").is_file()
+    assert "captions: " in said
+    assert "base-32: 2 steps of 4 pictures, about" in said
+    assert "M weights from" in said
+    assert "| CC-BY-4.0 |" in (run / "ATTRIBUTION.md").read_text("utf-8")  # of the weights
+    assert "draw with: pokediff sample" in said
     installed("sample", "--checkpoint", "run", "--prompt", "a round creature", "--out", "drawn")
     assert (installed.folder / "drawn" / "0000.png").is_file()

@@ -1,3 +1,5 @@
+"""Recipes for somebody's own folder. test_package.py trains with one."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -100,22 +102,6 @@ def test_too_few_pictures_are_refused(tmp_path):
         recipe_for(empty)
     with pytest.raises(PokediffError, match="not found"):
         recipe_for(tmp_path / "nowhere")
-
-
-@pytest.mark.slow
-def test_a_folder_is_all_that_train_needs(tmp_path, capsys):
-    from pokediff.cli import main
-
-    folder, out = own_folder(tmp_path / "mine"), tmp_path / "run"
-    limits = ["--max-steps", "2", "--max-minutes", "30", "--metrics.number", "4"]
-    main(["train", str(folder), "--out", str(out), *limits])
-    said = capsys.readouterr().out
-    assert (out / "model_index.json").is_file()
-    assert "captions: " in said
-    assert "base-32: 2 steps of 32 pictures, about" in said
-    assert "M weights from" in said
-    assert "| CC-BY-4.0 |" in (out / "ATTRIBUTION.md").read_text("utf-8")  # of the weights
-    assert "draw with: pokediff sample" in said
 
 
 def test_what_to_expect_follows_the_steps():
