@@ -87,7 +87,9 @@ def load_layers(name: str) -> tuple[Features, nn.Module]:
     except ImportError:
         raise PokediffError('features vgg19: torchvision is not installed: pip install "pokediff[eval]"') from None
     tensors, _ = read_weights("features vgg19", details)
-    body = vgg19().features[: VGG_LAYERS[-1] + 1].requires_grad_(False).eval()
+    with torch.device("meta"):  # without the numbers of a new network, 120 M of them in layers that are not used
+        body = vgg19().features[: VGG_LAYERS[-1] + 1].requires_grad_(False).eval()
+    body = body.to_empty(device="cpu")
     try:
         body.load_state_dict({key: tensors[f"features.{key}"] for key in body.state_dict()})
     except (KeyError, RuntimeError) as error:
