@@ -904,9 +904,16 @@ def page(browser, server):
         yield page
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
+def used_page(browser, server):
+    """One page for tests that need no new one: it takes seconds to open."""
+    with opened(browser, server, viewport={"width": 1280, "height": 900}) as page:
+        yield page
+
+
+@pytest.fixture(scope="module")
 def phone(browser, server):
-    """The page on a phone in dark mode."""
+    """The page on a phone in dark mode, one for its tests."""
     with opened(browser, server, viewport={"width": 390, "height": 844}, color_scheme="dark") as page:
         yield page
 
@@ -1031,7 +1038,8 @@ def test_a_waiting_client_sees_its_place(page, demo):
 
 
 @pytest.mark.slow
-def test_the_keyboard_is_enough(page):
+def test_the_keyboard_is_enough(used_page):
+    page = used_page
     page.focus("#prompt textarea")
     page.keyboard.press("Control+A")
     page.keyboard.type("a yellow mouse")
@@ -1040,7 +1048,8 @@ def test_the_keyboard_is_enough(page):
 
 
 @pytest.mark.slow
-def test_word_buttons_write_into_the_prompt(page):
+def test_word_buttons_write_into_the_prompt(used_page):
+    page = used_page
     page.fill("#prompt textarea", "official artwork of a cat")
     page.get_by_role("button", name="pixel sprite", exact=True).click()
     page.wait_for_function("document.querySelector('#prompt textarea').value === 'pixel sprite of a cat'")
@@ -1092,7 +1101,8 @@ def test_a_bad_upload_is_refused_in_a_sentence_and_a_good_one_drawn_from(page, t
 
 
 @pytest.mark.slow
-def test_a_batch_is_one_zip(page, tmp_path):
+def test_a_batch_is_one_zip(used_page, tmp_path):
+    page = used_page
     open_tab(page, "Batch")
     upload = page.get_by_role("button", name="Read prompts from a text file")
     for content in (b"\xff\xfe\x00", b"a red cat\n# not this\na blue cat"):
@@ -1112,7 +1122,8 @@ def test_a_batch_is_one_zip(page, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_other_tabs(page):
+def test_the_other_tabs(used_page):
+    page = used_page
     open_tab(page, "Inside")
     page.click("#words")
     page.wait_for_selector("#words-result .bar")
@@ -1403,14 +1414,18 @@ def until_seen(page, color: tuple[int, int, int], act: Callable[[], None] = lamb
 
 
 def paint(page, top: int, bottom: int) -> None:
+    """One stroke to and fro: where no graphics card helps, the editor takes seconds for each stroke and its moves."""
     page.click('#canvas button[aria-label="Brush"]')
     box = page.locator("#canvas canvas").first.bounding_box()
     middle, center = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    for down in range(top, bottom, 12):
-        page.mouse.move(middle - 50, center + down)
-        page.mouse.down()
-        page.mouse.move(middle + 50, center + down, steps=8)
-        page.mouse.up()
+    side = -80
+    page.mouse.move(middle + side, center + top)
+    page.mouse.down()
+    for down in range(top, bottom, 20):
+        page.mouse.move(middle + side, center + down)
+        page.mouse.move(middle - side, center + down)
+        side = -side
+    page.mouse.up()
 
 
 @pytest.mark.slow

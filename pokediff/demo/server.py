@@ -16,11 +16,8 @@ from urllib.parse import unquote, urlsplit
 
 from pokediff.config import DemoConfig
 from pokediff.demo import uploads
-from pokediff.demo.studio import Studio
-from pokediff.drawing.sheets import checkpoint_folder
 from pokediff.errors import PokediffError, first_line, printable
 from pokediff.files import LOCK, WRITER, own_folder
-from pokediff.model.checkpoint import INDEX
 from pokediff.paths import shipped
 
 FUNCTION = "sprite"  # the only public one
@@ -137,6 +134,9 @@ def prepare(config: DemoConfig, folder: Path) -> tuple[Any, dict[str, Any]]:
     from pokediff.demo import patches, show
     from pokediff.demo.downloads import Downloads
     from pokediff.demo.page import make_page
+    from pokediff.demo.studio import Studio
+    from pokediff.drawing.sheets import checkpoint_folder
+    from pokediff.model.checkpoint import INDEX
 
     Image.MAX_IMAGE_PIXELS = uploads.MAX_PIXELS // 2  # Pillow refuses twice that, also where Gradio calls it
     patches.forbid_downloads()
