@@ -141,6 +141,23 @@ class DistillConfig:
 
 
 @dataclass(frozen=True)
+class PreferenceConfig:
+    """Learning from pairs of drawings which of them the scorer of a checkpoint rates higher."""
+
+    __pydantic_config__ = STRICT
+
+    checkpoint: str  # draws the pairs and rates them; the stage starts from its denoiser of the same name
+    pairs: int = 2000  # captions of which it draws one
+    best_of: int = 8  # drawings of a caption; the best and the worst become a pair
+    beta: float = 300.0  # the larger, the nearer the denoiser stays to the checkpoint's
+    weight: float = 4.0  # of the comparisons, relative to the error of real pictures
+
+    def __post_init__(self) -> None:
+        _positive(self, "preference", "pairs", "beta", "weight")
+        _require(self.best_of > 1, "preference.best_of", "must be at least 2")
+
+
+@dataclass(frozen=True)
 class PerceptualConfig:
     """LPIPS between predicted and true x0, added to the loss: it asks for edges where the squared error blurs."""
 
@@ -191,6 +208,7 @@ class StageConfig:
     perceptual: PerceptualConfig | None = None  # a perceptual loss beside the error of x0
     critic: CriticConfig | None = None  # an adversarial loss beside it
     distill: DistillConfig | None = None  # learn to draw in few steps
+    preference: PreferenceConfig | None = None  # learn from pairs of drawings, too
     fast: bool = False  # a few-step denoiser, used with --fast
 
     max_steps: int = 20_000  # optimizer steps
@@ -216,6 +234,8 @@ class StageConfig:
         _require(self.model.upscale == 1 or self.model.below is not None, "model.upscale", "needs model.below")
         _require(not (self.distill and self.model.upscale > 1), "distill", "is not implemented for upscalers")
         _require(self.fast or not self.distill, "distill", "needs fast: true")
+        both = self.preference and (self.distill or self.model.upscale > 1)
+        _require(not both, "preference", "is not implemented for students and upscalers")
         draws = self.model.upscale > 1 and self.model.steps == 1
         _require(
             draws or not (self.critic and self.critic.drawings), "critic.drawings", "needs an upscaler of one step"

@@ -5,8 +5,8 @@ python scripts/train_scorer.py --checkpoint checkpoints/pokediff \
 
 RATINGS is a table with the columns prompt, seed and rating: what people thought of the checkpoint's drawings, any
 numbers, the higher the better; and guidance_scale, where it was not the checkpoint's own. Best are several drawings of
-each prompt, rated side by side, as the scorer compares them. The base draws them again, six a second on one core.
-Prints how well ratings of held-out prompts are predicted.
+each prompt, rated side by side, as the scorer compares them. The base draws them again, six a second on one core; where
+it has changed since then, that of `--drawn-by` does. Prints how well ratings of held-out prompts are predicted.
 """
 
 from __future__ import annotations
@@ -73,8 +73,10 @@ def read_ratings(path: Path) -> list[Rated]:
     return rows
 
 
-def drawn_features(pipeline: PokeDiffPipeline, rated: Sequence[Rated], timestep: float) -> np.ndarray:
-    """Features (N, D) of the drawings as the base leaves them, float64."""
+def drawn_features(
+    pipeline: PokeDiffPipeline, drawn_by: PokeDiffPipeline, rated: Sequence[Rated], timestep: float
+) -> np.ndarray:
+    """Features (N, D) in the maps of a base of the drawings as that of `drawn_by` leaves them, float64."""
     found = []
     with ProgressBar(total=len(rated), desc="drawings", unit="drawing") as bar:
         for scale, rows in groupby(rated, key=lambda one: one.guidance_scale):
@@ -82,7 +84,7 @@ def drawn_features(pipeline: PokeDiffPipeline, rated: Sequence[Rated], timestep:
             for start in range(0, len(several), BATCH_SIZE):
                 batch = several[start : start + BATCH_SIZE]
                 text = pipeline.encode_prompt([one.prompt for one in batch])
-                x0 = pipeline.base_x0(text, [one.seed for one in batch], Sampling(guidance_scale=scale))
+                x0 = drawn_by.base_x0(text, [one.seed for one in batch], Sampling(guidance_scale=scale))
                 found.append(map_statistics(pipeline.base, x0, text, timestep).clone())
                 bar.update(len(batch))
     return torch.cat(found).double().numpy()
@@ -127,12 +129,14 @@ def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--ratings", type=Path, required=True, help="CSV: prompt, seed, rating, guidance_scale")
+    parser.add_argument("--drawn-by", type=Path, help="the checkpoint of these drawings (default: --checkpoint)")
     parser.add_argument("--timestep", type=float, default=300.0, help="of the noise that the base sees them under")
     arguments = parser.parse_args(given)
     quiet()
     rated = read_ratings(arguments.ratings)
     pipeline = PokeDiffPipeline.from_pretrained(arguments.checkpoint)
-    drawn = drawn_features(pipeline, rated, arguments.timestep)
+    drawn_by = PokeDiffPipeline.from_pretrained(arguments.drawn_by) if arguments.drawn_by else pipeline
+    drawn = drawn_features(pipeline, drawn_by, rated, arguments.timestep)
 
     rng, prompts, ratings = np.random.default_rng(0), [one.prompt for one in rated], np.array([r.rating for r in rated])
     groups = grouped(prompts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import shutil
@@ -76,6 +77,20 @@ def test_the_statistics_are_those_of_the_maps():
     mean, deviation, most = features[:, :96].split(32, dim=1)  # of the second level, on the way down
     assert (deviation > 0).all()
     assert (most >= mean).all()
+
+
+def test_features_are_of_the_drawings_that_were_rated(pipe, tiny_pipe, train_scorer):
+    """In the maps of the base that is to choose, also where another one drew them."""
+    base = copy.deepcopy(tiny_pipe.base)
+    with torch.no_grad():
+        base.out.weight.mul_(0.5)
+    other = tiny_pipe.with_components(cascade=tiny_pipe.cascade.updated(Cascade({"base-32": base})))
+    rated = [train_scorer.Rated(PROMPTS[0], seed, 1.0, 2.0) for seed in range(4)]
+    features = train_scorer.drawn_features(pipe, other, rated, 300.0)
+    text = other.encode_prompt(PROMPTS[:1] * 4)
+    x0 = other.base_x0(text, [0, 1, 2, 3], Sampling(guidance_scale=2.0))
+    np.testing.assert_allclose(features, map_statistics(pipe.base, x0, text, 300.0).numpy(), atol=1e-5)
+    assert not np.allclose(features, train_scorer.drawn_features(pipe, pipe, rated, 300.0), atol=1e-2)
 
 
 def test_it_expects_the_ratings_of_drawings_that_nobody_rated(pipe, train_scorer):

@@ -291,22 +291,37 @@ class PokeDiffPipeline(CheckpointPipeline):
         Arguments and errors are those of `denoise`; it also raises PokediffError for a checkpoint without scorer.
         """
         sampling = self.resolved(interface.make_sampling(sampling, options))
+        if (sampling.best_of or 1) == 1:
+            return [seed for several in seeds for seed in interface.candidates(several, 1)]
+        negative = sampling.negative_prompt if negative_prompts is None else negative_prompts
+        tried, ratings = self.rated_seeds(prompts, seeds, sampling, negative, batch_size, on_step)
+        return [several[index] for several, index in zip(tried, ratings.argmax(1).tolist(), strict=True)]
+
+    @torch.inference_mode()
+    def rated_seeds(
+        self,
+        prompts: Texts,
+        seeds: Seeds,
+        sampling: Sampling,
+        negative_prompts: Texts = "",
+        batch_size: int = BATCH_SIZE,
+        on_step: OnStep = lambda _: None,
+    ) -> tuple[list[list[int]], torch.Tensor]:
+        """The seeds that `best_seeds` chooses from, M = `sampling.best_of` for each of N pictures, and what the scorer
+        thinks of them, (N, M).
+        """
         number = sampling.best_of or 1
         tried = [interface.candidates(seed, number) for seed in seeds]
-        if number == 1:
-            return [seed for several in tried for seed in several]
         flat = [seed for several in tried for seed in several]
         text = self._vectors(prompts, len(seeds)).repeat_interleave(number, dim=0)
-        unwanted = sampling.negative_prompt if negative_prompts is None else negative_prompts
-        negative = self._vectors(unwanted, len(seeds)).repeat_interleave(number, dim=0)
-        scores = []
+        negative = self._vectors(negative_prompts, len(seeds)).repeat_interleave(number, dim=0)
+        ratings = []
         for start in range(0, len(flat), batch_size):
             part = slice(start, start + batch_size)
             x0 = self.base_x0(text[part], flat[part], sampling, negative_prompts=negative[part], on_step=on_step)
             given = [values.to(self.base.dtype) for values in (x0, text[part])]
-            scores.append(in_fours(partial(self.scorer, self.base), given))
-        best = torch.cat(scores).view(len(seeds), number).argmax(1).tolist()
-        return [several[index] for several, index in zip(tried, best, strict=True)]
+            ratings.append(in_fours(partial(self.scorer, self.base), given))
+        return tried, torch.cat(ratings).view(len(seeds), number)
 
     @torch.inference_mode()
     def base_x0(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from torch.optim.swa_utils import AveragedModel
 
-from pokediff.config import Sampling, StageConfig, TrainConfig, plain
+from pokediff.config import PreferenceConfig, Sampling, StageConfig, TrainConfig, plain
 from pokediff.data.dataset import AUGMENT_LABELS, Pictures, TrainingBatches, caption_vectors, load_pictures
 from pokediff.data.images import CHANNELS
 from pokediff.errors import PokediffError
@@ -25,8 +25,9 @@ from pokediff.model.text import ClipTextEncoder, load_text_encoder
 from pokediff.progress import ProgressBar
 from pokediff.training.clock import Limit
 from pokediff.training.distillation import Distillation, held_out, student_validation
-from pokediff.training.objectives import Batch, Drawings, Objective, denoising, validation_batches
+from pokediff.training.objectives import Batch, Drawings, Objective, Pairs, denoising, validation_batches
 from pokediff.training.perceptual import AdversarialLoss, PerceptualLoss
+from pokediff.training.preference import Preference, draw_pairs, used_timesteps
 from pokediff.training.runs import Progress, load_state, source_parts
 
 VALIDATION_PICTURES = 512
@@ -75,6 +76,7 @@ class Stage:
     facts: dict[str, Any]  # numbers of parameters, pictures and GFLOP, for log and model card
     critic: AdversarialLoss | None = None
     drawings: Drawings | None = None  # for the critic, or to learn from
+    pairs: Pairs | None = None  # of drawings, one of which is rated higher
     metrics: ValidationMetrics | None = None
     progress: Progress = field(default_factory=Progress)
 
@@ -182,7 +184,7 @@ def require_teacher(run: Run, name: str) -> None:
 def start_weights(run: Run, name: str, denoiser: Denoiser) -> None:
     """Copy initial weights, if any: from `start_from` of the stage or the run, or from a student's teacher."""
     config, stage = run.config, run.config.stages[name]
-    for source in stage.start_from or ([config.start_from] if config.start_from else []):
+    for source in start_sources(config, name):
         folder, wanted = source_parts(source)
         cascade = PokeDiffPipeline.from_pretrained(folder, text_encoder=None, tokenizer=None).cascade
         if wanted and wanted not in cascade:
@@ -193,6 +195,16 @@ def start_weights(run: Run, name: str, denoiser: Denoiser) -> None:
         copy_weights(run, name, denoiser, source, cascade[wanted])
     if stage.distill and run.pipeline and not (stage.start_from or config.start_from):
         copy_weights(run, name, denoiser, stage.distill.teacher, run.pipeline.cascade[stage.distill.teacher])
+
+
+def start_sources(config: TrainConfig, name: str) -> list[str]:
+    """FOLDER or FOLDER:DENOISER each, from which a stage starts: its own, that of its preferences, or the run's."""
+    stage = config.stages[name]
+    if stage.start_from:
+        return list(stage.start_from)
+    if stage.preference:
+        return [f"{stage.preference.checkpoint}:{name}"]
+    return [config.start_from] if config.start_from else []
 
 
 def copy_weights(run: Run, name: str, denoiser: Denoiser, source: str, other: Denoiser) -> None:
@@ -243,15 +255,20 @@ def make_optimizer(denoiser: Denoiser, stage: StageConfig) -> torch.optim.Optimi
 
 
 def make_objective(run: Run, name: str, pipeline: PokeDiffPipeline, critic: AdversarialLoss | None = None) -> Objective:
-    """The objective of the stage: denoising loss or, of a student, distillation, with LPIPS and a critic if it has
-    them. `pipeline` is the cascade with the stage's denoiser.
+    """The objective of the stage: denoising loss, with pairs of drawings beside it for one with preferences, or, of a
+    student, distillation; with LPIPS and a critic if it has them. `pipeline` is the cascade with the stage's denoiser.
     """
     stage = run.config.stages[name]
     perceptual = PerceptualLoss(stage.perceptual, run.accelerator.device) if stage.perceptual else None
-    if stage.distill is None:
-        return denoising(run.schedule, [extra for extra in (perceptual, critic) if extra is not None])
-    steps = pipeline.evaluations(Sampling(size=stage.image_size, fast=True))
-    return Distillation(name, steps, pipeline.cascade, run.schedule, perceptual, critic)
+    if stage.distill:
+        steps = pipeline.evaluations(Sampling(size=stage.image_size, fast=True))
+        return Distillation(name, steps, pipeline.cascade, run.schedule, perceptual, critic)
+    objective = denoising(run.schedule, [extra for extra in (perceptual, critic) if extra is not None])
+    if (wanted := stage.preference) is None:
+        return objective
+    before = preferring(wanted).to(run.accelerator.device)
+    reference = before.cascade[name].to(memory_format=torch.channels_last)
+    return Preference(objective, run.schedule, reference, used_timesteps(before, name), wanted.beta, wanted.weight)
 
 
 def wanted_drawings(config: StageConfig) -> int:
@@ -274,6 +291,21 @@ def make_drawings(run: Run, stage: Stage) -> Drawings | None:
         drawings, kept = held_out(drawings)
         stage.validation = student_validation(kept, list(stage.objective.timesteps))
     return drawings
+
+
+def make_pairs(run: Run, stage: Stage) -> Pairs | None:
+    """The pairs that `preference` asks for, of captions as in the batches; None for a stage without."""
+    wanted = stage.config.preference
+    if wanted is None:
+        return None
+    pipeline = preferring(wanted).to(run.accelerator.device)
+    text = stage.batches.captions(wanted.pairs if run.sample is None else min(wanted.pairs, BATCH_SIZE))
+    return draw_pairs(pipeline, text, wanted.best_of, partial(run.bar, desc="pairs of drawings", unit="batch"))
+
+
+def preferring(wanted: PreferenceConfig) -> PokeDiffPipeline:
+    """The cascade whose drawings are compared."""
+    return PokeDiffPipeline.from_pretrained(wanted.checkpoint, text_encoder=None, tokenizer=None)
 
 
 def drawn_with(config: StageConfig) -> Sampling:

@@ -27,10 +27,11 @@ from pokediff.model.denoiser import compile_network, flops_per_image
 from pokediff.model.pipeline import BATCH_SIZE, PokeDiffPipeline
 from pokediff.progress import ProgressBar
 from pokediff.training import runs
-from pokediff.training.build import Run, Stage, drawn_with, make_drawings, wanted_drawings
+from pokediff.training.build import Run, Stage, drawn_with, make_drawings, make_pairs, wanted_drawings
 from pokediff.training.clock import Window, agreed, interruptible
 from pokediff.training.distillation import Distillation, student_batch
-from pokediff.training.objectives import mix, training_batch
+from pokediff.training.objectives import Batch, Pairs, mix, training_batch
+from pokediff.training.preference import Preference, with_pairs
 
 FILES_SECONDS = 1.0  # to write a checkpoint, a state and an animation
 BAD_STEPS = 3  # non-finite steps in a row that end the run
@@ -55,7 +56,8 @@ def train_stage(run: Run, stage: Stage, closing: float = 0.0) -> str:
         num_workers=run.config.workers,
         prefetch_factor=4 if run.config.workers else None,
     )
-    stage.drawings = make_drawings(run, stage) if steps else None
+    if steps:
+        stage.drawings, stage.pairs = make_drawings(run, stage), make_pairs(run, stage)
     actions = periodic_actions(run, stage)
     costs = [closing / len(actions)] * len(actions)  # seconds
     window, bad, stop = Window(), 0, "steps"
@@ -94,6 +96,8 @@ def train_stage(run: Run, stage: Stage, closing: float = 0.0) -> str:
             if stop or progress.step % run.config.log_every == 0:
                 values = {**window.close(accelerator), "lr": learning_rate(config, step)}
                 values |= stage.critic.margins if stage.critic else {}
+                if isinstance(stage.objective, Preference):
+                    values["preference_agreement"] = stage.objective.agreement
                 window = Window()
                 progress.training_loss = values.get("loss", progress.training_loss)
                 bar.set_postfix(loss=f"{progress.training_loss or math.nan:.4f}", img_s=f"{values['images_per_s']:.0f}")
@@ -127,11 +131,7 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(stage.config, step)
     torch.manual_seed(mix(run.config.seed, step, 1 + run.accelerator.process_index))  # dropout
-    accelerator, objective = run.accelerator, stage.objective
-    batch = training_batch(pictures, run.config, stage.config, accelerator, step, stage.drawn_at, stage.drawings)
-    if isinstance(objective, Distillation) and stage.drawings is not None:
-        place = (accelerator.process_index, accelerator.num_processes)
-        batch = student_batch(batch, stage.drawings, list(objective.timesteps), run.config.seed, step, *place)
+    batch = step_batch(run, stage, pictures, step)
     with run.accelerator.autocast():
         loss = stage.objective(denoiser, batch).mean()
     run.accelerator.backward(loss)
@@ -142,6 +142,19 @@ def train_step(
         stage.average.update_parameters(stage.denoiser)
     optimizer.zero_grad(set_to_none=True)
     return loss, norm if finite else None
+
+
+def step_batch(run: Run, stage: Stage, pictures: Any, step: int) -> Batch:
+    """The batch of a step, with what the stage's objective needs beside the pictures."""
+    config, accelerator, objective = run.config, run.accelerator, stage.objective
+    place = (config.seed, step, accelerator.process_index, accelerator.num_processes)
+    batch = training_batch(pictures, config, stage.config, accelerator, step, stage.drawn_at, stage.drawings)
+    if isinstance(objective, Distillation) and stage.drawings is not None:
+        return student_batch(batch, stage.drawings, list(objective.timesteps), *place)
+    if isinstance(objective, Preference):
+        pairs = Pairs(batch.x0, batch.x0, batch.text) if stage.pairs is None else stage.pairs  # None: an estimate
+        return with_pairs(batch, pairs, objective.steps, *place)
+    return batch
 
 
 def periodic_actions(run: Run, stage: Stage) -> list[tuple[int, str, Callable[[], None]]]:
@@ -259,24 +272,40 @@ def closing_seconds(run: Run, stage: Stage, step: float) -> float:
     pictures += 2 * run.config.metrics.number if run.config.metrics.every else 0
     checked = sum(len(batch.timesteps) for batch in stage.validation)
     drawing = pictures * drawing_seconds(stage, stage.pipeline, stage.sampling, step)
-    return FILES_SECONDS + checked * step / (3 * stage.config.batch_size) + drawing
+    return FILES_SECONDS + checked * step / (forward_passes(stage) * stage.config.batch_size) + drawing
 
 
 def opening_seconds(run: Run, stage: Stage, step: float) -> float:
-    """An estimate of the seconds of `make_drawings`, from those of a training step."""
+    """An estimate of the seconds of `make_drawings` and `make_pairs`, from those of a training step."""
+    if (wanted := stage.config.preference) is not None:
+        small = Sampling(size=stage.config.image_size)
+        whole, begun = (drawing_seconds(stage, stage.pipeline, small, step, only) for only in (None, stage.name))
+        return wanted.pairs * (wanted.best_of * begun + 2 * whole)
     number = wanted_drawings(stage.config)
     if number == 0 or run.pipeline is None:
         return 0.0
     return number * drawing_seconds(stage, run.pipeline, drawn_with(stage.config), step)
 
 
-def drawing_seconds(stage: Stage, pipeline: PokeDiffPipeline, sampling: Sampling, step: float) -> float:
-    """An estimate of the seconds of one picture, from those of a training step: three times a forward pass."""
+def drawing_seconds(
+    stage: Stage, pipeline: PokeDiffPipeline, sampling: Sampling, step: float, only: str | None = None
+) -> float:
+    """An estimate of the seconds of one picture, or of the steps of the denoiser `only`, from those of a training step:
+    `forward_passes` of a picture.
+    """
     passes = Counter[str]()
     for each in pipeline.evaluations(sampling):
-        passes[each.denoiser] += 1 if pipeline.guidance(each.denoiser, each.sigma, sampling) == 1 else 2
+        if only is None or each.denoiser == only:
+            passes[each.denoiser] += 1 if pipeline.guidance(each.denoiser, each.sigma, sampling) == 1 else 2
     flops = sum(number * flops_per_image(pipeline.cascade[name]) for name, number in passes.items())
-    return flops / (stage.facts["gflops"] * 1e9) * step / (3 * stage.config.batch_size)
+    return flops / (stage.facts["gflops"] * 1e9) * step / (forward_passes(stage) * stage.config.batch_size)
+
+
+def forward_passes(stage: Stage) -> int:
+    """How many forward passes a picture costs in a training step: three and, with pairs, as many for each of two
+    drawings, which the reference sees, too.
+    """
+    return 3 if stage.config.preference is None else 11
 
 
 def seconds_per_step(run: Run, stage: Stage) -> float:
@@ -284,7 +313,7 @@ def seconds_per_step(run: Run, stage: Stage) -> float:
     trial, seconds = copy.deepcopy(stage.denoiser), []
     for step in range(3):
         started = time.monotonic()
-        batch = training_batch(stage.batches[step], run.config, stage.config, run.accelerator, step, stage.drawn_at)
+        batch = step_batch(run, stage, stage.batches[step], step)
         with run.accelerator.autocast():
             loss = stage.objective(trial, batch).mean()
         loss.backward()

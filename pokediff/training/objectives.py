@@ -23,6 +23,20 @@ UNPAIRED = 0.25  # of a batch, with drawings; half of what a critic of share 0.5
 
 
 @dataclass(frozen=True)
+class Pairs:
+    """Two drawings of each of N captions (preference.py)."""
+
+    better: torch.Tensor  # (N, C, S, S) in [-1, 1]
+    worse: torch.Tensor  # (N, C, S, S)
+    text: torch.Tensor  # (N, D)
+    timesteps: torch.Tensor | None = None  # (N,) int64, in a batch
+
+    def to(self, device: torch.device) -> Pairs:
+        """A copy on the device."""
+        return on_device(self, device)
+
+
+@dataclass(frozen=True)
 class Batch:
     """Training tensors."""
 
@@ -36,6 +50,7 @@ class Batch:
     unpaired: torch.Tensor | None = None  # (B,) bool: x0 is another picture than the one in low_res
     target: torch.Tensor | None = None  # (B, C, S, S): what a student draws from the noise, in place of x0
     caption: torch.Tensor | None = None  # (B, D): of x0, where `text` is that of another picture
+    pairs: Pairs | None = None  # B pairs, which get the noise of the pictures
 
     @property
     def texts(self) -> Texts:
@@ -44,7 +59,12 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """A copy on the device."""
-        return replace(self, **{name: value.to(device) for name, value in vars(self).items() if value is not None})
+        return on_device(self, device)
+
+
+def on_device(tensors: Any, device: torch.device) -> Any:
+    """A copy of a dataclass of tensors, or None, on the device."""
+    return replace(tensors, **{name: value.to(device) for name, value in vars(tensors).items() if value is not None})
 
 
 @dataclass(frozen=True)

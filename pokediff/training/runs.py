@@ -62,7 +62,7 @@ PARTS = ("denoiser", "average", "optimizer")  # files of a state
 OVERFIT_ROWS, OVERFIT_FACTOR = 3, 1.005  # consecutive validations, and their factor above the lowest loss
 # Settings that a resumed stage cannot change.
 FIXED_KEYS = ("seed", "text_encoder", "dataset", "diffusion")
-FIXED_STAGE_KEYS = ("image_size", "model", "styles", "distill", "fast", "batch_size", "low_res_noise")
+FIXED_STAGE_KEYS = ("image_size", "model", "styles", "distill", "preference", "fast", "batch_size", "low_res_noise")
 PACKAGES = ("torch", "diffusers", "accelerate", "transformers", "numpy")
 
 
