@@ -1,1 +1,1 @@
-"""Training: the stages of a cascade, distillation, recipes."""
+"""Training: the stages of a cascade, distillation, preferences, recipes."""
