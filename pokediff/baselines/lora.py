@@ -58,9 +58,14 @@ class LoraGenerator(DrawsAtOnce):
 
     def resolved(self, sampling: Sampling) -> Sampling:
         """`sampling` with defaults in place of None. Raises PokediffError for what SDXL does not have here."""
-        for name in ("sampler", "fast", "guidance_interval", "best_of"):
-            if getattr(sampling, name) != getattr(Sampling(), name):
-                raise PokediffError(f"SDXL draws with its own scheduler and guidance; leave out {name}")
+        given = {
+            "guidance_interval": sampling.guidance_interval is not None,
+            "sampler": sampling.sampler is not None,
+            "fast": sampling.fast,
+            "best_of": sampling.chooses,
+        }
+        if wrong := [name for name, is_given in given.items() if is_given]:
+            raise PokediffError(f"SDXL draws with its own scheduler and guidance; leave out {', '.join(wrong)}")
         size, steps, guidance = sampling.size or self.image_size, sampling.num_inference_steps, sampling.guidance_scale
         if size % 8:
             raise PokediffError(f"SDXL draws sizes that are multiples of 8 px, not {size}")
